@@ -1,0 +1,50 @@
+// Chooses the instruction set of this translation unit and the namespace that goes with it.
+//
+// The emitted source defines SKIVE_TARGET_GENERIC, _AVX2 or _AVX512 before its first include.
+// Every kernel lives in `namespace skive { inline namespace SKIVE_ISA {`: one template compiled
+// twice with different flags into one library would otherwise merge into one weak symbol, and the
+// portable entry would run AVX-512 code.
+#ifndef SKIVE_ISA_H
+#define SKIVE_ISA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(SKIVE_TARGET_AVX512)
+#define SKIVE_ISA avx512
+#if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512DQ__)
+#error "target avx512 needs -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
+#endif
+#elif defined(SKIVE_TARGET_AVX2)
+#define SKIVE_ISA avx2
+#if !defined(__AVX2__) || !defined(__FMA__)
+#error "target avx2 needs -mavx2 -mfma"
+#endif
+#else
+#define SKIVE_ISA generic
+#endif
+
+// Kernels are specialised to one shape each: a call the compiler declines to inline costs more
+// than the code it saves, because the constants no longer reach the loop.
+#define SKIVE_INLINE inline __attribute__((always_inline))
+#define SKIVE_NOINLINE __attribute__((noinline))
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+// One worker's share of a kernel: share `index` of `count`. The split is a pure function of the
+// shape and of `count`, and never changes the order of operations inside one output element, so
+// the result is the same for any number of threads.
+struct Part {
+  int index = 0;
+  int count = 1;
+};
+
+// Bounds [begin, end) of this part's share of `n` work items.
+SKIVE_INLINE ptrdiff_t part_begin(ptrdiff_t n, Part p) { return n * p.index / p.count; }
+SKIVE_INLINE ptrdiff_t part_end(ptrdiff_t n, Part p) { return n * (p.index + 1) / p.count; }
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_H

@@ -1,0 +1,93 @@
+// AVX2 + FMA: 8 float lanes. The only place with AVX2 intrinsics for vec.h.
+#ifndef SKIVE_ISA_AVX2_H
+#define SKIVE_ISA_AVX2_H
+
+#include <immintrin.h>
+
+#include "skive/isa.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+constexpr int kLanes = 8;
+
+template <int N = kLanes>
+struct Vec {
+  static_assert(N >= 1 && N <= kLanes, "a Vec has 1 to 8 lanes");
+  static constexpr int lanes = N;
+  __m256 v;
+};
+
+template <int N>
+struct Mask {
+  __m256 m;
+};
+
+template <int N>
+SKIVE_INLINE __m256i active() {
+  return _mm256_setr_epi32(N > 0 ? -1 : 0, N > 1 ? -1 : 0, N > 2 ? -1 : 0, N > 3 ? -1 : 0,
+                           N > 4 ? -1 : 0, N > 5 ? -1 : 0, N > 6 ? -1 : 0, N > 7 ? -1 : 0);
+}
+
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> load(const float* p) {
+  if constexpr (N == kLanes) return {_mm256_loadu_ps(p)};
+  else return {_mm256_maskload_ps(p, active<N>())};
+}
+template <int N>
+SKIVE_INLINE void store(float* p, Vec<N> a) {
+  if constexpr (N == kLanes) _mm256_storeu_ps(p, a.v);
+  else _mm256_maskstore_ps(p, active<N>(), a.v);
+}
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> splat(float x) { return {_mm256_set1_ps(x)}; }
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> zero() { return {_mm256_setzero_ps()}; }
+
+template <int N> SKIVE_INLINE Vec<N> operator+(Vec<N> a, Vec<N> b) { return {_mm256_add_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a, Vec<N> b) { return {_mm256_sub_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator*(Vec<N> a, Vec<N> b) { return {_mm256_mul_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator/(Vec<N> a, Vec<N> b) { return {_mm256_div_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a) {
+  return {_mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f))};
+}
+template <int N> SKIVE_INLINE Vec<N> fma(Vec<N> a, Vec<N> b, Vec<N> c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+template <int N> SKIVE_INLINE Vec<N> vmin(Vec<N> a, Vec<N> b) { return {_mm256_min_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> vmax(Vec<N> a, Vec<N> b) { return {_mm256_max_ps(a.v, b.v)}; }
+
+template <int N> SKIVE_INLINE Mask<N> less(Vec<N> a, Vec<N> b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
+}
+template <int N> SKIVE_INLINE Mask<N> equal(Vec<N> a, Vec<N> b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
+}
+template <int N> SKIVE_INLINE Vec<N> select(Mask<N> m, Vec<N> yes, Vec<N> no) {
+  return {_mm256_blendv_ps(no.v, yes.v, m.m)};
+}
+
+// Horizontal reductions walk the lanes in a fixed tree; inactive lanes take the neutral element.
+template <int N, class F>
+SKIVE_INLINE float fold(Vec<N> a, float neutral, F f) {
+  if constexpr (N != kLanes)
+    a.v = _mm256_blendv_ps(_mm256_set1_ps(neutral), a.v, _mm256_castsi256_ps(active<N>()));
+  __m128 s = f(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = f(s, _mm_movehl_ps(s, s));
+  s = f(s, _mm_shuffle_ps(s, s, 1));
+  return _mm_cvtss_f32(s);
+}
+template <int N> SKIVE_INLINE float hsum(Vec<N> a) {
+  return fold(a, 0.0f, [](__m128 x, __m128 y) { return _mm_add_ps(x, y); });
+}
+template <int N> SKIVE_INLINE float hmax(Vec<N> a) {
+  return fold(a, -__builtin_inff(), [](__m128 x, __m128 y) { return _mm_max_ps(x, y); });
+}
+template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
+  return fold(a, __builtin_inff(), [](__m128 x, __m128 y) { return _mm_min_ps(x, y); });
+}
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_AVX2_H

@@ -1,0 +1,82 @@
+// AVX-512 (F, BW, VL, DQ): 16 float lanes. The only place with AVX-512 intrinsics for vec.h.
+#ifndef SKIVE_ISA_AVX512_H
+#define SKIVE_ISA_AVX512_H
+
+#include <immintrin.h>
+
+#include "skive/isa.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+constexpr int kLanes = 16;
+
+template <int N = kLanes>
+struct Vec {
+  static_assert(N >= 1 && N <= kLanes, "a Vec has 1 to 16 lanes");
+  static constexpr int lanes = N;
+  __m512 v;
+};
+
+template <int N>
+struct Mask {
+  __mmask16 m;
+};
+
+template <int N>
+constexpr __mmask16 active() {
+  return static_cast<__mmask16>((1u << N) - 1u);
+}
+
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> load(const float* p) {
+  if constexpr (N == kLanes) return {_mm512_loadu_ps(p)};
+  else return {_mm512_maskz_loadu_ps(active<N>(), p)};
+}
+template <int N>
+SKIVE_INLINE void store(float* p, Vec<N> a) {
+  if constexpr (N == kLanes) _mm512_storeu_ps(p, a.v);
+  else _mm512_mask_storeu_ps(p, active<N>(), a.v);
+}
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> splat(float x) { return {_mm512_set1_ps(x)}; }
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> zero() { return {_mm512_setzero_ps()}; }
+
+template <int N> SKIVE_INLINE Vec<N> operator+(Vec<N> a, Vec<N> b) { return {_mm512_add_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a, Vec<N> b) { return {_mm512_sub_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator*(Vec<N> a, Vec<N> b) { return {_mm512_mul_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator/(Vec<N> a, Vec<N> b) { return {_mm512_div_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a) {
+  return {_mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f))};
+}
+template <int N> SKIVE_INLINE Vec<N> fma(Vec<N> a, Vec<N> b, Vec<N> c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
+template <int N> SKIVE_INLINE Vec<N> vmin(Vec<N> a, Vec<N> b) { return {_mm512_min_ps(a.v, b.v)}; }
+template <int N> SKIVE_INLINE Vec<N> vmax(Vec<N> a, Vec<N> b) { return {_mm512_max_ps(a.v, b.v)}; }
+
+template <int N> SKIVE_INLINE Mask<N> less(Vec<N> a, Vec<N> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)};
+}
+template <int N> SKIVE_INLINE Mask<N> equal(Vec<N> a, Vec<N> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)};
+}
+template <int N> SKIVE_INLINE Vec<N> select(Mask<N> m, Vec<N> yes, Vec<N> no) {
+  return {_mm512_mask_blend_ps(m.m, no.v, yes.v)};
+}
+
+template <int N> SKIVE_INLINE float hsum(Vec<N> a) {
+  return N == kLanes ? _mm512_reduce_add_ps(a.v) : _mm512_mask_reduce_add_ps(active<N>(), a.v);
+}
+template <int N> SKIVE_INLINE float hmax(Vec<N> a) {
+  return N == kLanes ? _mm512_reduce_max_ps(a.v) : _mm512_mask_reduce_max_ps(active<N>(), a.v);
+}
+template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
+  return N == kLanes ? _mm512_reduce_min_ps(a.v) : _mm512_mask_reduce_min_ps(active<N>(), a.v);
+}
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_AVX512_H

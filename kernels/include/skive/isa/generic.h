@@ -1,0 +1,101 @@
+// Plain C++17, no intrinsics: the path of every target without a file of its own, and the oracle
+// that the other instruction sets are compared with. Four lanes in an array: a compiler with any
+// SIMD unit vectorises the fixed loops, one without unrolls them.
+#ifndef SKIVE_ISA_GENERIC_H
+#define SKIVE_ISA_GENERIC_H
+
+#include "skive/isa.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+constexpr int kLanes = 4;
+
+template <int N = kLanes>
+struct Vec {
+  static_assert(N >= 1 && N <= kLanes, "a Vec has 1 to 4 lanes");
+  static constexpr int lanes = N;
+  float v[N];
+};
+
+template <int N>
+struct Mask {
+  bool m[N];
+};
+
+template <int N, class F>
+SKIVE_INLINE Vec<N> each(F f) {
+  Vec<N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = f(i);
+  return r;
+}
+
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> load(const float* p) { return each<N>([&](int i) { return p[i]; }); }
+template <int N>
+SKIVE_INLINE void store(float* p, Vec<N> a) { for (int i = 0; i < N; ++i) p[i] = a.v[i]; }
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> splat(float x) { return each<N>([&](int) { return x; }); }
+template <int N = kLanes>
+SKIVE_INLINE Vec<N> zero() { return splat<N>(0.0f); }
+
+template <int N> SKIVE_INLINE Vec<N> operator+(Vec<N> a, Vec<N> b) {
+  return each<N>([&](int i) { return a.v[i] + b.v[i]; });
+}
+template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a, Vec<N> b) {
+  return each<N>([&](int i) { return a.v[i] - b.v[i]; });
+}
+template <int N> SKIVE_INLINE Vec<N> operator*(Vec<N> a, Vec<N> b) {
+  return each<N>([&](int i) { return a.v[i] * b.v[i]; });
+}
+template <int N> SKIVE_INLINE Vec<N> operator/(Vec<N> a, Vec<N> b) {
+  return each<N>([&](int i) { return a.v[i] / b.v[i]; });
+}
+template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a) {
+  return each<N>([&](int i) { return -a.v[i]; });
+}
+// Two roundings where the target has no fused multiply-add: the tolerance table allows for it.
+template <int N> SKIVE_INLINE Vec<N> fma(Vec<N> a, Vec<N> b, Vec<N> c) {
+  return each<N>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+template <int N> SKIVE_INLINE Vec<N> vmin(Vec<N> a, Vec<N> b) {
+  return each<N>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+template <int N> SKIVE_INLINE Vec<N> vmax(Vec<N> a, Vec<N> b) {
+  return each<N>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+
+template <int N> SKIVE_INLINE Mask<N> less(Vec<N> a, Vec<N> b) {
+  Mask<N> r;
+  for (int i = 0; i < N; ++i) r.m[i] = a.v[i] < b.v[i];
+  return r;
+}
+template <int N> SKIVE_INLINE Mask<N> equal(Vec<N> a, Vec<N> b) {
+  Mask<N> r;
+  for (int i = 0; i < N; ++i) r.m[i] = a.v[i] == b.v[i];
+  return r;
+}
+template <int N> SKIVE_INLINE Vec<N> select(Mask<N> m, Vec<N> yes, Vec<N> no) {
+  return each<N>([&](int i) { return m.m[i] ? yes.v[i] : no.v[i]; });
+}
+
+template <int N> SKIVE_INLINE float hsum(Vec<N> a) {
+  float s = a.v[0];
+  for (int i = 1; i < N; ++i) s += a.v[i];
+  return s;
+}
+template <int N> SKIVE_INLINE float hmax(Vec<N> a) {
+  float s = a.v[0];
+  for (int i = 1; i < N; ++i) s = a.v[i] > s ? a.v[i] : s;
+  return s;
+}
+template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
+  float s = a.v[0];
+  for (int i = 1; i < N; ++i) s = a.v[i] < s ? a.v[i] : s;
+  return s;
+}
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_GENERIC_H

@@ -1,0 +1,29 @@
+// `Vec<N>`: N float lanes, 1 <= N <= kLanes, N known at compile time.
+//
+// All loops are written once over Vec<kLanes> and a remainder Vec<N>; a Vec<N> never reads or
+// writes memory beyond its N lanes, so kernels need no padding in the caller's buffers.
+// The scalar functions of math.h have the same names, so one generic lambda serves both.
+#ifndef SKIVE_VEC_H
+#define SKIVE_VEC_H
+
+#include "skive/isa.h"
+
+#if defined(SKIVE_TARGET_AVX512)
+#include "skive/isa/avx512.h"
+#elif defined(SKIVE_TARGET_AVX2)
+#include "skive/isa/avx2.h"
+#else
+#include "skive/isa/generic.h"
+#endif
+
+// Interface that each isa/*.h provides:
+//   constexpr int kLanes;                        float lanes of a full register
+//   template <int N = kLanes> struct Vec;        N active lanes; inactive lanes are unspecified
+//   load<N>(const float*), store(float*, Vec<N>) exactly N floats, any alignment
+//   splat<N>(float), zero<N>()
+//   operators + - * / and unary -, fma(a, b, c) = a * b + c
+//   vmin, vmax (ordered as the instruction: second operand if either is NaN)
+//   Mask<N> = a < b etc. through less(a, b), equal(a, b); select(mask, yes, no)
+//   hsum, hmax, hmin: horizontal reductions over the N active lanes
+
+#endif  // SKIVE_VEC_H
