@@ -1,0 +1,1029 @@
+"""THE op table: one row per operation of the IR.
+
+A row holds the name, the operands, the attributes with their defaults, the shape rule, the numpy
+reference (which *is* the meaning of the operation), the tolerance of a compiled float32 kernel
+against it, and for elementwise operations the name of the C++ function. Importers, passes, the
+verifier, the reference evaluator, the fuzzer and the generated documentation all read this table.
+
+Conventions: images are channels-last, `[N, H, W, C]`; convolution weights are `[OC, KH, KW, IC/groups]`;
+pads are `(top, left, bottom, right)`; integer arithmetic wraps; integer division truncates toward
+zero and is 0 for a zero divisor.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from skive import expr as expressions
+from skive.errors import InvalidModelError, ShapeError
+from skive.ir import FrozenDict, Node
+from skive.types import DType, TensorType
+
+Array = np.ndarray
+REQUIRED = object()  # an attribute without default
+
+F32, BOOL, I64 = DType.f32, DType.bool, DType.i64
+FLOATS = frozenset(d for d in DType if d.is_float)
+INTS = frozenset(d for d in DType if d.is_int)
+NUMBERS = FLOATS | INTS
+ANY = NUMBERS | {BOOL}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the table.
+
+    `infer(types, attrs)` gives the result type or raises ShapeError; `reference(arrays, attrs)`
+    gives the result. `tolerance` is the largest accepted |difference| as a fraction of the
+    result's range, for float results. `epilogue` is the number of operands before those of a
+    fused epilogue, None if the operation cannot carry one.
+    """
+
+    name: str
+    operands: tuple[int, int]
+    infer: Callable[[Sequence[TensorType], FrozenDict], TensorType]
+    reference: Callable[[Sequence[Array], FrozenDict], Array]
+    attrs: dict[str, Any] = field(default_factory=dict)
+    kind: str = ""
+    tolerance: float = 0.0
+    cxx: str = ""
+    epilogue: int | None = None
+    doc: str = ""
+
+
+OPS: dict[str, Op] = {}
+
+
+def _add(op: Op) -> None:
+    if op.name in OPS:
+        raise AssertionError(f"{op.name} is twice in the op table")
+    OPS[op.name] = op
+
+
+def op_of(name: str) -> Op:
+    """The row of `name`; InvalidModelError if there is none."""
+    try:
+        return OPS[name]
+    except KeyError:
+        raise InvalidModelError(f"unknown operation {name!r}") from None
+
+
+def infer(name: str, types: Sequence[TensorType], attrs: FrozenDict) -> TensorType:
+    """The result type of operation `name`, with its epilogue applied."""
+    op = op_of(name)
+    low, high = op.operands
+    epilogue = attrs.get("epilogue", "")
+    if epilogue:
+        if op.epilogue is None:
+            raise ShapeError(f"{name} cannot carry an epilogue")
+        base = op.infer(types[:op.epilogue], attrs)
+        e = expressions.parse(epilogue)
+        extra = types[op.epilogue:]
+        if e.arity > 1 + len(extra):
+            raise ShapeError(f"{name}: epilogue {epilogue!r} names more operands than there are")
+        for t in extra:
+            if broadcast_shapes(t.shape, base.shape) != base.shape:
+                raise ShapeError(f"{name}: epilogue operand {t} does not broadcast to {base}")
+        return TensorType(base.shape, expr_dtype(e, [base.dtype, *(t.dtype for t in extra)]))
+    if not low <= len(types) <= high:
+        raise ShapeError(f"{name} takes {low} to {high} operands, not {len(types)}")
+    return op.infer(types, attrs)
+
+
+def complete_attrs(name: str, attrs: dict[str, Any]) -> FrozenDict:
+    """`attrs` with the defaults of operation `name`; unknown or missing names are refused."""
+    op = op_of(name)
+    unknown = set(attrs) - set(op.attrs) - ({"epilogue"} if op.epilogue is not None else set())
+    if unknown:
+        raise InvalidModelError(f"{name} has no attribute {sorted(unknown)[0]!r}")
+    full = {}
+    for key, default in op.attrs.items():
+        value = attrs.get(key, default)
+        if value is REQUIRED:
+            raise InvalidModelError(f"{name} needs the attribute {key!r}")
+        full[key] = value
+    if attrs.get("epilogue"):
+        full["epilogue"] = attrs["epilogue"]
+    return FrozenDict(full)
+
+
+def make(name: str, *inputs: Node, origin: str = "", label: str = "", **attrs: Any) -> Node:
+    """A checked node: attributes completed, result type inferred. ShapeError if operands do not fit."""
+    full = complete_attrs(name, attrs)
+    return Node(name, tuple(inputs), full, infer(name, [i.type for i in inputs], full), label, origin)
+
+
+def evaluate(node: Node, arrays: Sequence[Array]) -> Array:
+    """The value of `node` on operand values `arrays`, by the table's reference, epilogue included."""
+    op = op_of(node.op)
+    with np.errstate(all="ignore"):
+        epilogue = node.attrs.get("epilogue", "")
+        if epilogue:
+            base = op.reference(arrays[:op.epilogue], node.attrs)
+            result = evaluate_expr(expressions.parse(epilogue), [base, *arrays[op.epilogue:]])
+        else:
+            result = op.reference(arrays, node.attrs)
+    return np.asarray(result, dtype=node.dtype.numpy)
+
+
+# ------------------------------------------------------------------------------------ elementwise
+
+
+def broadcast_shapes(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """The numpy broadcast of `shapes`; ShapeError if they do not fit."""
+    rank = max(map(len, shapes), default=0)
+    out = []
+    for dims in zip(*((1,) * (rank - len(s)) + tuple(s) for s in shapes), strict=True):
+        wide = {d for d in dims if d != 1}
+        if len(wide) > 1:
+            raise ShapeError(f"shapes {', '.join(str(list(s)) for s in shapes)} do not broadcast")
+        out.append(wide.pop() if wide else 1)
+    return tuple(out)
+
+
+def expr_dtype(e: expressions.Expr, operands: Sequence[DType]) -> DType:
+    """The element type of expression `e` on operands of these element types."""
+    steps: list[DType] = []
+    for s in e.steps:
+        row = op_of(s.op)
+        types = [TensorType((), operands[i] if k == "x" else steps[i]) for k, i in s.args]
+        steps.append(row.infer(types, complete_attrs(s.op, dict(s.attrs))).dtype)
+    return steps[-1]
+
+
+def evaluate_expr(e: expressions.Expr, arrays: Sequence[Array]) -> Array:
+    """The value of expression `e`, step by step in the element types of the table."""
+    steps: list[Array] = []
+    with np.errstate(all="ignore"):
+        for s in e.steps:
+            values = [arrays[i] if k == "x" else steps[i] for k, i in s.args]
+            attrs = complete_attrs(s.op, dict(s.attrs))
+            types = [TensorType(v.shape, DType.of(v.dtype)) for v in values]
+            dtype = infer(s.op, types, attrs).dtype
+            steps.append(np.asarray(op_of(s.op).reference(values, attrs), dtype=dtype.numpy))
+    return steps[-1]
+
+
+def _elementwise(name: str, arity: int, fn: Callable[..., Array], domain: frozenset[DType] = FLOATS, *,
+                 result: DType | None = None, cxx: str = "", attrs: dict[str, Any] | None = None,
+                 tolerance: float = 0.0, doc: str = "", mixed: bool = False) -> None:
+    def rule(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+        for t in types:
+            if t.dtype not in domain:
+                raise ShapeError(f"{name} is not defined for {t.dtype.value}")
+        if not mixed and len({t.dtype for t in types}) > 1:
+            raise ShapeError(f"{name} needs equal element types, not {', '.join(t.dtype.value for t in types)}")
+        return TensorType(broadcast_shapes(*(t.shape for t in types)), result or types[0].dtype)
+
+    keys = tuple(attrs or ())
+    _add(Op(name, (arity, arity), rule, lambda x, a: fn(*x, *(a[k] for k in keys)), attrs or {},
+            "elementwise", tolerance, cxx or name, None, doc))
+
+
+def _float(fn: Callable[[Array], Array]) -> Callable[..., Array]:
+    """`fn` evaluated in float64: the reference of a transcendental function is exact to its type."""
+    return lambda x, *a: fn(np.asarray(x, np.float64), *a).astype(x.dtype)
+
+
+def _trunc_div(a: Array, b: Array) -> Array:
+    if a.dtype.kind == "f":
+        return a / b
+    zero = b == 0
+    safe = np.where(zero, 1, b).astype(b.dtype)
+    q = np.floor_divide(a, safe)
+    q = q + ((np.remainder(a, safe) != 0) & ((a < 0) != (safe < 0)))
+    return np.where(zero, 0, q).astype(a.dtype)
+
+
+def _mod(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
+    return fn(a, b) if a.dtype.kind == "f" else np.where(b == 0, 0, fn(a, np.where(b == 0, 1, b)))
+
+
+def _shift(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
+    bits = a.dtype.itemsize * 8
+    return np.where(b < bits, fn(a, np.minimum(b, bits - 1)), 0).astype(a.dtype)
+
+
+_erf = np.frompyfunc(math.erf, 1, 1)
+
+
+def erf(x: Array) -> Array:
+    """The error function, elementwise, in float64."""
+    return _erf(np.asarray(x, np.float64)).astype(np.float64)
+
+
+def _sigmoid(x: Array) -> Array:
+    e = np.exp(-np.abs(x))
+    return np.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+def _softplus(x: Array) -> Array:
+    return np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+
+
+def _cast(x: Array, to: DType) -> Array:
+    """Float to integer truncates toward zero; out of range or NaN gives the value that the
+    conversion through int64 wraps to (as x86 does), never undefined behaviour."""
+    if x.dtype.kind == "f" and to.is_int:
+        wide = np.where(np.isfinite(x) & (np.abs(x) < 2.0**63), x, -(2.0**63))
+        if to is DType.u64:
+            big = (x >= 2.0**63) & (x < 2.0**64)
+            return np.where(big, np.where(big, x, 0).astype(np.uint64), wide.astype(np.int64).astype(np.uint64))
+        return wide.astype(np.int64).astype(to.numpy)
+    return x.astype(to.numpy)
+
+
+def _f32(x: float, like: Array) -> Any:
+    return like.dtype.type(x)
+
+
+_SMOOTH = 2e-6  # a vectorised transcendental: a few units in the last place
+
+for _name, _fn in {"sqrt": np.sqrt, "exp": np.exp, "log": np.log, "sin": np.sin, "cos": np.cos, "tan": np.tan,
+                   "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
+                   "tanh": np.tanh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "erf": erf}.items():
+    _elementwise(_name, 1, _float(_fn), cxx=_name + "_", tolerance=_SMOOTH, doc=f"{_name}(x)")
+
+_elementwise("rsqrt", 1, _float(lambda x: 1 / np.sqrt(x)), tolerance=_SMOOTH, doc="1 / sqrt(x)")
+_elementwise("sigmoid", 1, _float(_sigmoid), tolerance=_SMOOTH, doc="1 / (1 + exp(-x))")
+_elementwise("silu", 1, _float(lambda x: x * _sigmoid(x)), tolerance=_SMOOTH, doc="x sigmoid(x), also called swish")
+_elementwise("gelu", 1, _float(lambda x: 0.5 * x * (1 + erf(x / math.sqrt(2)))), tolerance=_SMOOTH,
+             doc="x Phi(x) (Hendrycks, Gimpel: Gaussian Error Linear Units, 2016)")
+_elementwise("gelu_tanh", 1, _float(lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+             tolerance=_SMOOTH, doc="the tanh approximation of gelu")
+_elementwise("softplus", 1, _float(_softplus), tolerance=_SMOOTH, doc="log(1 + exp(x))")
+_elementwise("mish", 1, _float(lambda x: x * np.tanh(_softplus(x))), tolerance=_SMOOTH, doc="x tanh(softplus(x))")
+_elementwise("elu", 1, _float(lambda x, alpha: np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))),
+             attrs={"alpha": 1.0}, tolerance=_SMOOTH, doc="x if x > 0 else alpha (exp(x) - 1)")
+_elementwise("selu", 1, _float(lambda x, alpha, gamma: gamma * np.where(x > 0, x, alpha * np.expm1(np.minimum(x, 0)))),
+             attrs={"alpha": 1.6732632423543772, "gamma": 1.0507009873554805}, tolerance=_SMOOTH,
+             doc="gamma elu(x, alpha)")
+_elementwise("celu", 1, _float(lambda x, alpha: np.maximum(x, 0) + np.minimum(0, alpha * np.expm1(np.minimum(x, 0) / alpha))),
+             attrs={"alpha": 1.0}, tolerance=_SMOOTH, doc="max(x, 0) + min(0, alpha (exp(x / alpha) - 1))")
+
+_elementwise("softsign", 1, lambda x: x / (1 + np.abs(x)), tolerance=1e-6, doc="x / (1 + |x|)")
+_elementwise("reciprocal", 1, lambda x: 1 / x, tolerance=1e-6, doc="1 / x")
+_elementwise("floor", 1, np.floor, cxx="floor_", doc="largest integer not above x")
+_elementwise("ceil", 1, np.ceil, cxx="ceil_", doc="smallest integer not below x")
+_elementwise("trunc", 1, np.trunc, cxx="trunc_", doc="x without its fraction")
+_elementwise("round_even", 1, np.rint, doc="nearest integer, halves to even")
+_elementwise("abs", 1, np.abs, NUMBERS, cxx="abs_", doc="|x|")
+_elementwise("neg", 1, np.negative, NUMBERS, doc="-x")
+_elementwise("sign", 1, np.sign, NUMBERS, doc="-1, 0 or 1")
+_elementwise("relu", 1, lambda x: np.maximum(x, _f32(0, x)), NUMBERS, doc="max(x, 0)")
+_elementwise("clip", 1, lambda x, lo, hi: np.minimum(np.maximum(x, _f32(lo, x)), _f32(hi, x)), NUMBERS,
+             attrs={"lo": REQUIRED, "hi": REQUIRED}, doc="min(max(x, lo), hi)")
+_elementwise("leaky_relu", 1, lambda x, alpha: np.where(x < 0, _f32(alpha, x) * x, x), attrs={"alpha": 0.01},
+             tolerance=1e-6, doc="x if x >= 0 else alpha x")
+_elementwise("thresholded_relu", 1, lambda x, alpha: np.where(x > _f32(alpha, x), x, _f32(0, x)),
+             attrs={"alpha": 1.0}, doc="x if x > alpha else 0")
+_elementwise("hard_sigmoid", 1, lambda x, alpha, beta: np.clip(_f32(alpha, x) * x + _f32(beta, x), 0, 1),
+             attrs={"alpha": 0.2, "beta": 0.5}, tolerance=1e-6, doc="clip(alpha x + beta, 0, 1)")
+_elementwise("hard_swish", 1, lambda x: x * np.clip(x * _f32(1 / 6, x) + _f32(0.5, x), 0, 1), tolerance=1e-6,
+             doc="x clip(x / 6 + 1/2, 0, 1)")
+_elementwise("shrink", 1, lambda x, bias, lambd: np.where(x < -lambd, x + _cast_like(bias, x),
+                                                          np.where(x > lambd, x - _cast_like(bias, x), x * 0)),
+             NUMBERS, attrs={"bias": 0.0, "lambd": 0.5}, tolerance=1e-6, doc="soft or hard shrinkage")
+_elementwise("not", 1, np.logical_not, frozenset({BOOL}), cxx="not_", doc="logical not")
+_elementwise("bit_not", 1, np.invert, INTS, doc="bitwise not")
+_elementwise("is_nan", 1, np.isnan, result=BOOL, doc="x is not a number")
+_elementwise("is_inf", 1, lambda x, neg, pos: (np.isneginf(x) & neg) | (np.isposinf(x) & pos), result=BOOL,
+             attrs={"neg": True, "pos": True}, doc="x is infinite, of the wanted sign")
+
+
+def _cast_like(v: float, x: Array) -> Any:
+    return x.dtype.type(v)
+
+
+def _infer_cast(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    return TensorType(types[0].shape, a["to"])
+
+
+_add(Op("cast", (1, 1), _infer_cast, lambda x, a: _cast(x[0], a["to"]), {"to": REQUIRED}, "elementwise", 0.0, "cast",
+        doc="x in another element type; float to integer truncates, integers wrap, bool is x != 0"))
+
+for _name, _fn, _domain in [
+        ("add", np.add, NUMBERS), ("sub", np.subtract, NUMBERS), ("mul", np.multiply, NUMBERS),
+        ("div", _trunc_div, NUMBERS), ("min", np.minimum, NUMBERS), ("max", np.maximum, NUMBERS),
+        ("bit_and", np.bitwise_and, INTS), ("bit_or", np.bitwise_or, INTS), ("bit_xor", np.bitwise_xor, INTS)]:
+    _elementwise(_name, 2, _fn, _domain, cxx=_name + "_" if _name in ("min", "max") else _name,
+                 tolerance=1e-6 if _name == "div" else 0.0, doc=f"{_name}(a, b)")
+for _name, _fn in [("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)]:
+    _elementwise(_name, 2, _fn, frozenset({BOOL}), cxx=_name + "_", doc=f"logical {_name}")
+for _name, _fn in [("less", np.less), ("less_equal", np.less_equal), ("greater", np.greater),
+                   ("greater_equal", np.greater_equal), ("equal", np.equal), ("not_equal", np.not_equal)]:
+    _elementwise(_name, 2, _fn, ANY if "equal" in (_name, _name[4:]) else NUMBERS, result=BOOL,
+                 cxx={"equal": "equal_", "not_equal": "not_equal_"}.get(_name, _name), doc=f"{_name}(a, b)")
+_elementwise("pow", 2, np.power, NUMBERS, cxx="pow_", tolerance=_SMOOTH, doc="a to the power b")
+_elementwise("mod", 2, lambda a, b: _mod(a, b, np.mod), NUMBERS, cxx="mod_", tolerance=1e-6,
+             doc="remainder with the sign of b")
+_elementwise("fmod", 2, lambda a, b: _mod(a, b, np.fmod), NUMBERS, cxx="fmod_", tolerance=1e-6,
+             doc="remainder with the sign of a")
+_elementwise("shift_left", 2, lambda a, b: _shift(a, b, np.left_shift), INTS, doc="a << b, 0 if b is too large")
+_elementwise("shift_right", 2, lambda a, b: _shift(a, b, np.right_shift), INTS, doc="a >> b, 0 if b is too large")
+_elementwise("prelu", 2, lambda x, s: np.where(x < 0, s * x, x), NUMBERS, tolerance=1e-6, doc="x if x >= 0 else slope x")
+
+
+def _infer_where(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    if types[0].dtype is not BOOL or types[1].dtype is not types[2].dtype:
+        raise ShapeError("where needs a bool condition and two operands of one element type")
+    return TensorType(broadcast_shapes(*(t.shape for t in types)), types[1].dtype)
+
+
+_add(Op("where", (3, 3), _infer_where, lambda x, a: np.where(*x), {}, "elementwise", 0.0, "where",
+        doc="a where the condition holds, else b"))
+
+
+def _infer_map(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    e = expressions.parse(a["fn"])
+    if e.arity > len(types):
+        raise ShapeError(f"map: {a['fn']!r} names more operands than there are")
+    return TensorType(broadcast_shapes(*(t.shape for t in types)), expr_dtype(e, [t.dtype for t in types]))
+
+
+def _ref_map(x: Sequence[Array], a: FrozenDict) -> Array:
+    shape = np.broadcast_shapes(*(v.shape for v in x))
+    return np.broadcast_to(evaluate_expr(expressions.parse(a["fn"]), x), shape)
+
+
+_add(Op("map", (1, 64), _infer_map, _ref_map, {"fn": REQUIRED}, "elementwise", 4e-6,
+        doc="a fused elementwise expression over broadcast operands"))
+
+# -------------------------------------------------------------------------------- data movement
+
+
+def _axis(axis: int, rank: int, what: str) -> int:
+    if not -rank <= axis < rank:
+        raise ShapeError(f"{what}: axis {axis} is outside rank {rank}")
+    return axis % rank
+
+
+def _infer_reshape(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    if math.prod(a["shape"]) != types[0].size:
+        raise ShapeError(f"reshape of {types[0]} to {list(a['shape'])} changes the number of elements")
+    return TensorType(tuple(a["shape"]), types[0].dtype)
+
+
+def _infer_transpose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    perm = a["perm"]
+    if sorted(perm) != list(range(types[0].rank)):
+        raise ShapeError(f"transpose: {list(perm)} is not a permutation of rank {types[0].rank}")
+    return TensorType(tuple(types[0].shape[p] for p in perm), types[0].dtype)
+
+
+def _slices(shape: tuple[int, ...], a: FrozenDict) -> tuple[slice, ...]:
+    out = []
+    for start, size, step in zip(a["start"], a["size"], a["step"], strict=True):
+        stop = start + size * step
+        out.append(slice(start, stop if stop >= 0 else None, step))
+    return tuple(out)
+
+
+def _infer_slice(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    t = types[0]
+    if not len(a["start"]) == len(a["size"]) == len(a["step"]) == t.rank:
+        raise ShapeError("slice: start, size and step need one entry per axis")
+    for d, start, size, step in zip(t.shape, a["start"], a["size"], a["step"], strict=True):
+        last = start + (size - 1) * step
+        if size and (step == 0 or not (0 <= start < d and 0 <= last < d)):
+            raise ShapeError(f"slice of {t} leaves the tensor")
+    return TensorType(tuple(a["size"]), t.dtype)
+
+
+def _ref_slice(x: Sequence[Array], a: FrozenDict) -> Array:
+    if 0 in a["size"]:
+        return np.zeros(a["size"], x[0].dtype)
+    return x[0][_slices(x[0].shape, a)]
+
+
+def _infer_concat(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    axis = _axis(a["axis"], types[0].rank, "concat")
+    first = types[0]
+    for t in types:
+        if t.dtype is not first.dtype or t.rank != first.rank or any(
+                p != q for i, (p, q) in enumerate(zip(t.shape, first.shape, strict=True)) if i != axis):
+            raise ShapeError(f"concat along axis {axis} of {', '.join(map(str, types))}")
+    shape = list(first.shape)
+    shape[axis] = sum(t.shape[axis] for t in types)
+    return TensorType(tuple(shape), first.dtype)
+
+
+def _infer_pad(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    t = types[0]
+    if len(a["before"]) != t.rank or len(a["after"]) != t.rank:
+        raise ShapeError("pad: before and after need one entry per axis")
+    shape = []
+    for d, b, e in zip(t.shape, a["before"], a["after"], strict=True):
+        if b < 0 or e < 0:
+            raise ShapeError("pad: negative pads are slices")
+        if a["mode"] == "reflect" and d and max(b, e) >= d:
+            raise ShapeError("pad: reflection is wider than the tensor")
+        if a["mode"] != "constant" and d == 0 and b + e:
+            raise ShapeError("pad: nothing to repeat in an empty tensor")
+        shape.append(d + b + e)
+    return TensorType(tuple(shape), t.dtype)
+
+
+def _ref_pad(x: Sequence[Array], a: FrozenDict) -> Array:
+    widths = list(zip(a["before"], a["after"], strict=True))
+    if a["mode"] == "constant":
+        return np.pad(x[0], widths, constant_values=a["value"])
+    return np.pad(x[0], widths, mode=a["mode"])
+
+
+def _infer_expand(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    shape = tuple(a["shape"])
+    if broadcast_shapes(types[0].shape, shape) != shape:
+        raise ShapeError(f"expand of {types[0]} to {list(shape)}")
+    return TensorType(shape, types[0].dtype)
+
+
+_add(Op("reshape", (1, 1), _infer_reshape, lambda x, a: x[0].reshape(a["shape"]), {"shape": REQUIRED}, "movement",
+        doc="the same elements in another shape; no data moves"))
+_add(Op("transpose", (1, 1), _infer_transpose, lambda x, a: np.ascontiguousarray(x[0].transpose(a["perm"])),
+        {"perm": REQUIRED}, "movement", doc="axes permuted: result axis i is operand axis perm[i]"))
+_add(Op("slice", (1, 1), _infer_slice, _ref_slice, {"start": REQUIRED, "size": REQUIRED, "step": REQUIRED}, "movement",
+        doc="per axis `size` elements from `start`, `step` apart (negative steps reverse)"))
+_add(Op("concat", (1, 4096), _infer_concat, lambda x, a: np.concatenate(x, a["axis"]), {"axis": REQUIRED}, "movement",
+        doc="operands joined along an axis"))
+_add(Op("pad", (1, 1), _infer_pad, _ref_pad, {"before": REQUIRED, "after": REQUIRED, "value": 0.0, "mode": "constant"},
+        "movement", doc="elements added around a tensor: constant, reflect, edge or wrap"))
+_add(Op("expand", (1, 1), _infer_expand, lambda x, a: np.broadcast_to(x[0], a["shape"]).copy(), {"shape": REQUIRED},
+        "movement", doc="broadcast made real"))
+
+# ------------------------------------------------------------------------------------ indexing
+
+
+def _wrap(idx: Array, n: int) -> Array:
+    """Negative indices count from the end; anything still outside is clamped (memory safety)."""
+    idx = idx.astype(np.int64)
+    return np.clip(np.where(idx < 0, idx + n, idx), 0, max(n - 1, 0))
+
+
+def _infer_gather(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    data, idx = types
+    axis = _axis(a["axis"], data.rank, "gather")
+    if data.shape[axis] == 0 and idx.size:
+        raise ShapeError("gather from an empty axis")
+    return TensorType(data.shape[:axis] + idx.shape + data.shape[axis + 1:], data.dtype)
+
+
+def _infer_gather_elements(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    data, idx = types
+    axis = _axis(a["axis"], data.rank, "gather_elements")
+    if idx.rank != data.rank or any(i > d for k, (i, d) in enumerate(zip(idx.shape, data.shape, strict=True)) if k != axis):
+        raise ShapeError(f"gather_elements: indices {idx} do not fit {data}")
+    return TensorType(idx.shape, data.dtype)
+
+
+def _ref_gather_elements(x: Sequence[Array], a: FrozenDict) -> Array:
+    data, idx = x
+    axis = a["axis"] % data.ndim
+    grid = list(np.indices(idx.shape, sparse=True))
+    grid[axis] = _wrap(idx, data.shape[axis])
+    return data[tuple(grid)]
+
+
+def _infer_gather_nd(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    data, idx = types
+    b = a["batch_dims"]
+    if idx.rank < 1 or b >= min(idx.rank, data.rank) or idx.shape[-1] > data.rank - b or data.shape[:b] != idx.shape[:b]:
+        raise ShapeError(f"gather_nd: indices {idx} do not fit {data}")
+    return TensorType(idx.shape[:-1] + data.shape[b + idx.shape[-1]:], data.dtype)
+
+
+def _nd_index(idx: Array, shape: tuple[int, ...], batch: int) -> tuple[Array, ...]:
+    grids = [g.reshape(g.shape) for g in np.indices(idx.shape[:-1], sparse=True)[:batch]] if batch else []
+    return (*grids, *(_wrap(idx[..., k], shape[batch + k]) for k in range(idx.shape[-1])))
+
+
+def _infer_scatter_elements(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    data, idx, upd = types
+    _axis(a["axis"], data.rank, "scatter_elements")
+    if idx.shape != upd.shape or idx.rank != data.rank or upd.dtype is not data.dtype:
+        raise ShapeError(f"scatter_elements: indices {idx} and updates {upd} do not fit {data}")
+    return data
+
+
+_REDUCE_INTO: dict[str, Callable[..., Any]] = {
+    "none": lambda old, new: new, "add": operator.add, "mul": operator.mul, "min": min, "max": max}
+
+
+def _scatter(data: Array, index: tuple[Array, ...], upd: Array, reduction: str) -> Array:
+    out = data.copy()
+    index = tuple(np.broadcast_to(i, np.broadcast_shapes(*(j.shape for j in index))) for i in index)
+    if reduction == "none":
+        out[index] = upd
+    else:
+        {"add": np.add, "mul": np.multiply, "min": np.minimum, "max": np.maximum}[reduction].at(out, index, upd)
+    return out
+
+
+def _ref_scatter_elements(x: Sequence[Array], a: FrozenDict) -> Array:
+    data, idx, upd = x
+    axis = a["axis"] % data.ndim
+    grid = list(np.indices(idx.shape, sparse=True))
+    grid[axis] = _wrap(idx, data.shape[axis])
+    return _scatter(data, tuple(grid), upd, a["reduction"])
+
+
+def _infer_scatter_nd(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    data, idx, upd = types
+    if idx.rank < 1 or idx.shape[-1] > data.rank or upd.shape != idx.shape[:-1] + data.shape[idx.shape[-1]:]:
+        raise ShapeError(f"scatter_nd: indices {idx} and updates {upd} do not fit {data}")
+    return data
+
+
+_add(Op("gather", (2, 2), _infer_gather, lambda x, a: np.take(x[0], _wrap(x[1], x[0].shape[a["axis"]]), a["axis"]),
+        {"axis": 0}, "index", doc="data taken at indices along an axis; negative indices count from the end"))
+_add(Op("gather_elements", (2, 2), _infer_gather_elements, _ref_gather_elements, {"axis": 0}, "index",
+        doc="result[i][j] = data[index[i][j]][j] for axis 0"))
+_add(Op("gather_nd", (2, 2), _infer_gather_nd, lambda x, a: x[0][_nd_index(x[1], x[0].shape, a["batch_dims"])],
+        {"batch_dims": 0}, "index", doc="slices of data at index tuples"))
+_add(Op("scatter_elements", (3, 3), _infer_scatter_elements, _ref_scatter_elements, {"axis": 0, "reduction": "none"},
+        "index", 1e-6, doc="data with updates written (or reduced) at indices along an axis"))
+_add(Op("scatter_nd", (3, 3), _infer_scatter_nd,
+        lambda x, a: _scatter(x[0], _nd_index(x[1], x[0].shape, 0), x[2], a["reduction"]),
+        {"reduction": "none"}, "index", 1e-6, doc="data with slices written (or reduced) at index tuples"))
+
+# ------------------------------------------------------------------------------------ reductions
+
+
+def _reduced_shape(shape: tuple[int, ...], axes: tuple[int, ...], keep: bool) -> tuple[int, ...]:
+    return tuple(1 if i in axes else d for i, d in enumerate(shape) if keep or i not in axes)
+
+
+def _reduction(name: str, fn: Callable[..., Array], domain: frozenset[DType], tolerance: float, doc: str) -> None:
+    def rule(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+        t = types[0]
+        if t.dtype not in domain:
+            raise ShapeError(f"{name} is not defined for {t.dtype.value}")
+        axes = tuple(_axis(x, t.rank, name) for x in a["axes"])
+        if name in ("reduce_max", "reduce_min") and t.size == 0:
+            if any(t.shape[x] == 0 for x in axes) and all(d for i, d in enumerate(t.shape) if i not in axes):
+                raise ShapeError(f"{name} of an empty axis has no value")
+        return TensorType(_reduced_shape(t.shape, axes, a["keep"]), t.dtype)
+
+    def reference(x: Sequence[Array], a: FrozenDict) -> Array:
+        v = x[0].astype(np.float64) if x[0].dtype.kind == "f" else x[0]
+        if not a["axes"]:
+            return x[0]
+        return np.asarray(fn(v, axis=tuple(a["axes"]), keepdims=a["keep"])).astype(x[0].dtype)
+
+    _add(Op(name, (1, 1), rule, reference, {"axes": REQUIRED, "keep": True}, "reduce", tolerance, doc=doc))
+
+
+def _mean(v: Array, axis: tuple[int, ...], keepdims: bool) -> Array:
+    if v.dtype.kind == "f":
+        return np.mean(v, axis=axis, keepdims=keepdims)
+    n = math.prod(v.shape[i] for i in axis)
+    return _trunc_div(np.sum(v, axis=axis, keepdims=keepdims, dtype=v.dtype), np.asarray(max(n, 1), v.dtype))
+
+
+_reduction("reduce_sum", lambda v, axis, keepdims: np.sum(v, axis=axis, keepdims=keepdims, dtype=v.dtype), NUMBERS, 1e-5,
+           "sum over axes")
+_reduction("reduce_mean", _mean, NUMBERS, 1e-5, "mean over axes")
+_reduction("reduce_prod", lambda v, axis, keepdims: np.prod(v, axis=axis, keepdims=keepdims, dtype=v.dtype), NUMBERS, 1e-5,
+           "product over axes")
+_reduction("reduce_max", np.max, ANY, 0.0, "largest over axes")
+_reduction("reduce_min", np.min, ANY, 0.0, "smallest over axes")
+
+
+def _infer_arg(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    axis = _axis(a["axis"], types[0].rank, "argmax")
+    if types[0].shape[axis] == 0:
+        raise ShapeError("argmax of an empty axis has no value")
+    return TensorType(_reduced_shape(types[0].shape, (axis,), a["keep"]), I64)
+
+
+def _ref_arg(fn: Callable[..., Array]) -> Callable[[Sequence[Array], FrozenDict], Array]:
+    def reference(x: Sequence[Array], a: FrozenDict) -> Array:
+        v, axis = x[0], a["axis"]
+        r = fn(np.flip(v, axis), axis=axis) if a["last"] else fn(v, axis=axis)
+        r = v.shape[axis] - 1 - r if a["last"] else r
+        return np.expand_dims(r, axis) if a["keep"] else r
+
+    return reference
+
+
+for _name, _fn in [("argmax", np.argmax), ("argmin", np.argmin)]:
+    _add(Op(_name, (1, 1), _infer_arg, _ref_arg(_fn), {"axis": REQUIRED, "keep": True, "last": False}, "reduce",
+            doc=f"index of the {'largest' if _name == 'argmax' else 'smallest'} element, the first (or last) of equals"))
+
+
+def _infer_scan(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    _axis(a["axis"], types[0].rank, "cumulative")
+    return types[0]
+
+
+def _cumulative(fn: Callable[..., Array], neutral: int) -> Callable[[Sequence[Array], FrozenDict], Array]:
+    def reference(x: Sequence[Array], a: FrozenDict) -> Array:
+        axis = a["axis"]
+        v = np.flip(x[0], axis) if a["reverse"] else x[0]
+        r = fn(v.astype(np.float64) if v.dtype.kind == "f" else v, axis=axis)
+        if a["exclusive"]:
+            r = np.roll(r, 1, axis)
+            first = [slice(None)] * r.ndim
+            first[axis] = slice(0, 1)
+            r[tuple(first)] = neutral
+        return (np.flip(r, axis) if a["reverse"] else r).astype(x[0].dtype)
+
+    return reference
+
+
+for _name, _fn, _zero in [("cumsum", np.cumsum, 0), ("cumprod", np.cumprod, 1)]:
+    _add(Op(_name, (1, 1), _infer_scan, _cumulative(_fn, _zero),
+            {"axis": REQUIRED, "exclusive": False, "reverse": False}, "reduce", 1e-5,
+            doc=f"running {'sum' if _zero == 0 else 'product'} along an axis"))
+
+
+def _infer_topk(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    t = types[0]
+    if t.rank == 0 or not 0 <= a["k"] <= t.shape[-1]:
+        raise ShapeError(f"topk: k = {a['k']} of {t}")
+    return TensorType((*t.shape[:-1], a["k"]), t.dtype)
+
+
+def _topk_order(v: Array, a: FrozenDict) -> Array:
+    if a["largest"]:
+        order = v.shape[-1] - 1 - np.argsort(v[..., ::-1], axis=-1, kind="stable")[..., ::-1]
+    else:
+        order = np.argsort(v, axis=-1, kind="stable")
+    return order[..., :a["k"]]
+
+
+_add(Op("topk_values", (1, 1), _infer_topk, lambda x, a: np.take_along_axis(x[0], _topk_order(x[0], a), -1),
+        {"k": REQUIRED, "largest": True}, "reduce", doc="the k largest (smallest) of the last axis, sorted"))
+_add(Op("topk_indices", (1, 1), lambda t, a: TensorType(_infer_topk(t, a).shape, I64), lambda x, a: _topk_order(x[0], a),
+        {"k": REQUIRED, "largest": True}, "reduce", doc="where topk_values come from; the lower index first among equals"))
+
+# ------------------------------------------------------------------------------------ contractions
+
+
+def _infer_matmul(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, y = types
+    if x.rank < 2 or y.rank < 2:
+        raise ShapeError("matmul needs operands of rank 2 or more")
+    m, k = x.shape[-2:][::-1] if a["trans_a"] else x.shape[-2:]
+    k2, n = y.shape[-2:][::-1] if a["trans_b"] else y.shape[-2:]
+    if k != k2 or x.dtype is not y.dtype:
+        raise ShapeError(f"matmul of {x} and {y}")
+    return TensorType((*broadcast_shapes(x.shape[:-2], y.shape[:-2]), m, n), x.dtype)
+
+
+def _ref_matmul(x: Sequence[Array], a: FrozenDict) -> Array:
+    p = np.swapaxes(x[0], -1, -2) if a["trans_a"] else x[0]
+    q = np.swapaxes(x[1], -1, -2) if a["trans_b"] else x[1]
+    return np.matmul(p, q)
+
+
+_add(Op("matmul", (2, 2), _infer_matmul, _ref_matmul, {"trans_a": False, "trans_b": False}, "contract", 1e-5,
+        doc="batched matrix product with broadcast batch axes"))
+
+
+def _infer_linear(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, w = types[:2]
+    if x.rank < 1 or w.rank != 2 or x.shape[-1] != w.shape[1] or (len(types) > 2 and types[2].shape != w.shape[:1]):
+        raise ShapeError(f"linear of {', '.join(map(str, types))}")
+    return TensorType((*x.shape[:-1], w.shape[0]), x.dtype)
+
+
+_add(Op("linear", (2, 3), _infer_linear, lambda x, a: x[0] @ x[1].T + (x[2] if len(x) > 2 else 0), {}, "contract", 1e-5,
+        epilogue=3, doc="x w^T + b with constant w [OC, K] and b [OC]; x [..., K]"))
+
+
+def window_out(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
+    """Positions of a window of `kernel` taps, `dilation` apart, moved by `stride` over a padded axis."""
+    return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _check_window(name: str, a: FrozenDict, kernel: tuple[int, ...]) -> None:
+    if (len(a["stride"]) != 2 or min(a["stride"]) < 1 or len(kernel) != 2 or min(kernel) < 1
+            or len(a["pad"]) != 4 or min(a["pad"]) < 0 or min(a.get("dilation", (1, 1))) < 1):
+        raise ShapeError(f"{name}: kernel {list(kernel)}, stride {list(a['stride'])}, pad {list(a['pad'])}, "
+                         f"dilation {list(a.get('dilation', (1, 1)))} are not a window")
+
+
+def _window_shape(name: str, x: TensorType, a: FrozenDict, kernel: tuple[int, ...]) -> tuple[int, int]:
+    if x.rank != 4:
+        raise ShapeError(f"{name} needs an operand [N, H, W, C], not {x}")
+    _check_window(name, a, kernel)
+    out = tuple(window_out(x.shape[1 + i], a["pad"][i], a["pad"][2 + i], kernel[i], a["stride"][i], a["dilation"][i])
+                for i in range(2))
+    if min(out) < 1:
+        raise ShapeError(f"{name}: window {list(kernel)} does not fit {x}")
+    return out  # type: ignore[return-value]
+
+
+def _infer_conv(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, w = types[:2]
+    if w.rank != 4 or x.rank != 4:
+        raise ShapeError(f"conv2d of {x} and {w}")
+    oc, kh, kw, ic = w.shape
+    g = a["groups"]
+    if g < 1 or x.shape[3] != ic * g or oc % g or w.dtype is not x.dtype or (len(types) > 2 and types[2].shape != (oc,)):
+        raise ShapeError(f"conv2d: {', '.join(map(str, types))} with {g} groups")
+    return TensorType((x.shape[0], *_window_shape("conv2d", x, a, (kh, kw)), oc), x.dtype)
+
+
+def _padded(x: Array, pad: tuple[int, int, int, int], value: float = 0.0) -> Array:
+    t, left, b, r = pad
+    return np.pad(x, [(0, 0), (t, b), (left, r), (0, 0)], constant_values=value) if any(pad) else x
+
+
+def _taps(x: Array, kernel: tuple[int, int], out: tuple[int, int], a: FrozenDict) -> Any:
+    """(kh, kw, view [N, OH, OW, C]) of every tap of a window over the padded image x."""
+    (sh, sw), (dh, dw) = a["stride"], a.get("dilation", (1, 1))
+    for kh in range(kernel[0]):
+        for kw in range(kernel[1]):
+            yield kh, kw, x[:, kh * dh:kh * dh + (out[0] - 1) * sh + 1:sh, kw * dw:kw * dw + (out[1] - 1) * sw + 1:sw]
+
+
+def _ref_conv(x: Sequence[Array], a: FrozenDict) -> Array:
+    img, w = x[:2]
+    oc, kh, kw, ic = w.shape
+    g = a["groups"]
+    pt, pl, pb, pr = a["pad"]
+    out = (window_out(img.shape[1], pt, pb, kh, a["stride"][0], a["dilation"][0]),
+           window_out(img.shape[2], pl, pr, kw, a["stride"][1], a["dilation"][1]))
+    n = img.shape[0]
+    y = np.zeros((n, *out, g, oc // g), img.dtype)
+    for i, j, tap in _taps(_padded(img, a["pad"]), (kh, kw), out, a):
+        tap = tap.reshape(n, *out, g, ic)
+        wt = w[:, i, j].reshape(g, oc // g, ic)
+        if ic == 1:
+            y += tap * wt[:, :, 0]
+        elif g == 1:
+            y[..., 0, :] += tap[..., 0, :] @ wt[0].T
+        else:
+            y += np.matmul(tap[..., None, :], np.swapaxes(wt, 1, 2))[..., 0, :]
+    y = y.reshape(n, *out, oc)
+    return y + x[2] if len(x) > 2 else y
+
+
+_WINDOW = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
+_add(Op("conv2d", (2, 3), _infer_conv, _ref_conv, {**_WINDOW, "groups": 1}, "window", 1e-5, epilogue=3,
+        doc="convolution of [N, H, W, C] with [OC, KH, KW, C/groups] and bias [OC]; groups = C is depthwise"))
+
+
+def _infer_conv_transpose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, w = types[:2]
+    if w.rank != 4 or x.rank != 4:
+        raise ShapeError(f"conv_transpose2d of {x} and {w}")
+    oc, kh, kw, ic = w.shape
+    g = a["groups"]
+    if g < 1 or x.shape[3] != ic * g or oc % g or (len(types) > 2 and types[2].shape != (oc,)):
+        raise ShapeError(f"conv_transpose2d: {', '.join(map(str, types))} with {g} groups")
+    _check_window("conv_transpose2d", a, (kh, kw))
+    out = []
+    for i in range(2):
+        full = (x.shape[1 + i] - 1) * a["stride"][i] + a["dilation"][i] * ((kh, kw)[i] - 1) + 1 + a["out_pad"][i]
+        out.append(full - a["pad"][i] - a["pad"][2 + i])
+    if min(out) < 1 or min(a["out_pad"]) < 0:
+        raise ShapeError(f"conv_transpose2d of {x} and {w} has an empty result")
+    return TensorType((x.shape[0], *out, oc), x.dtype)
+
+
+def _ref_conv_transpose(x: Sequence[Array], a: FrozenDict) -> Array:
+    img, w = x[:2]
+    oc, kh, kw, ic = w.shape
+    g, (sh, sw), (dh, dw) = a["groups"], a["stride"], a["dilation"]
+    n, h, wd, _ = img.shape
+    full = np.zeros((n, (h - 1) * sh + dh * (kh - 1) + 1 + a["out_pad"][0],
+                     (wd - 1) * sw + dw * (kw - 1) + 1 + a["out_pad"][1], oc), img.dtype)
+    grouped = img.reshape(n, h, wd, g, ic)
+    for i in range(kh):
+        for j in range(kw):
+            wt = w[:, i, j].reshape(g, oc // g, ic)
+            part = np.matmul(grouped[..., None, :], np.swapaxes(wt, 1, 2))[..., 0, :].reshape(n, h, wd, oc)
+            full[:, i * dh:i * dh + (h - 1) * sh + 1:sh, j * dw:j * dw + (wd - 1) * sw + 1:sw] += part
+    t, left, b, r = a["pad"]
+    y = full[:, t:full.shape[1] - b, left:full.shape[2] - r]
+    return y + x[2] if len(x) > 2 else y
+
+
+_add(Op("conv_transpose2d", (2, 3), _infer_conv_transpose, _ref_conv_transpose,
+        {**_WINDOW, "groups": 1, "out_pad": (0, 0)}, "window", 1e-5, epilogue=3,
+        doc="the transpose of conv2d: weights [OC, KH, KW, IC/groups], pads cut from the full result"))
+
+
+def _pool_rule(name: str) -> Callable[[Sequence[TensorType], FrozenDict], TensorType]:
+    def rule(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+        x = types[0]
+        shape = (x.shape[0], *_window_shape(name, x, a, a["kernel"]), x.shape[3])
+        for i in range(2):
+            if max(a["pad"][i], a["pad"][2 + i]) > a["dilation"][i] * (a["kernel"][i] - 1):
+                raise ShapeError(f"{name}: a window lies wholly in the padding")
+        return TensorType(shape, x.dtype)
+
+    return rule
+
+
+def _ref_max_pool(x: Sequence[Array], a: FrozenDict) -> Array:
+    low = -np.inf if x[0].dtype.kind == "f" else np.iinfo(x[0].dtype).min
+    pt, pl, pb, pr = a["pad"]
+    out = tuple(window_out(x[0].shape[1 + i], a["pad"][i], a["pad"][2 + i], a["kernel"][i], a["stride"][i], a["dilation"][i])
+                for i in range(2))
+    y = None
+    for _, _, tap in _taps(_padded(x[0], a["pad"], low), a["kernel"], out, a):
+        y = tap if y is None else np.maximum(y, tap)
+    return np.array(y)
+
+
+def _ref_avg_pool(x: Sequence[Array], a: FrozenDict) -> Array:
+    out = tuple(window_out(x[0].shape[1 + i], a["pad"][i], a["pad"][2 + i], a["kernel"][i], a["stride"][i], a["dilation"][i])
+                for i in range(2))
+    ones = np.ones((1, *x[0].shape[1:3], 1), np.float64)
+    total = count = 0.0
+    for (_, _, tap), (_, _, one) in zip(_taps(_padded(x[0].astype(np.float64), a["pad"]), a["kernel"], out, a),
+                                        _taps(_padded(ones, a["pad"]), a["kernel"], out, a), strict=True):
+        total, count = total + tap, count + one
+    if a["count_pad"]:
+        count = math.prod(a["kernel"])
+    return (total / np.maximum(count, 1)).astype(x[0].dtype)
+
+
+_add(Op("max_pool2d", (1, 1), _pool_rule("max_pool2d"), _ref_max_pool, {"kernel": REQUIRED, **_WINDOW}, "window", 0.0,
+        epilogue=1, doc="largest element of each window of [N, H, W, C]"))
+_add(Op("avg_pool2d", (1, 1), _pool_rule("avg_pool2d"), _ref_avg_pool, {"kernel": REQUIRED, **_WINDOW, "count_pad": False},
+        "window", 1e-6, epilogue=1, doc="mean of each window; `count_pad` counts the padding as zeros"))
+
+# ------------------------------------------------------------------------------------ normalisation
+
+
+def _same(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    if "axis" in a:
+        _axis(a["axis"], types[0].rank, "axis")
+    return types[0]
+
+
+def _ref_softmax(x: Sequence[Array], a: FrozenDict) -> Array:
+    v = x[0].astype(np.float64)
+    e = np.exp(v - np.max(v, axis=a["axis"], keepdims=True)) if v.size else v
+    return (e / np.sum(e, axis=a["axis"], keepdims=True)).astype(x[0].dtype)
+
+
+def _ref_log_softmax(x: Sequence[Array], a: FrozenDict) -> Array:
+    v = x[0].astype(np.float64)
+    v = v - np.max(v, axis=a["axis"], keepdims=True) if v.size else v
+    return (v - np.log(np.sum(np.exp(v), axis=a["axis"], keepdims=True))).astype(x[0].dtype)
+
+
+_add(Op("softmax", (1, 1), _same, _ref_softmax, {"axis": -1}, "normalize", 4e-6, doc="exp(x) / sum(exp(x)) along an axis"))
+_add(Op("log_softmax", (1, 1), _same, _ref_log_softmax, {"axis": -1}, "normalize", 4e-6, doc="log(softmax(x))"))
+
+
+def _infer_norm(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x = types[0]
+    tail = x.shape[_axis(a["axis"], x.rank, "norm"):]
+    if any(t.shape != tail for t in types[1:]):
+        raise ShapeError(f"norm over {list(tail)} with {', '.join(map(str, types[1:]))}")
+    return x
+
+
+def _ref_layer_norm(x: Sequence[Array], a: FrozenDict) -> Array:
+    v = x[0].astype(np.float64)
+    axes = tuple(range(a["axis"] % v.ndim, v.ndim))
+    d = v - v.mean(axes, keepdims=True)
+    y = d / np.sqrt((d * d).mean(axes, keepdims=True) + a["eps"]) * x[1]
+    return (y + (x[2] if len(x) > 2 else 0)).astype(x[0].dtype)
+
+
+def _ref_rms_norm(x: Sequence[Array], a: FrozenDict) -> Array:
+    v = x[0].astype(np.float64)
+    axes = tuple(range(a["axis"] % v.ndim, v.ndim))
+    return (v / np.sqrt((v * v).mean(axes, keepdims=True) + a["eps"]) * x[1]).astype(x[0].dtype)
+
+
+_add(Op("layer_norm", (2, 3), _infer_norm, _ref_layer_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
+        doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
+_add(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
+        doc="x / sqrt(mean(x^2) + eps) scale (Zhang, Sennrich: Root Mean Square Layer Normalization, 2019)"))
+
+
+def _infer_attention(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    q, k, v = types[:3]
+    if not q.rank == k.rank == v.rank == 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2]:
+        raise ShapeError(f"attention of {', '.join(map(str, types))}")
+    full = (*q.shape[:3], k.shape[2])
+    if len(types) > 3 and broadcast_shapes(types[3].shape, full) != full:
+        raise ShapeError(f"attention mask {types[3]} does not broadcast to {list(full)}")
+    return TensorType((*q.shape[:3], v.shape[3]), q.dtype)
+
+
+def _ref_attention(x: Sequence[Array], a: FrozenDict) -> Array:
+    q, k, v = x[:3]
+    s = q.astype(np.float64) @ np.swapaxes(k, -1, -2) * a["scale"]
+    if len(x) > 3:
+        s = s + x[3]
+    if a["causal"]:
+        s = np.where(np.tril(np.ones(s.shape[-2:], bool), 0), s, -np.inf)
+    e = np.exp(s - s.max(-1, keepdims=True))
+    return (e / e.sum(-1, keepdims=True) @ v).astype(q.dtype)
+
+
+_add(Op("attention", (3, 4), _infer_attention, _ref_attention, {"scale": REQUIRED, "causal": False}, "contract", 1e-5,
+        doc="softmax(q k^T scale + mask) v on [B, heads, N, D] (Vaswani et al.: Attention Is All You Need, 2017)"))
+
+# ------------------------------------------------------------------------------------ recurrence
+
+ACTIVATIONS = {"sigmoid": _sigmoid, "tanh": np.tanh, "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x}
+
+
+def _infer_rnn(gates: int, states: int) -> Callable[[Sequence[TensorType], FrozenDict], TensorType]:
+    def rule(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+        x, w, r, b = types[:4]
+        if x.rank != 3 or w.rank != 2 or r.rank != 2:
+            raise ShapeError(f"recurrence of {', '.join(map(str, types))}")
+        t, n, _ = x.shape
+        h = r.shape[1]
+        if w.shape != (gates * h, x.shape[2]) or r.shape != (gates * h, h) or b.shape != (2, gates * h) or any(
+                s.shape != (n, h) for s in types[4:4 + states]):
+            raise ShapeError(f"recurrence of {', '.join(map(str, types))}")
+        return TensorType((t, states, n, h) if states > 1 else (t, n, h), x.dtype)
+
+    return rule
+
+
+def _ref_lstm(x: Sequence[Array], a: FrozenDict) -> Array:
+    seq, w, r, b, h, c = (v.astype(np.float64) for v in x[:6])
+    peep = x[6].astype(np.float64).reshape(3, -1) if len(x) > 6 else np.zeros((3, r.shape[1]))
+    f, g, hh = (ACTIVATIONS[n] for n in a["activations"])
+    out = []
+    for xt in seq:
+        i, o, fo, ce = np.split(xt @ w.T + h @ r.T + b[0] + b[1], 4, -1)
+        i, fo = f(i + peep[0] * c), f(fo + peep[2] * c)
+        c = fo * c + i * g(ce)
+        h = f(o + peep[1] * c) * hh(c)
+        out.append(np.stack([h, c]))
+    return np.stack(out).astype(x[0].dtype)
+
+
+def _ref_gru(x: Sequence[Array], a: FrozenDict) -> Array:
+    seq, w, r, b, h = (v.astype(np.float64) for v in x[:5])
+    f, g = (ACTIVATIONS[n] for n in a["activations"])
+    (wz, wr, wh), (rz, rr, rh) = np.split(w, 3), np.split(r, 3)
+    (bz, br, bh), (cz, cr, ch) = np.split(b[0], 3), np.split(b[1], 3)
+    out = []
+    for xt in seq:
+        z, rt = f(xt @ wz.T + h @ rz.T + bz + cz), f(xt @ wr.T + h @ rr.T + br + cr)
+        n = g(xt @ wh.T + rt * (h @ rh.T + ch) + bh) if a["reset_after"] else g(xt @ wh.T + (rt * h) @ rh.T + ch + bh)
+        h = (1 - z) * n + z * h
+        out.append(h)
+    return np.stack(out).astype(x[0].dtype)
+
+
+def _ref_rnn(x: Sequence[Array], a: FrozenDict) -> Array:
+    seq, w, r, b, h = (v.astype(np.float64) for v in x[:5])
+    f = ACTIVATIONS[a["activations"][0]]
+    out = []
+    for xt in seq:
+        h = f(xt @ w.T + h @ r.T + b[0] + b[1])
+        out.append(h)
+    return np.stack(out).astype(x[0].dtype)
+
+
+_add(Op("lstm", (6, 7), _infer_rnn(4, 2), _ref_lstm, {"activations": ("sigmoid", "tanh", "tanh")}, "contract", 1e-5,
+        doc="x [T,N,I], w [4H,I], r [4H,H], b [2,4H], h0 and c0 [N,H], peepholes [3H]; gates i o f c; "
+            "result [T, 2, N, H] holds h and c of each step (Hochreiter, Schmidhuber: Long Short-Term Memory, 1997)"))
+_add(Op("gru", (5, 5), _infer_rnn(3, 1), _ref_gru, {"activations": ("sigmoid", "tanh"), "reset_after": False}, "contract", 1e-5,
+        doc="x [T,N,I], w [3H,I], r [3H,H], b [2,3H], h0 [N,H]; gates z r h; result [T, N, H] (Cho et al., 2014)"))
+_add(Op("rnn", (5, 5), _infer_rnn(1, 1), _ref_rnn, {"activations": ("tanh",)}, "contract", 1e-5,
+        doc="x [T,N,I], w [H,I], r [H,H], b [2,H], h0 [N,H]; result [T, N, H]"))
+
+
+# ------------------------------------------------------------------------------------ sources
+
+
+def _no_reference(x: Sequence[Array], a: FrozenDict) -> Array:
+    raise InvalidModelError("an input has no value of its own")
+
+
+_add(Op("input", (0, 0), lambda t, a: TensorType(tuple(a["shape"]), a["dtype"]), _no_reference,
+        {"shape": REQUIRED, "dtype": REQUIRED}, "source", doc="a value given by the caller"))
+_add(Op("const", (0, 0), lambda t, a: TensorType(a["value"].shape, DType.of(a["value"].dtype)), lambda x, a: a["value"],
+        {"value": REQUIRED}, "source", doc="a value known when the model is compiled"))
+
+
+def macs(node: Node) -> int:
+    """Multiply-accumulates of one evaluation of `node` (0 for everything but contractions)."""
+    if node.op == "conv2d":
+        return node.type.size * math.prod(node.inputs[1].shape[1:])
+    if node.op == "conv_transpose2d":
+        return node.inputs[0].type.size * math.prod(node.inputs[1].shape[:3]) // node.attrs["groups"]
+    if node.op == "linear":
+        return node.type.size * node.inputs[0].shape[-1]
+    if node.op == "matmul":
+        return node.type.size * node.inputs[0].shape[-2 if node.attrs["trans_a"] else -1]
+    if node.op == "attention":
+        q, k, v = node.inputs[:3]
+        return math.prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3])
+    if node.op in ("lstm", "gru", "rnn"):
+        return node.inputs[0].shape[0] * node.inputs[0].shape[1] * (node.inputs[1].type.size + node.inputs[2].type.size)
+    return 0
