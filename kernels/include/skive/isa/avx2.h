@@ -87,6 +87,79 @@ template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
   return fold(a, __builtin_inff(), [](__m128 x, __m128 y) { return _mm_min_ps(x, y); });
 }
 
+// Mask logic and the comparisons beyond less and equal. not_equal is true for NaN.
+template <int N> SKIVE_INLINE Mask<N> less_equal(Vec<N> a, Vec<N> b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)};
+}
+template <int N> SKIVE_INLINE Mask<N> not_equal(Vec<N> a, Vec<N> b) {
+  return {_mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator&(Mask<N> a, Mask<N> b) {
+  return {_mm256_and_ps(a.m, b.m)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator|(Mask<N> a, Mask<N> b) {
+  return {_mm256_or_ps(a.m, b.m)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator^(Mask<N> a, Mask<N> b) {
+  return {_mm256_xor_ps(a.m, b.m)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator!(Mask<N> a) {
+  return {_mm256_xor_ps(a.m, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))};
+}
+// True if any of the N active lanes is set.
+template <int N> SKIVE_INLINE bool any(Mask<N> a) {
+  return (_mm256_movemask_ps(a.m) & ((1 << N) - 1)) != 0;
+}
+
+// `Ints<N>`: the same lanes as 32-bit integers, for exponent arithmetic; they wrap.
+template <int N>
+struct Ints {
+  __m256i v;
+};
+template <int N> SKIVE_INLINE Ints<N> splat_ints(int32_t x) { return {_mm256_set1_epi32(x)}; }
+template <int N> SKIVE_INLINE Ints<N> bits(Vec<N> a) { return {_mm256_castps_si256(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> from_bits(Ints<N> a) { return {_mm256_castsi256_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> to_floats(Ints<N> a) { return {_mm256_cvtepi32_ps(a.v)}; }
+template <int N> SKIVE_INLINE Ints<N> operator+(Ints<N> a, Ints<N> b) {
+  return {_mm256_add_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator-(Ints<N> a, Ints<N> b) {
+  return {_mm256_sub_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator&(Ints<N> a, Ints<N> b) {
+  return {_mm256_and_si256(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator|(Ints<N> a, Ints<N> b) {
+  return {_mm256_or_si256(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator^(Ints<N> a, Ints<N> b) {
+  return {_mm256_xor_si256(a.v, b.v)};
+}
+template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_left(Ints<N> a) {
+  return {_mm256_slli_epi32(a.v, K)};
+}
+// Arithmetic: the sign is copied in.
+template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_right(Ints<N> a) {
+  return {_mm256_srai_epi32(a.v, K)};
+}
+
+template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) { return {_mm256_sqrt_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> abs_(Vec<N> a) {
+  return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
+}
+template <int N> SKIVE_INLINE Vec<N> floor_(Vec<N> a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+template <int N> SKIVE_INLINE Vec<N> ceil_(Vec<N> a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)};
+}
+template <int N> SKIVE_INLINE Vec<N> trunc_(Vec<N> a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

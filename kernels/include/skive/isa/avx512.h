@@ -76,6 +76,75 @@ template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
   return N == kLanes ? _mm512_reduce_min_ps(a.v) : _mm512_mask_reduce_min_ps(active<N>(), a.v);
 }
 
+// Mask logic and the comparisons beyond less and equal. not_equal is true for NaN.
+template <int N> SKIVE_INLINE Mask<N> less_equal(Vec<N> a, Vec<N> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)};
+}
+template <int N> SKIVE_INLINE Mask<N> not_equal(Vec<N> a, Vec<N> b) {
+  return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator&(Mask<N> a, Mask<N> b) {
+  return {static_cast<__mmask16>(a.m & b.m)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator|(Mask<N> a, Mask<N> b) {
+  return {static_cast<__mmask16>(a.m | b.m)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator^(Mask<N> a, Mask<N> b) {
+  return {static_cast<__mmask16>(a.m ^ b.m)};
+}
+template <int N> SKIVE_INLINE Mask<N> operator!(Mask<N> a) {
+  return {static_cast<__mmask16>(~a.m)};
+}
+// True if any of the N active lanes is set.
+template <int N> SKIVE_INLINE bool any(Mask<N> a) { return (a.m & active<N>()) != 0; }
+
+// `Ints<N>`: the same lanes as 32-bit integers, for exponent arithmetic; they wrap.
+template <int N>
+struct Ints {
+  __m512i v;
+};
+template <int N> SKIVE_INLINE Ints<N> splat_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
+template <int N> SKIVE_INLINE Ints<N> bits(Vec<N> a) { return {_mm512_castps_si512(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> from_bits(Ints<N> a) { return {_mm512_castsi512_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> to_floats(Ints<N> a) { return {_mm512_cvtepi32_ps(a.v)}; }
+template <int N> SKIVE_INLINE Ints<N> operator+(Ints<N> a, Ints<N> b) {
+  return {_mm512_add_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator-(Ints<N> a, Ints<N> b) {
+  return {_mm512_sub_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator&(Ints<N> a, Ints<N> b) {
+  return {_mm512_and_si512(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator|(Ints<N> a, Ints<N> b) {
+  return {_mm512_or_si512(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Ints<N> operator^(Ints<N> a, Ints<N> b) {
+  return {_mm512_xor_si512(a.v, b.v)};
+}
+template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_left(Ints<N> a) {
+  return {_mm512_slli_epi32(a.v, K)};
+}
+// Arithmetic: the sign is copied in.
+template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_right(Ints<N> a) {
+  return {_mm512_srai_epi32(a.v, K)};
+}
+
+template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) { return {_mm512_sqrt_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> abs_(Vec<N> a) { return {_mm512_abs_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> floor_(Vec<N> a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+template <int N> SKIVE_INLINE Vec<N> ceil_(Vec<N> a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC)};
+}
+template <int N> SKIVE_INLINE Vec<N> trunc_(Vec<N> a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC)};
+}
+template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

@@ -95,6 +95,107 @@ template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
   return s;
 }
 
+// Mask logic and the comparisons beyond less and equal. not_equal is true for NaN.
+template <int N, class F>
+SKIVE_INLINE Mask<N> each_mask(F f) {
+  Mask<N> r;
+  for (int i = 0; i < N; ++i) r.m[i] = f(i);
+  return r;
+}
+template <int N> SKIVE_INLINE Mask<N> less_equal(Vec<N> a, Vec<N> b) {
+  return each_mask<N>([&](int i) { return a.v[i] <= b.v[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> not_equal(Vec<N> a, Vec<N> b) {
+  return each_mask<N>([&](int i) { return a.v[i] != b.v[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> operator&(Mask<N> a, Mask<N> b) {
+  return each_mask<N>([&](int i) { return a.m[i] && b.m[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> operator|(Mask<N> a, Mask<N> b) {
+  return each_mask<N>([&](int i) { return a.m[i] || b.m[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> operator^(Mask<N> a, Mask<N> b) {
+  return each_mask<N>([&](int i) { return a.m[i] != b.m[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> operator!(Mask<N> a) {
+  return each_mask<N>([&](int i) { return !a.m[i]; });
+}
+// True if any of the N active lanes is set.
+template <int N> SKIVE_INLINE bool any(Mask<N> a) {
+  bool r = false;
+  for (int i = 0; i < N; ++i) r |= a.m[i];
+  return r;
+}
+
+// `Ints<N>`: the same lanes as 32-bit integers, for exponent arithmetic; they wrap.
+template <int N>
+struct Ints {
+  int32_t v[N];
+};
+template <int N, class F>
+SKIVE_INLINE Ints<N> each_int(F f) {
+  Ints<N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = static_cast<int32_t>(f(i));
+  return r;
+}
+template <int N> SKIVE_INLINE Ints<N> splat_ints(int32_t x) {
+  return each_int<N>([&](int) { return x; });
+}
+template <int N> SKIVE_INLINE Ints<N> bits(Vec<N> a) {
+  Ints<N> r;
+  __builtin_memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
+template <int N> SKIVE_INLINE Vec<N> from_bits(Ints<N> a) {
+  Vec<N> r;
+  __builtin_memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
+template <int N> SKIVE_INLINE Vec<N> to_floats(Ints<N> a) {
+  return each<N>([&](int i) { return static_cast<float>(a.v[i]); });
+}
+template <int N> SKIVE_INLINE Ints<N> operator+(Ints<N> a, Ints<N> b) {
+  return each_int<N>([&](int i) { return uint32_t(a.v[i]) + uint32_t(b.v[i]); });
+}
+template <int N> SKIVE_INLINE Ints<N> operator-(Ints<N> a, Ints<N> b) {
+  return each_int<N>([&](int i) { return uint32_t(a.v[i]) - uint32_t(b.v[i]); });
+}
+template <int N> SKIVE_INLINE Ints<N> operator&(Ints<N> a, Ints<N> b) {
+  return each_int<N>([&](int i) { return a.v[i] & b.v[i]; });
+}
+template <int N> SKIVE_INLINE Ints<N> operator|(Ints<N> a, Ints<N> b) {
+  return each_int<N>([&](int i) { return a.v[i] | b.v[i]; });
+}
+template <int N> SKIVE_INLINE Ints<N> operator^(Ints<N> a, Ints<N> b) {
+  return each_int<N>([&](int i) { return a.v[i] ^ b.v[i]; });
+}
+template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_left(Ints<N> a) {
+  return each_int<N>([&](int i) { return uint32_t(a.v[i]) << K; });
+}
+// Arithmetic: the sign is copied in.
+template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_right(Ints<N> a) {
+  return each_int<N>([&](int i) { return a.v[i] >> K; });
+}
+
+template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) {
+  return each<N>([&](int i) { return __builtin_sqrtf(a.v[i]); });
+}
+template <int N> SKIVE_INLINE Vec<N> abs_(Vec<N> a) {
+  return each<N>([&](int i) { return __builtin_fabsf(a.v[i]); });
+}
+template <int N> SKIVE_INLINE Vec<N> floor_(Vec<N> a) {
+  return each<N>([&](int i) { return __builtin_floorf(a.v[i]); });
+}
+template <int N> SKIVE_INLINE Vec<N> ceil_(Vec<N> a) {
+  return each<N>([&](int i) { return __builtin_ceilf(a.v[i]); });
+}
+template <int N> SKIVE_INLINE Vec<N> trunc_(Vec<N> a) {
+  return each<N>([&](int i) { return __builtin_truncf(a.v[i]); });
+}
+template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
+  return each<N>([&](int i) { return __builtin_rintf(a.v[i]); });
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 
