@@ -1,0 +1,281 @@
+"""From an ONNX graph to an IR graph: scopes, constants, functions, and the list of all problems."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TypeProto, ValueInfoProto
+
+from skive import ops
+from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
+from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, load_model, tensor_array
+from skive.frontend.onnx.table import ROWS, Call, OptionalValue, SequenceValue, Unsupported, Value
+from skive.ir import Graph, Node, constant, topological
+
+
+class _Unknown:
+    """Stands for a tensor that a node already reported as unsupported would have produced."""
+
+
+UNKNOWN = _Unknown()
+Scope: TypeAlias = "ChainMap[str, Value | _Unknown]"
+MAX_DEPTH = 64  # nested subgraphs and functions
+
+
+def normal_domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+class Importer:
+    """Imports one model with given input shapes; `run` may be called once."""
+
+    def __init__(self, model: ModelProto, folder: Path | None, fixed_inputs: Mapping[str, np.ndarray],
+                 input_shapes: Mapping[str, tuple[int, ...]], batch: int | None = None):
+        self.model, self.folder = model, folder
+        self.fixed, self.shapes, self.batch = dict(fixed_inputs), dict(input_shapes), batch
+        self.opsets = {normal_domain(o.domain): o.version for o in model.opset_import}
+        self.functions = {(normal_domain(f.domain), f.name): f for f in model.functions}
+        self.problems: list[tuple[str, str, str]] = []
+        self.to_fix: dict[str, None] = {}
+        self.inputs: list[Node] = []
+        self.batched: set[Node] = set()
+        self.depth = 0
+
+    def run(self) -> Graph:
+        """The graph; UnsupportedOpError with every problem if there is one."""
+        graph = self.model.graph
+        scope: Scope = ChainMap()
+        known = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+        for info in graph.input:
+            if info.name in self.fixed:
+                scope[info.name] = constant(np.array(self.fixed[info.name]), name=info.name)
+            elif info.name not in known:
+                scope[info.name] = self.graph_input(info)
+        outputs = self.graph(graph, scope)
+        names = [o.name for o in graph.output]
+        flat: list[Node] = []
+        flat_names: list[str] = []
+        for name, value in zip(names, outputs):
+            if isinstance(value, Node):
+                flat.append(value)
+                flat_names.append(name)
+            elif not isinstance(value, _Unknown):
+                self.problems.append((name, "the output is a sequence or an optional", "return tensors"))
+        if self.problems:
+            raise UnsupportedOpError(self.problems)
+        return Graph(graph.name or "model", tuple(self.inputs), tuple(flat), tuple(flat_names))
+
+    # -------------------------------------------------------------------------------- inputs
+
+    def graph_input(self, info: ValueInfoProto) -> Value | _Unknown:
+        if not info.type.HasField("tensor_type"):
+            self.problems.append((info.name, "the input is not a tensor", "give its value with fixed_inputs"))
+            return UNKNOWN
+        elem = info.type.tensor_type.elem_type
+        if elem not in DTYPES:
+            self.problems.append((info.name, f"element type {elem_name(elem)} is not supported", ""))
+            return UNKNOWN
+        node = ops.make("input", shape=self.input_shape(info), dtype=DTYPES[elem], label=info.name, origin=info.name)
+        self.inputs.append(node)
+        return node
+
+    def input_shape(self, info: ValueInfoProto) -> tuple[int, ...]:
+        """The static shape of a graph input; ShapeError if it is not known."""
+        tensor = info.type.tensor_type
+        given = self.shapes.get(info.name)
+        if not tensor.HasField("shape"):
+            if given is None:
+                raise ShapeError(f"{info.name}: the shape is unknown; give it with --input {info.name}=1x3x224x224")
+            return tuple(int(d) for d in given)
+        dims = tensor.shape.dim
+        if given is not None:
+            if len(given) != len(dims) or any(
+                    d.HasField("dim_value") and d.dim_value != g for d, g in zip(dims, given)):
+                raise ShapeError(f"{info.name}: the shape {list(given)} does not fit {shape_text(dims)}")
+            return tuple(int(d) for d in given)
+        shape = []
+        for i, d in enumerate(dims):
+            if d.HasField("dim_value"):
+                shape.append(d.dim_value)
+            elif d.dim_param in self.shapes:
+                shape.append(int(np.asarray(self.shapes[d.dim_param]).reshape(())))
+            elif i == 0 and self.batch is not None:
+                shape.append(self.batch)
+            else:
+                raise ShapeError(f"{info.name}: dimension {i} ({d.dim_param or '?'}) of {shape_text(dims)} is unknown; "
+                                 f"give the shape with --input {info.name}=1x3x224x224")
+        return tuple(shape)
+
+    def inputs_behind(self, node: Node) -> tuple[str, ...]:
+        """The graph inputs that `node` is computed from."""
+        return tuple(n.name for n in topological([node]) if n.op == "input")
+
+    # --------------------------------------------------------------------------------- graphs
+
+    def graph(self, graph: GraphProto, scope: Scope) -> list[Value | _Unknown]:
+        """The outputs of `graph`, whose inputs are in `scope` already."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise InvalidModelError(f"subgraphs are nested more than {MAX_DEPTH} deep")
+        for t in graph.initializer:
+            if t.name not in scope.maps[0]:
+                scope[t.name] = self.initializer(t)
+        for node in graph.node:
+            self.node(node, scope, {}, self.opsets)
+        self.depth -= 1
+        return [self.lookup(o.name, scope, "the output of the graph") for o in graph.output]
+
+    def initializer(self, tensor: onnx.TensorProto) -> Value | _Unknown:
+        if tensor.data_type not in DTYPES:
+            self.problems.append((tensor.name, f"element type {elem_name(tensor.data_type)} is not supported", ""))
+            return UNKNOWN
+        return constant(tensor_array(tensor, self.folder), name=tensor.name, origin=tensor.name)
+
+    def lookup(self, name: str, scope: Scope, user: str) -> Value | _Unknown:
+        try:
+            return scope[name]
+        except KeyError:
+            raise InvalidModelError(f"{user}: tensor {name!r} is produced by nothing before it") from None
+
+    def node(self, node: NodeProto, scope: Scope, refs: Mapping[str, AttributeProto], opsets: Mapping[str, int]) -> None:
+        """Adds the outputs of `node` to `scope`."""
+        domain = normal_domain(node.domain)
+        outputs = list(node.output)
+        origin = node.name or f"{node.op_type}:{next((o for o in outputs if o), '')}"
+        inputs = [self.lookup(i, scope, origin) if i else None for i in node.input]
+        results: Sequence[Value | _Unknown | None] = [UNKNOWN] * len(outputs)
+        try:
+            row = ROWS.get((domain, node.op_type))
+            function = self.functions.get((domain, node.op_type))
+            if row is None and function is None and domain not in opsets:
+                raise InvalidModelError(f"no opset is imported for the domain {domain!r}")
+            opset = opsets.get(domain, 1)
+            unknown = any(isinstance(i, _Unknown) for i in inputs)
+            if function is None and row is None:
+                function = None if unknown else self.schema_function(node, domain, opset, inputs)
+                if function is None and (not unknown or not has_function(node.op_type, domain, opset)):
+                    raise Unsupported(f"operator {domain + '.' if domain else ''}{node.op_type} (opset {opset}) is not supported")
+            if not unknown:
+                attrs = {a.name: a for a in node.attribute}
+                attrs = {k: (refs.get(a.ref_attr_name) if a.ref_attr_name else a) for k, a in attrs.items()}
+                bound = {k: a for k, a in attrs.items() if a is not None}
+                if function is not None:
+                    results = self.function(function, inputs, bound, node)
+                else:
+                    values = {k: self.attribute(a) for k, a in bound.items()}
+                    call = Call(node.op_type, node.name, origin, opset, values, inputs, outputs, self, scope)
+                    got = row(call)
+                    results = call.named([got] if isinstance(got, Value_types) else list(got))
+        except Unsupported as e:
+            self.problems.append((origin, e.reason, e.hint))
+            self.to_fix.update(dict.fromkeys(e.inputs))
+        except SkiveError as e:
+            if isinstance(e, UnsupportedOpError) or getattr(e, "located", False):
+                raise
+            located = type(e)(f"{origin} ({node.op_type}): {e}")
+            located.located = True
+            raise located from None
+        for name, value in zip(outputs, [*results, *[None] * len(outputs)]):
+            if name:
+                scope[name] = UNKNOWN if value is None else value
+
+    def attribute(self, a: AttributeProto) -> Any:
+        """The Python value of an attribute: strings decoded, tensors as arrays."""
+        if a.type == AttributeProto.TENSOR:
+            if a.t.data_type not in DTYPES:
+                raise Unsupported(f"attribute {a.name} has the element type {elem_name(a.t.data_type)}")
+            return tensor_array(a.t, self.folder)
+        value = onnx.helper.get_attribute_value(a)
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        if a.type == AttributeProto.STRINGS:
+            return [v.decode("utf-8", "replace") for v in value]
+        return list(value) if a.type in (AttributeProto.INTS, AttributeProto.FLOATS) else value
+
+    # ------------------------------------------------------------------------------ functions
+
+    def schema_function(self, node: NodeProto, domain: str, opset: int,
+                        inputs: Sequence[Value | None]) -> FunctionProto | None:
+        """The function body that the ONNX specification gives for `node`, None if it has none."""
+        try:
+            schema = onnx.defs.get_schema(node.op_type, opset, domain)
+        except onnx.defs.SchemaError:
+            return None
+        if schema.has_function:
+            return FunctionProto.FromString(schema.get_function_with_opset_version(opset)) if hasattr(
+                schema, "get_function_with_opset_version") else schema.function_body
+        if schema.has_context_dependent_function:
+            types = [type_proto(i).SerializeToString() for i in inputs]
+            versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
+            if versions:
+                text = schema.get_context_dependent_function_with_opset_version(
+                    max(versions), node.SerializeToString(), types)
+                return FunctionProto.FromString(text)
+        return None
+
+    def function(self, function: FunctionProto, inputs: Sequence[Value | None], attrs: Mapping[str, AttributeProto],
+                 node: NodeProto) -> list[Value | _Unknown | None]:
+        """The outputs of a function body called with `inputs`."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise InvalidModelError(f"functions are nested more than {MAX_DEPTH} deep")
+        scope: Scope = ChainMap({n: v for n, v in zip(function.input, inputs) if v is not None})
+        for name in function.input[len(inputs):]:
+            scope[name] = None
+        for name, v in zip(function.input, inputs):
+            if v is None:
+                scope[name] = None
+        refs = {a.name: a for a in function.attribute_proto} | dict(attrs)
+        opsets = {normal_domain(o.domain): o.version for o in function.opset_import}
+        for inner in function.node:
+            self.node(inner, scope, refs, opsets)
+        self.depth -= 1
+        return [scope.get(o) for o in function.output]
+
+
+Value_types = (Node, SequenceValue, OptionalValue)
+
+
+def has_function(op_type: str, domain: str, opset: int) -> bool:
+    """Whether the ONNX specification defines the operator by a function body."""
+    try:
+        schema = onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return False
+    return schema.has_function or schema.has_context_dependent_function
+
+
+def type_proto(value: Value | None) -> TypeProto:
+    """The ONNX type of a value, as far as function bodies need it."""
+    if not isinstance(value, Node):
+        return TypeProto()
+    return onnx.helper.make_tensor_type_proto(ELEM_TYPES[value.dtype], value.shape)
+
+
+def elem_name(elem: int) -> str:
+    try:
+        return onnx.TensorProto.DataType.Name(elem).lower()
+    except ValueError:
+        return f"number {elem}"
+
+
+def shape_text(dims: Any) -> str:
+    return "[" + ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims) + "]"
+
+
+def import_onnx(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, np.ndarray] = {},  # noqa: B006
+                input_shapes: Mapping[str, tuple[int, ...]] = {}, batch_max: int | None = None) -> Graph:  # noqa: B006
+    """The IR graph of an ONNX model: static shapes, constants folded, images channels-last inside.
+
+    `fixed_inputs` turns graph inputs into constants; `input_shapes` gives the shape of inputs (by
+    name) or the value of symbolic dimensions (by theirs). Raises InvalidModelError for a damaged
+    model, ShapeError for an unknown or impossible shape, UnsupportedOpError with all its problems.
+    """
+    proto, folder = load_model(model)
+    return Importer(proto, folder, fixed_inputs, input_shapes).run()

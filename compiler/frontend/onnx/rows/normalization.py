@@ -1,0 +1,79 @@
+"""Normalisation operators: batch, instance, group, layer; softmax and its relatives."""
+
+from __future__ import annotations
+
+import math
+
+from skive.errors import InvalidModelError
+from skive.frontend.onnx.table import Call, checked_axis, onnx_op
+from skive.ir import Node
+
+
+def per_channel(c: Call, v: Node, rank: int) -> Node:
+    """[C] shaped to broadcast along axis 1 of a tensor of the given rank."""
+    return c.reshape(v, (v.type.size, *[1] * (rank - 2)))
+
+
+@onnx_op("BatchNormalization")
+def batch_normalization(c: Call) -> list[Node]:
+    x, scale, bias, mean, var = (c[i] for i in range(5))
+    rank = x.type.rank
+    if rank < 2:
+        raise InvalidModelError(f"needs an operand [N, C, ...], not {x.type}")
+    running: list[Node] = []
+    if c.attr("training_mode", 0):
+        axes = tuple(i for i in range(rank) if i != 1)
+        momentum = float(c.attr("momentum", 0.9))
+        here = c.make("reduce_mean", x, axes=axes, keep=False)
+        d = c.make("sub", x, per_channel(c, here, rank))
+        spread = c.make("reduce_mean", c.make("mul", d, d), axes=axes, keep=False)
+        running = [c.make("add", c.make("mul", old, momentum), c.make("mul", new, 1 - momentum))
+                   for old, new in ((mean, here), (var, spread))]
+        mean, var = here, spread
+    factor = c.make("mul", scale, c.make("rsqrt", c.make("add", var, float(c.attr("epsilon", 1e-5)))))
+    offset = c.make("sub", bias, c.make("mul", mean, factor))
+    y = c.make("add", c.make("mul", x, per_channel(c, factor, rank)), per_channel(c, offset, rank))
+    return [y, *running]
+
+
+def normalized(c: Call, x: Node, axes: tuple[int, ...], eps: float) -> Node:
+    """(x - mean) / sqrt(variance + eps) over axes."""
+    d = c.make("sub", x, c.make("reduce_mean", x, axes=axes, keep=True))
+    var = c.make("reduce_mean", c.make("mul", d, d), axes=axes, keep=True)
+    return c.make("mul", d, c.make("rsqrt", c.make("add", var, eps)))
+
+
+@onnx_op("InstanceNormalization")
+def instance_normalization(c: Call) -> Node:
+    x, scale, bias = c[0], c[1], c[2]
+    y = normalized(c, x, tuple(range(2, x.type.rank)), float(c.attr("epsilon", 1e-5)))
+    return c.make("add", c.make("mul", y, per_channel(c, scale, x.type.rank)), per_channel(c, bias, x.type.rank))
+
+
+@onnx_op("LayerNormalization")
+def layer_normalization(c: Call) -> list[Node]:
+    x, scale, bias = c[0], c[1], c.get(2)
+    axis = checked_axis(int(c.attr("axis", -1)), x.type.rank)
+    eps = float(c.attr("epsilon", 1e-5))
+    axes = tuple(range(axis, x.type.rank))
+    tail = x.shape[axis:]
+    if not c.wants(1) and not c.wants(2) and all(p is None or math.prod(tail) == p.type.size for p in (scale, bias)):
+        return [c.make("layer_norm", x, *(c.reshape(p, tail) for p in (scale, bias) if p is not None), axis=axis, eps=eps)]
+    mean = c.make("reduce_mean", x, axes=axes, keep=True)
+    d = c.make("sub", x, mean)
+    inverse = c.make("rsqrt", c.make("add", c.make("reduce_mean", c.make("mul", d, d), axes=axes, keep=True), eps))
+    y = c.make("mul", c.make("mul", d, inverse), scale)
+    return [y if bias is None else c.make("add", y, bias), mean, inverse]
+
+
+@onnx_op("Softmax", "LogSoftmax")
+def softmax(c: Call) -> Node:
+    x = c[0]
+    op = "softmax" if c.op_type == "Softmax" else "log_softmax"
+    axis = checked_axis(int(c.attr("axis", -1 if c.opset >= 13 else 1)), max(x.type.rank, 1))
+    if x.type.rank == 0:
+        return c.reshape(c.make(op, c.reshape(x, (1,)), axis=0), ())
+    if c.opset >= 13 or axis == x.type.rank - 1:
+        return c.make(op, x, axis=axis)
+    flat = c.reshape(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
+    return c.reshape(c.make(op, flat, axis=1), x.shape)
