@@ -2,7 +2,16 @@
 #ifndef SKIVE_ISA_AVX512_H
 #define SKIVE_ISA_AVX512_H
 
+// g++ 12 warns inside its own header about the undefined pass-through operand of unmasked intrinsics.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #include "skive/isa.h"
 

@@ -1,0 +1,182 @@
+// Sliding windows over one channel at a time: the loop nest of depthwise convolution and pooling.
+//
+// The nest walks (image, block of channels, output row, tile of output columns). A tile keeps one
+// accumulator per output column in registers; every input vector that a row of taps shares is
+// loaded once. Blocks of channels are the outer loop, so that the KH input rows of one block stay in
+// L1 while the window slides down.
+//
+// Borders cost no branch inside a tile. Rows: the range of taps that lie inside the image is
+// computed once per output row. Columns: a tile at the left or right edge has compile-time
+// coordinates, so taps outside the image are not even compiled; the tiles between them are one loop.
+// Windows whose border is wider than one tile (large dilations) take their border columns one by one.
+//
+// `Op` supplies the arithmetic:
+//   Row<N> row(c, kh)              what one row of taps needs, e.g. its weights; lives in registers
+//   Vec<N> first<N>(c)             start value for channels [c, c + N)
+//   Vec<N> step(acc, x, row, kw)   one tap
+//   Vec<N> last(acc, oh, ow, inner)  finished value; `inner` says that all KW columns are inside
+#ifndef SKIVE_WINDOW_H
+#define SKIVE_WINDOW_H
+
+#include "skive/shape.h"
+#include "skive/vec.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
+constexpr int max_int(int a, int b) { return a > b ? a : b; }
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// XS, YS: floats between neighbouring pixels of input and output.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS>
+struct Window {
+  static constexpr int C = In::C, KH = Filter::KH, KW = Filter::KW;
+  static constexpr int OH =
+      window_count(In::H, Padding::Top, Padding::Bottom, KH, Strides::H, Dilations::H);
+  static constexpr int OW =
+      window_count(In::W, Padding::Left, Padding::Right, KW, Strides::W, Dilations::W);
+  static_assert(OH > 0 && OW > 0, "the window is larger than the padded image");
+  static_assert(XS >= C && YS >= C, "pixels overlap");
+
+  // Output columns [kInnerBegin, kInnerEnd) have all their taps inside the image.
+  static constexpr int kLastTap = (KW - 1) * Dilations::W - Padding::Left;
+  static constexpr int kInnerBegin = min_int(OW, ceil_div(Padding::Left, Strides::W));
+  static constexpr int kInnerEnd =
+      In::W - 1 < kLastTap
+          ? kInnerBegin
+          : max_int(kInnerBegin, min_int(OW, (In::W - 1 - kLastTap) / Strides::W + 1));
+
+  // Accumulators, the taps' row state and the inputs in flight share the register file.
+  static constexpr int kRegisters = kLanes == 16 ? 32 : 16;
+  static constexpr int kTileMax = max_int(1, min_int(8, kRegisters - 2 * KW));
+  static constexpr int kTiles = ceil_div(OW, kTileMax);
+  static constexpr int kTile = ceil_div(OW, kTiles);  // tiles of nearly equal width
+  static constexpr int kLastTile = OW - (ceil_div(OW, kTile) - 1) * kTile;
+  static constexpr int kLastBegin = OW - kLastTile;
+  static constexpr bool kStaticEdges = kInnerBegin <= kTile && kInnerEnd >= kLastBegin;
+
+  static constexpr int kFullBlocks = C / kLanes;
+  static constexpr int kRemainder = C % kLanes;
+  static constexpr int kBlocks = kFullBlocks + (kRemainder != 0);
+
+  template <class Op, class E>
+  static void run(const float* x, float* y, Part part, const Op& op, const E& epilogue) {
+    constexpr ptrdiff_t items = ptrdiff_t{In::N} * kBlocks * OH;
+    const ptrdiff_t end = part_end(items, part);
+    for (ptrdiff_t i = part_begin(items, part); i < end; ++i) {
+      const int oh = static_cast<int>(i % OH);
+      const int block = static_cast<int>(i / OH % kBlocks);
+      const int n = static_cast<int>(i / OH / kBlocks);
+      if constexpr (kFullBlocks != 0)
+        if (block < kFullBlocks) row<kLanes>(x, y, n, oh, block * kLanes, op, epilogue);
+      if constexpr (kRemainder != 0)
+        if (block == kFullBlocks) row<kRemainder>(x, y, n, oh, block * kLanes, op, epilogue);
+    }
+  }
+
+ private:
+  // Where one output row reads and writes.
+  struct Line {
+    const float* x;     // first input row with a tap inside the image, column 0, channel c
+    float* y;           // output row, column 0, channel c
+    ptrdiff_t pixel;    // flat index of the row's first output pixel
+    int oh, c;
+    int kh_begin, kh_end;
+  };
+
+  template <int N, class Op, class E>
+  static void row(const float* x, float* y, int n, int oh, int c, const Op& op, const E& epilogue) {
+    const int top = oh * Strides::H - Padding::Top;
+    const int kh_begin = top < 0 ? (-top + Dilations::H - 1) / Dilations::H : 0;
+    const int below = In::H - top;  // rows from the window's top to the image's end
+    const int kh_end = below <= 0 ? 0 : min_int(KH, (below + Dilations::H - 1) / Dilations::H);
+    const ptrdiff_t ih = kh_begin < kh_end ? top + kh_begin * Dilations::H : 0;
+    const ptrdiff_t pixel = (ptrdiff_t{n} * OH + oh) * OW;
+    const Line line{x + (ptrdiff_t{n} * In::H + ih) * In::W * XS + c, y + pixel * YS + c, pixel,
+                    oh, c, kh_begin, kh_end};
+    if constexpr (kStaticEdges) {
+      edge_tile<N, 0, kTile>(line, op, epilogue);
+      for (int ow = kTile; ow < kLastBegin; ow += kTile)
+        inner_tile<N, kTile>(line, ow, op, epilogue);
+      if constexpr (kLastBegin > 0) edge_tile<N, kLastBegin, kLastTile>(line, op, epilogue);
+    } else {
+      for (int ow = 0; ow < kInnerBegin; ++ow) edge_column<N>(line, ow, op, epilogue);
+      int ow = kInnerBegin;
+      if constexpr (kInnerEnd - kInnerBegin >= kTile)
+        for (; ow <= kInnerEnd - kTile; ow += kTile) inner_tile<N, kTile>(line, ow, op, epilogue);
+      for (; ow < kInnerEnd; ++ow) inner_tile<N, 1>(line, ow, op, epilogue);
+      for (; ow < OW; ++ow) edge_column<N>(line, ow, op, epilogue);
+    }
+  }
+
+  // T columns from `ow`, all taps inside the image.
+  template <int N, int T, class Op, class E>
+  static SKIVE_INLINE void inner_tile(const Line& line, int ow, const Op& op, const E& epilogue) {
+    Vec<N> acc[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t] = op.template first<N>(line.c);
+    const float* x = line.x + ptrdiff_t{ow * Strides::W - Padding::Left} * XS;
+    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep) {
+      const auto taps = op.template row<N>(line.c, kh);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 64
+        for (int kw = 0; kw < KW; ++kw)
+          acc[t] = op.step(acc[t], load<N>(x + (t * Strides::W + kw * Dilations::W) * XS), taps, kw);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t)
+      store(line.y + (ow + t) * ptrdiff_t{YS},
+            epilogue(op.last(acc[t], line.oh, ow + t, true), line.pixel + ow + t, line.c));
+  }
+
+  // T columns from compile-time column OW0; taps outside the image vanish at compile time.
+  template <int N, int OW0, int T, class Op, class E>
+  static SKIVE_INLINE void edge_tile(const Line& line, const Op& op, const E& epilogue) {
+    Vec<N> acc[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) acc[t] = op.template first<N>(line.c);
+    const float* x = line.x;
+    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep) {
+      const auto taps = op.template row<N>(line.c, kh);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 64
+        for (int kw = 0; kw < KW; ++kw) {
+          const int iw = (OW0 + t) * Strides::W - Padding::Left + kw * Dilations::W;
+          if (iw >= 0 && iw < In::W) acc[t] = op.step(acc[t], load<N>(x + iw * XS), taps, kw);
+        }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      const bool inner = OW0 + t >= kInnerBegin && OW0 + t < kInnerEnd;
+      store(line.y + (OW0 + t) * ptrdiff_t{YS},
+            epilogue(op.last(acc[t], line.oh, OW0 + t, inner), line.pixel + OW0 + t, line.c));
+    }
+  }
+
+  // One column at run-time position `ow` whose taps may lie outside the image.
+  template <int N, class Op, class E>
+  static void edge_column(const Line& line, int ow, const Op& op, const E& epilogue) {
+    Vec<N> acc = op.template first<N>(line.c);
+    const float* x = line.x;
+    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep) {
+      const auto taps = op.template row<N>(line.c, kh);
+      for (int kw = 0; kw < KW; ++kw) {
+        const int iw = ow * Strides::W - Padding::Left + kw * Dilations::W;
+        if (iw >= 0 && iw < In::W)
+          acc = op.step(acc, load<N>(x + ptrdiff_t{iw} * XS), taps, kw);
+      }
+    }
+    store(line.y + ow * ptrdiff_t{YS},
+          epilogue(op.last(acc, line.oh, ow, false), line.pixel + ow, line.c));
+  }
+
+  static constexpr ptrdiff_t kRowStep = ptrdiff_t{Dilations::H} * In::W * XS;
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_WINDOW_H
