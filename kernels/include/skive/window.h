@@ -26,7 +26,6 @@ inline namespace SKIVE_ISA {
 
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
 constexpr int max_int(int a, int b) { return a > b ? a : b; }
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // XS, YS: floats between neighbouring pixels of input and output.
 template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS>
@@ -41,7 +40,7 @@ struct Window {
 
   // Output columns [kInnerBegin, kInnerEnd) have all their taps inside the image.
   static constexpr int kLastTap = (KW - 1) * Dilations::W - Padding::Left;
-  static constexpr int kInnerBegin = min_int(OW, ceil_div(Padding::Left, Strides::W));
+  static constexpr int kInnerBegin = min_int(OW, (Padding::Left + Strides::W - 1) / Strides::W);
   static constexpr int kInnerEnd =
       In::W - 1 < kLastTap
           ? kInnerBegin
@@ -50,10 +49,10 @@ struct Window {
   // Accumulators, the taps' row state and the inputs in flight share the register file.
   static constexpr int kRegisters = kLanes == 16 ? 32 : 16;
   static constexpr int kTileMax = max_int(1, min_int(8, kRegisters - 2 * KW));
-  static constexpr int kTiles = ceil_div(OW, kTileMax);
-  static constexpr int kTile = ceil_div(OW, kTiles);  // tiles of nearly equal width
-  static constexpr int kLastTile = OW - (ceil_div(OW, kTile) - 1) * kTile;
-  static constexpr int kLastBegin = OW - kLastTile;
+  static constexpr int kTiles = (OW + kTileMax - 1) / kTileMax;
+  static constexpr int kTile = (OW + kTiles - 1) / kTiles;  // tiles of nearly equal width
+  static constexpr int kLastBegin = (OW - 1) / kTile * kTile;
+  static constexpr int kLastTile = OW - kLastBegin;
   static constexpr bool kStaticEdges = kInnerBegin <= kTile && kInnerEnd >= kLastBegin;
 
   static constexpr int kFullBlocks = C / kLanes;
