@@ -1,5 +1,41 @@
-"""skive: an ahead-of-time compiler that makes neural networks small and fast enough for the edge."""
+"""skive: an ahead-of-time compiler that makes neural networks small and fast enough for the edge.
+
+The heavy parts load when first used: `import skive` and running an artefact need numpy alone.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from skive.errors import (
+    ExitError,
+    InvalidModelError,
+    PruningError,
+    QuantizationError,
+    ShapeError,
+    SkiveError,
+    TargetError,
+    ToolchainError,
+    UnsupportedOpError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from skive.api import compile  # noqa: A004 - the contract's name
+    from skive.runtime import Module, load
+
 __version__ = "0.1.0"
+
+__all__ = ["ExitError", "InvalidModelError", "Module", "PruningError", "QuantizationError", "ShapeError", "SkiveError",
+           "TargetError", "ToolchainError", "UnsupportedOpError", "VerificationError", "__version__", "compile", "load"]
+
+_LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "backend":
+        return importlib.import_module("skive.backend")
+    raise AttributeError(f"module 'skive' has no attribute {name!r}")

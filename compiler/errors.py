@@ -15,11 +15,13 @@ class UnsupportedOpError(SkiveError):
     """The model is valid but uses something skive does not compile.
 
     `problems` lists every such place as (node, reason, hint): a model is checked to its end
-    before the error is raised, so one run shows everything that is missing.
+    before the error is raised, so one run shows everything that is missing. `fixable` names the
+    graph inputs that would have to be known when the model is compiled.
     """
 
-    def __init__(self, problems: list[tuple[str, str, str]]):
+    def __init__(self, problems: list[tuple[str, str, str]], fixable: tuple[str, ...] = ()):
         self.problems = problems
+        self.fixable = fixable
         lines = [f"{node}: {reason}" + (f"; {hint}" if hint else "") for node, reason, hint in problems]
         super().__init__("\n  ".join(lines) if len(lines) == 1 else
                          f"{len(lines)} places are not supported:\n  " + "\n  ".join(lines))

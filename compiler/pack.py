@@ -6,14 +6,22 @@ the layout that each one produces is described beside the kernel that reads it (
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["pack_depthwise"]
+__all__ = ["conv2d_block", "conv2d_scratch_bytes", "pack_bias", "pack_conv2d", "pack_depthwise"]
 
 Floats = NDArray[np.float32]
 
 _DEPTHWISE_BLOCK = 16  # channels per block of depthwise.h
+_ALIGNMENT = 16  # floats: packed arrays that follow one another stay 64-byte aligned
+_CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
+_CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
+_TILE_ROWS = 24  # most output rows of a register tile
+_BLOCK_VECTORS = {"avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -41,3 +49,69 @@ def pack_depthwise(weights: Floats, bias: Floats | None, multiplier: int = 1) ->
     full_bias = np.zeros(padded, np.float32)
     full_bias[:channels] = bias
     return np.ascontiguousarray(blocks), full_bias
+
+
+def conv2d_block(out_channels: int, isa: str) -> int:
+    """Output channels per packed block (NB of `conv2d`): a multiple of 4 that suits the registers.
+
+    Two registers of channels make the squarest tile that fits the register file; three where that
+    leaves no narrow block over.
+    """
+    lanes = _BLOCK_VECTORS[isa]
+    for vectors in (2, 3):
+        if out_channels <= vectors * lanes:
+            return _round_up(out_channels, _CHANNEL_QUANTUM)
+    if out_channels % (2 * lanes) and out_channels % (3 * lanes) == 0:
+        return 3 * lanes
+    return 2 * lanes
+
+
+def conv2d_scratch_bytes(
+    image: Sequence[int], attrs: Mapping[str, Any], kernel: Sequence[int], parts: int = 1
+) -> int:
+    """Upper bound of `conv2d::scratch_bytes(parts)`: 0 for a convolution without padding.
+
+    `image` is [N, H, W, C]; `attrs` has "stride", "pad" (top, left, bottom, right), "dilation" and
+    optionally "groups"; `kernel` is (KH, KW).
+    """
+    pad = attrs["pad"]
+    if not any(pad):
+        return 0
+    (sh, sw), (dh, dw) = attrs["stride"], attrs["dilation"]
+    reach_h, reach_w = dh * (kernel[0] - 1) + 1, dw * (kernel[1] - 1) + 1
+    oh = (image[1] + pad[0] + pad[2] - reach_h) // sh + 1
+    ow = (image[2] + pad[1] + pad[3] - reach_w) // sw + 1
+    if image[1] == 1 and kernel[0] == 1 and oh == 1:  # one dimension: the kernel turns it into rows
+        sh, sw, reach_h, reach_w, oh, ow = sw, sh, reach_w, reach_h, ow, oh
+    row = ((ow - 1) * sw + reach_w) * (image[3] // attrs.get("groups", 1)) * 4
+    strip = ((min(oh, _TILE_ROWS) - 1) * sh + reach_h) * row
+    everything = ((oh - 1) * sh + reach_h) * row
+    return _round_up(min(everything, max(_CHUNK_BYTES, strip)), 64) * parts
+
+
+def pack_bias(bias: Floats, block: int) -> Floats:
+    """`bias` [OC], zero-filled to a multiple of `block` and then of 16 channels."""
+    channels = bias.shape[0]
+    packed = np.zeros(_round_up(_round_up(channels, block), _ALIGNMENT), np.float32)
+    packed[:channels] = bias
+    return packed
+
+
+def pack_conv2d(weights_ohwi: np.ndarray, block: int) -> Floats:
+    """Packed weights of `conv2d`, flat: [OC / block][KH][KW][IC][block].
+
+    `weights_ohwi` is [OC, KH, KW, IC]. The last block holds the channels that are left over, rounded
+    up to 4; the end is zero-filled to a multiple of 16 floats, so that the packed groups of a grouped
+    convolution may follow one another.
+    """
+    channels = weights_ohwi.shape[0]
+    taps = np.ascontiguousarray(weights_ohwi, np.float32).reshape(channels, -1)  # [OC, K]
+    full = channels // block * block
+    blocks = taps[:full].reshape(-1, block, taps.shape[1]).transpose(0, 2, 1)
+    rest = np.zeros((taps.shape[1], _round_up(channels - full, _CHANNEL_QUANTUM)), np.float32)
+    rest[:, : channels - full] = taps[full:].T
+    size = blocks.size + rest.size
+    packed = np.zeros(_round_up(size, _ALIGNMENT), np.float32)
+    packed[: blocks.size] = blocks.ravel()
+    packed[blocks.size : size] = rest.ravel()
+    return packed

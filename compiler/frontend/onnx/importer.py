@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from skive import ops
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
 from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, load_model, tensor_array
-from skive.frontend.onnx.table import ROWS, Call, OptionalValue, SequenceValue, Unsupported, Value
+from skive.frontend.onnx.table import ROWS, Call, Decline, OptionalValue, SequenceValue, Unsupported, Value
 from skive.ir import Graph, Node, constant, topological
 
 
@@ -28,8 +29,57 @@ Scope: TypeAlias = "ChainMap[str, Value | _Unknown]"
 MAX_DEPTH = 64  # nested subgraphs and functions
 
 
+@dataclass(frozen=True)
+class Env:
+    """Where a node stands: the tensors it sees, the attributes of its function, the opsets."""
+
+    scope: Scope
+    refs: Mapping[str, AttributeProto]
+    opsets: Mapping[str, int]
+
+    def inner(self, values: Mapping[str, Value]) -> Env:
+        """The surroundings of a subgraph whose inputs are `values`."""
+        return Env(self.scope.new_child(dict(values)), self.refs, self.opsets)
+
+
 def normal_domain(domain: str) -> str:
     return "" if domain == "ai.onnx" else domain
+
+
+@dataclass(frozen=True)
+class Imported:
+    """An imported model. A sequence among its outputs is several outputs of `graph`."""
+
+    graph: Graph
+    output_names: tuple[str, ...]
+    outputs: tuple[Value, ...]
+
+    @property
+    def graph_inputs(self) -> list[str]:
+        return [n.name for n in self.graph.inputs]
+
+    def structured(self, flat: Sequence[np.ndarray]) -> list[Any]:
+        """The outputs of the model from those of `graph`: arrays, lists of them, None."""
+        values = iter(flat)
+        return [self._collect(o, values) for o in self.outputs]
+
+    def _collect(self, value: Value, values: Iterator[np.ndarray]) -> Any:
+        if isinstance(value, SequenceValue):
+            return [self._collect(v, values) for v in value.items]
+        if isinstance(value, OptionalValue):
+            return None if value.item is None else self._collect(value.item, values)
+        return next(values)
+
+
+def tensors_in(value: Value) -> Iterator[Node]:
+    """The tensors of a value, in order."""
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, SequenceValue):
+        for v in value.items:
+            yield from tensors_in(v)
+    elif value.item is not None:
+        yield from tensors_in(value.item)
 
 
 class Importer:
@@ -47,35 +97,51 @@ class Importer:
         self.batched: set[Node] = set()
         self.depth = 0
 
-    def run(self) -> Graph:
-        """The graph; UnsupportedOpError with every problem if there is one."""
+    def run(self) -> Imported:
+        """The graph and its outputs; UnsupportedOpError with every problem if there is one."""
         graph = self.model.graph
         scope: Scope = ChainMap()
         known = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
         for info in graph.input:
             if info.name in self.fixed:
-                scope[info.name] = constant(np.array(self.fixed[info.name]), name=info.name)
+                scope[info.name] = self.fixed_input(info.name, self.fixed[info.name], info.type)
             elif info.name not in known:
                 scope[info.name] = self.graph_input(info)
-        outputs = self.graph(graph, scope)
+        outputs = self.graph(graph, Env(scope, {}, self.opsets))
         names = [o.name for o in graph.output]
+        if self.problems:
+            raise UnsupportedOpError(self.problems, tuple(self.to_fix))
         flat: list[Node] = []
         flat_names: list[str] = []
         for name, value in zip(names, outputs):
-            if isinstance(value, Node):
-                flat.append(value)
-                flat_names.append(name)
-            elif not isinstance(value, _Unknown):
-                self.problems.append((name, "the output is a sequence or an optional", "return tensors"))
-        if self.problems:
-            raise UnsupportedOpError(self.problems)
-        return Graph(graph.name or "model", tuple(self.inputs), tuple(flat), tuple(flat_names))
+            leaves = list(tensors_in(value))
+            flat += leaves
+            flat_names += [name] if isinstance(value, Node) else [f"{name}[{i}]" for i in range(len(leaves))]
+        result = Graph(graph.name or "model", tuple(self.inputs), tuple(flat), tuple(flat_names))
+        return Imported(result, tuple(names), tuple(outputs))
 
     # -------------------------------------------------------------------------------- inputs
 
+    def fixed_input(self, name: str, value: Any, type_: TypeProto) -> Value:
+        """A graph input whose value the user gives: a constant, a sequence of them, or an optional."""
+        if type_.HasField("optional_type"):
+            inner = type_.optional_type.elem_type
+            return OptionalValue(None if value is None else self.fixed_input(name, value, inner))
+        if type_.HasField("sequence_type"):
+            inner = type_.sequence_type.elem_type
+            return SequenceValue(tuple(self.fixed_input(name, v, inner) for v in value))
+        array = np.array(value)
+        wanted = DTYPES.get(type_.tensor_type.elem_type)
+        if wanted is None or array.dtype != wanted.numpy:
+            self.problems.append((name, f"the fixed value has the element type {array.dtype}",
+                                  f"give {wanted.numpy}" if wanted else ""))
+            return UNKNOWN
+        return constant(array, name=name, origin=name)
+
     def graph_input(self, info: ValueInfoProto) -> Value | _Unknown:
         if not info.type.HasField("tensor_type"):
-            self.problems.append((info.name, "the input is not a tensor", "give its value with fixed_inputs"))
+            self.problems.append((info.name, "the input is a sequence or an optional", "give its value with fixed_inputs"))
+            self.to_fix[info.name] = None
             return UNKNOWN
         elem = info.type.tensor_type.elem_type
         if elem not in DTYPES:
@@ -118,8 +184,9 @@ class Importer:
 
     # --------------------------------------------------------------------------------- graphs
 
-    def graph(self, graph: GraphProto, scope: Scope) -> list[Value | _Unknown]:
-        """The outputs of `graph`, whose inputs are in `scope` already."""
+    def graph(self, graph: GraphProto, env: Env) -> list[Value | _Unknown]:
+        """The outputs of `graph`, whose inputs are in the scope of `env` already."""
+        scope = env.scope
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise InvalidModelError(f"subgraphs are nested more than {MAX_DEPTH} deep")
@@ -127,7 +194,7 @@ class Importer:
             if t.name not in scope.maps[0]:
                 scope[t.name] = self.initializer(t)
         for node in graph.node:
-            self.node(node, scope, {}, self.opsets)
+            self.node(node, env)
         self.depth -= 1
         return [self.lookup(o.name, scope, "the output of the graph") for o in graph.output]
 
@@ -143,35 +210,16 @@ class Importer:
         except KeyError:
             raise InvalidModelError(f"{user}: tensor {name!r} is produced by nothing before it") from None
 
-    def node(self, node: NodeProto, scope: Scope, refs: Mapping[str, AttributeProto], opsets: Mapping[str, int]) -> None:
-        """Adds the outputs of `node` to `scope`."""
+    def node(self, node: NodeProto, env: Env) -> None:
+        """Adds the outputs of `node` to the scope of `env`."""
+        scope, refs, opsets = env.scope, env.refs, env.opsets
         domain = normal_domain(node.domain)
         outputs = list(node.output)
         origin = node.name or f"{node.op_type}:{next((o for o in outputs if o), '')}"
         inputs = [self.lookup(i, scope, origin) if i else None for i in node.input]
         results: Sequence[Value | _Unknown | None] = [UNKNOWN] * len(outputs)
         try:
-            row = ROWS.get((domain, node.op_type))
-            function = self.functions.get((domain, node.op_type))
-            if row is None and function is None and domain not in opsets:
-                raise InvalidModelError(f"no opset is imported for the domain {domain!r}")
-            opset = opsets.get(domain, 1)
-            unknown = any(isinstance(i, _Unknown) for i in inputs)
-            if function is None and row is None:
-                function = None if unknown else self.schema_function(node, domain, opset, inputs)
-                if function is None and (not unknown or not has_function(node.op_type, domain, opset)):
-                    raise Unsupported(f"operator {domain + '.' if domain else ''}{node.op_type} (opset {opset}) is not supported")
-            if not unknown:
-                attrs = {a.name: a for a in node.attribute}
-                attrs = {k: (refs.get(a.ref_attr_name) if a.ref_attr_name else a) for k, a in attrs.items()}
-                bound = {k: a for k, a in attrs.items() if a is not None}
-                if function is not None:
-                    results = self.function(function, inputs, bound, node)
-                else:
-                    values = {k: self.attribute(a) for k, a in bound.items()}
-                    call = Call(node.op_type, node.name, origin, opset, values, inputs, outputs, self, scope)
-                    got = row(call)
-                    results = call.named([got] if isinstance(got, Value_types) else list(got))
+            results = self.results(node, env, domain, origin, inputs)
         except Unsupported as e:
             self.problems.append((origin, e.reason, e.hint))
             self.to_fix.update(dict.fromkeys(e.inputs))
@@ -184,6 +232,37 @@ class Importer:
         for name, value in zip(outputs, [*results, *[None] * len(outputs)]):
             if name:
                 scope[name] = UNKNOWN if value is None else value
+
+    def results(self, node: NodeProto, env: Env, domain: str, origin: str,
+                inputs: list[Value | _Unknown | None]) -> Sequence[Value | _Unknown | None]:
+        """The values of the outputs of `node`, by a function of the model, a row, or ONNX's own function."""
+        unknown = any(isinstance(i, _Unknown) for i in inputs)
+        attrs = {a.name: env.refs.get(a.ref_attr_name) if a.ref_attr_name else a for a in node.attribute}
+        bound = {k: a for k, a in attrs.items() if a is not None}
+        own = self.functions.get((domain, node.op_type))
+        if own is not None:
+            return [UNKNOWN] * len(node.output) if unknown else self.function(own, inputs, bound)
+        row = ROWS.get((domain, node.op_type))
+        if domain not in env.opsets:
+            raise InvalidModelError(f"no opset is imported for the domain {domain!r}")
+        opset = env.opsets[domain]
+        if unknown:
+            if row is None and not has_function(node.op_type, domain, opset):
+                raise not_supported(node.op_type, domain, opset)
+            return [UNKNOWN] * len(node.output)
+        reason = not_supported(node.op_type, domain, opset)
+        if row is not None:
+            values = {k: self.attribute(a) for k, a in bound.items()}
+            call = Call(node.op_type, node.name, origin, opset, values, inputs, list(node.output), self, env)
+            try:
+                got = row(call)
+                return call.named([got] if isinstance(got, Node | SequenceValue | OptionalValue) else list(got))
+            except Decline as e:
+                reason = Unsupported(str(e))
+        body = schema_function(node, bound, domain, opset, inputs)
+        if body is None:
+            raise reason
+        return self.function(body, inputs, bound)
 
     def attribute(self, a: AttributeProto) -> Any:
         """The Python value of an attribute: strings decoded, tensors as arrays."""
@@ -198,48 +277,57 @@ class Importer:
             return [v.decode("utf-8", "replace") for v in value]
         return list(value) if a.type in (AttributeProto.INTS, AttributeProto.FLOATS) else value
 
-    # ------------------------------------------------------------------------------ functions
-
-    def schema_function(self, node: NodeProto, domain: str, opset: int,
-                        inputs: Sequence[Value | None]) -> FunctionProto | None:
-        """The function body that the ONNX specification gives for `node`, None if it has none."""
-        try:
-            schema = onnx.defs.get_schema(node.op_type, opset, domain)
-        except onnx.defs.SchemaError:
-            return None
-        if schema.has_function:
-            return FunctionProto.FromString(schema.get_function_with_opset_version(opset)) if hasattr(
-                schema, "get_function_with_opset_version") else schema.function_body
-        if schema.has_context_dependent_function:
-            types = [type_proto(i).SerializeToString() for i in inputs]
-            versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
-            if versions:
-                text = schema.get_context_dependent_function_with_opset_version(
-                    max(versions), node.SerializeToString(), types)
-                return FunctionProto.FromString(text)
-        return None
-
-    def function(self, function: FunctionProto, inputs: Sequence[Value | None], attrs: Mapping[str, AttributeProto],
-                 node: NodeProto) -> list[Value | _Unknown | None]:
+    def function(self, function: FunctionProto, inputs: Sequence[Value | None],
+                 attrs: Mapping[str, AttributeProto]) -> list[Value | _Unknown | None]:
         """The outputs of a function body called with `inputs`."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise InvalidModelError(f"functions are nested more than {MAX_DEPTH} deep")
-        scope: Scope = ChainMap({n: v for n, v in zip(function.input, inputs) if v is not None})
-        for name in function.input[len(inputs):]:
-            scope[name] = None
-        for name, v in zip(function.input, inputs):
-            if v is None:
-                scope[name] = None
-        refs = {a.name: a for a in function.attribute_proto} | dict(attrs)
-        opsets = {normal_domain(o.domain): o.version for o in function.opset_import}
+        given = dict(zip(function.input, inputs))
+        scope: Scope = ChainMap({name: given.get(name) for name in function.input})
+        env = Env(scope, {a.name: a for a in function.attribute_proto} | dict(attrs),
+                  {normal_domain(o.domain): o.version for o in function.opset_import})
         for inner in function.node:
-            self.node(inner, scope, refs, opsets)
+            self.node(inner, env)
         self.depth -= 1
         return [scope.get(o) for o in function.output]
 
 
-Value_types = (Node, SequenceValue, OptionalValue)
+def not_supported(op_type: str, domain: str, opset: int) -> Unsupported:
+    return Unsupported(f"operator {domain + '.' if domain else ''}{op_type} (opset {opset}) is not supported")
+
+
+def schema_function(node: NodeProto, attrs: Mapping[str, AttributeProto], domain: str, opset: int,
+                    inputs: Sequence[Value | None]) -> FunctionProto | None:
+    """The function body that the ONNX specification gives for `node`, None if it has none."""
+    try:
+        schema = onnx.defs.get_schema(node.op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return None
+    body = None
+    if schema.has_function:
+        versions = [v for v in schema.function_opset_versions if v <= opset] or schema.function_opset_versions
+        body = schema.get_function_with_opset_version(max(versions))
+    elif schema.has_context_dependent_function:
+        bound = NodeProto()
+        bound.CopyFrom(node)
+        del bound.attribute[:]
+        for name, a in attrs.items():
+            bound.attribute.add().CopyFrom(a)
+            bound.attribute[-1].name = name
+            bound.attribute[-1].ref_attr_name = ""
+        types = [type_proto(i).SerializeToString() for i in inputs]
+        versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
+        if versions:
+            body = schema.get_context_dependent_function_with_opset_version(max(versions), bound.SerializeToString(), types)
+    if not body:
+        return None
+    body = FunctionProto.FromString(body) if isinstance(body, bytes) else body
+    present = {a.name for a in body.attribute_proto}
+    for name, a in schema.attributes.items():
+        if name not in present and a.default_value.name:
+            body.attribute_proto.add().CopyFrom(a.default_value)
+    return body
 
 
 def has_function(op_type: str, domain: str, opset: int) -> bool:
@@ -269,6 +357,13 @@ def shape_text(dims: Any) -> str:
     return "[" + ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims) + "]"
 
 
+def import_model(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, Any] = {},  # noqa: B006
+                 input_shapes: Mapping[str, tuple[int, ...]] = {}) -> Imported:  # noqa: B006
+    """The model as `import_onnx` gives it, and how the outputs of the model lie in the graph's."""
+    proto, folder = load_model(model)
+    return Importer(proto, folder, fixed_inputs, input_shapes).run()
+
+
 def import_onnx(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, np.ndarray] = {},  # noqa: B006
                 input_shapes: Mapping[str, tuple[int, ...]] = {}, batch_max: int | None = None) -> Graph:  # noqa: B006
     """The IR graph of an ONNX model: static shapes, constants folded, images channels-last inside.
@@ -278,4 +373,4 @@ def import_onnx(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, np
     model, ShapeError for an unknown or impossible shape, UnsupportedOpError with all its problems.
     """
     proto, folder = load_model(model)
-    return Importer(proto, folder, fixed_inputs, input_shapes).run()
+    return Importer(proto, folder, fixed_inputs, input_shapes).run().graph

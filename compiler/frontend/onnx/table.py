@@ -14,7 +14,7 @@ from skive.ir import Node, constant
 from skive.types import DType
 
 if TYPE_CHECKING:
-    from skive.frontend.onnx.importer import Importer, Scope
+    from skive.frontend.onnx.importer import Env, Importer
 
 # A folded constant may be this large even if its operands are small; beyond it an Expand or
 # ConstantOfShape stays a node and is computed when the model runs.
@@ -56,6 +56,10 @@ class Unsupported(Exception):
         self.reason, self.hint, self.inputs = reason, hint, tuple(inputs)
 
 
+class Decline(Exception):
+    """Raised by a row that leaves a case to the function body in the ONNX specification."""
+
+
 def onnx_op(*names: str, domain: str = "") -> Callable[[Row], Row]:
     """Registers a function as the row of the operators `names` of `domain`."""
 
@@ -93,7 +97,7 @@ class Call:
     inputs: list[Value | None]
     outputs: list[str]
     importer: Importer
-    scope: Scope
+    env: Env
     created: list[Node] = field(default_factory=list)
 
     # -------------------------------------------------------------------------------- operands
@@ -160,6 +164,14 @@ class Call:
         if name not in self.attrs:
             raise InvalidModelError(f"attribute {name} is missing")
         return self.attrs[name]
+
+    def subgraph(self, name: str, *values: Value) -> list[Value]:
+        """The outputs of the graph in attribute `name`, imported here with `values` as its inputs."""
+        body = self.required(name)
+        formal = [i.name for i in body.input]
+        if len(formal) != len(values):
+            raise InvalidModelError(f"{name} takes {len(formal)} inputs, not {len(values)}")
+        return self.importer.graph(body, self.env.inner(dict(zip(formal, values))))
 
     # ----------------------------------------------------------------------------------- nodes
 

@@ -1,3 +1,15 @@
 """The rows of the ONNX table, by family; importing this package fills the table."""
 
-from skive.frontend.onnx.rows import contractions, elementwise, movement, normalization, reductions, windows  # noqa: F401
+from skive.frontend.onnx.rows import (  # noqa: F401
+    contractions,
+    elementwise,
+    movement,
+    normalization,
+    quantization,
+    recurrence,
+    reductions,
+    sampling,
+    signal,
+    structure,
+    windows,
+)

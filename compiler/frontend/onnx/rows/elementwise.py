@@ -98,7 +98,12 @@ def prelu(c: Call) -> Node:
 
 @onnx_op("BitShift")
 def bit_shift(c: Call) -> Node:
-    return c.make("shift_left" if c.required("direction") == "LEFT" else "shift_right", c[0], c[1])
+    x, by = c[0], c[1]
+    if c.required("direction") == "LEFT":
+        return c.make("shift_left", x, by)
+    if x.dtype.is_signed:  # shifting out every bit leaves copies of the sign
+        by = c.make("min", by, x.dtype.bytes * 8 - 1)
+    return c.make("shift_right", x, by)
 
 
 @onnx_op("Clip")

@@ -1,0 +1,270 @@
+"""`skive.compile`: model -> graph -> passes -> plan -> sources -> artefact, verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import skive
+from skive import _native, build, check
+from skive.artifact import write_folder
+from skive.emit import cxx
+from skive.errors import InvalidModelError, SkiveError, VerificationError
+from skive.ir import Graph
+from skive.lower import lower
+from skive.pipeline import PassManager, operations, random_inputs, total_macs, weight_bytes
+from skive.plan import Plan
+from skive.runtime import MANIFEST, Module
+from skive.targets.base import Target, resolve
+
+if TYPE_CHECKING:
+    from skive.frontend import Source
+
+Progress = Callable[[str, float], None]  # (step, fraction of the whole)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything besides the model that decides the artefact's bytes."""
+
+    target: str = "host"
+    threads: int = 1
+    verify: bool = True
+    strict: bool = False
+    emit_only: bool = False
+    name: str | None = None
+    batch_max: int | None = None
+
+    def fingerprint(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def compile(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,  # noqa: A001 - the contract's name
+            output: str | Path | None = None, name: str | None = None, target: str = "host", threads: int = 1,
+            verify: bool = True, strict: bool = False, emit_only: bool = False, batch_max: int | None = None,
+            input_shapes: Mapping[str, Sequence[int]] | None = None, fixed_inputs: Mapping[str, np.ndarray] | None = None,
+            data: Sequence[np.ndarray] | None = None, dump_ir: str | Path | None = None,
+            progress: Progress = lambda step, fraction: None) -> Module:
+    """A callable module compiled from `model` (path, `onnx.ModelProto`, `torch.nn.Module`, `ExportedProgram`, `Graph`).
+
+    `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
+    ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
+    process if not given). `batch_max`: compile a model with a symbolic batch for 1 to this many
+    samples a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with,
+    random ones otherwise. Raises the errors of `skive.errors`; nothing is written unless all went well.
+    """
+    from skive import frontend
+
+    started = time.perf_counter()
+    progress("read", 0.0)
+    options = Options(target, threads, verify, strict, emit_only, name, batch_max)
+    if not isinstance(threads, int) or not 1 <= threads <= 256:
+        raise SkiveError(f"threads is {threads!r}, not 1 to 256")
+    chosen = resolve(target, _native.cpu_features())
+    source = frontend.open_model(model, example_inputs=example_inputs, input_shapes=input_shapes, fixed_inputs=fixed_inputs,
+                                 batch_max=batch_max)
+    key = _cache_key(source, options, chosen, data) if source.sha256 and dump_ir is None else None
+    folder = Path(output) if output is not None else _temporary_folder()
+    if key and (cached := build.cache_dir() / "artefacts" / key).is_dir():
+        with write_folder(folder) as temporary:
+            shutil.copytree(cached, temporary, dirs_exist_ok=True)
+        progress("done", 1.0)
+        return Module(folder) if not emit_only else _EmittedOnly(folder)  # type: ignore[return-value]
+
+    progress("import", 0.05)
+    imported = dataclasses.replace(source.graph(), name=cxx.identifier(name or source.name))
+    progress("optimise", 0.1)
+    from skive import passes
+
+    optimised, records = PassManager().run(imported, passes.EXACT, dump_dir=dump_ir, check="always" if strict else "never")
+    progress("lower", 0.25)
+    plan = lower(optimised, chosen, threads)
+    sources = cxx.emit(plan, chosen)
+    with write_folder(folder) as temporary:
+        build.write_sources(temporary, sources, plan.weights, plan.name)
+        code_bytes = 0
+        if not emit_only:
+            library = build.build_shared(temporary, sources, plan.name, chosen, threads=threads,
+                                         progress=lambda done, all_: progress("build", 0.3 + 0.5 * done / all_))
+            code_bytes = max(0, library.stat().st_size - len(plan.weights))
+        manifest = {"skive": skive.__version__, "name": plan.name, "target": chosen.name, "isa": list(chosen.features),
+                    "threads": threads, "batch_max": batch_max,
+                    "inputs": _ports(plan, "inputs"), "outputs": _ports(plan, "outputs"), "arena_bytes": plan.arena_bytes,
+                    "model_sha256": source.sha256, "options_sha256": hashlib.sha256(options.fingerprint().encode()).hexdigest(),
+                    "data_sha256": _data_sha256(data)}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        verdict = None
+        if verify and not emit_only:
+            progress("verify", 0.85)
+            verdict = _verify(imported, optimised, temporary, chosen, threads, data, source)
+        report = _report(source, imported, optimised, plan, chosen, records, verdict, code_bytes, time.perf_counter() - started)
+        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        _write_html(temporary, report, imported, optimised)
+        if key:
+            _store_artefact(temporary, build.cache_dir() / "artefacts" / key)
+    progress("done", 1.0)
+    return Module(folder) if not emit_only else _EmittedOnly(folder)  # type: ignore[return-value]
+
+
+class _EmittedOnly:
+    """What `emit_only` returns: the folder, its report, and a clear refusal to run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.folder / "report.json").read_text())
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        raise InvalidModelError(f"{self.folder} holds sources only (emit_only); build it with its CMakeLists.txt")
+
+
+_temporaries: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
+
+
+def _temporary_folder() -> Path:
+    _temporaries.append(tempfile.TemporaryDirectory(prefix="skive-"))
+    return Path(_temporaries[-1].name) / "artefact"
+
+
+def _ports(plan: Plan, side: str) -> list[dict[str, Any]]:
+    lead = (lambda s: [-1, *s[1:]]) if plan.batch_max else list
+    return [{"name": p.name, "shape": lead(p.shape), "dtype": p.dtype} for p in getattr(plan, side)]
+
+
+def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
+    if data is None:
+        return None
+    h = hashlib.sha256()
+    for a in data:
+        h.update(f"{a.dtype.str}{a.shape}".encode())
+        h.update(np.ascontiguousarray(a).data)
+    return h.hexdigest()
+
+
+def _cache_key(source: Source, options: Options, target: Target, data: Sequence[np.ndarray] | None) -> str:
+    """What decides the artefact: model, options, inputs' shapes, skive itself, and the compiler."""
+    h = hashlib.sha256()
+    parts = [source.sha256, source.request, options.fingerprint(), target.name, str(_data_sha256(data)), skive.__version__,
+             _own_hash(), build.headers_hash()]
+    if not options.emit_only:
+        parts += [*build.compiler(), build.compiler_version(build.compiler())]
+    for p in parts:
+        h.update(p.encode() + b"\0")
+    return h.hexdigest()
+
+
+def _own_hash() -> str:
+    """SHA-256 of skive's Python sources: an edited compiler never answers from its past."""
+    h = hashlib.sha256()
+    root = Path(__file__).resolve().parent
+    folders = [root, *(Path(p) for p in __import__("skive.passes").passes.__path__)]
+    for folder in folders:
+        for p in sorted(folder.rglob("*.py")):
+            h.update(p.read_bytes())
+    return h.hexdigest()
+
+
+def _store_artefact(folder: Path, cached: Path) -> None:
+    """Keeps a copy of the artefact; a full or read-only cache is no error."""
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".new.") as t:
+            shutil.copytree(folder, Path(t) / "artefact")
+            (Path(t) / "artefact").rename(cached)
+        build.trim_cache()
+    except OSError:
+        pass
+
+
+def _run_graph(graph: Graph, target: Target, threads: int) -> check.Run:
+    """Compiles `graph` as it is into a temporary folder and returns its call."""
+    folder = _temporary_folder()
+    folder.mkdir(parents=True)
+    plan = lower(graph, target, threads)
+    sources = cxx.emit(plan, target)
+    build.write_sources(folder, sources, plan.weights, plan.name)
+    library = build.build_shared(folder, sources, plan.name, target, threads=threads)
+    artifact = _native.Artifact(str(library), plan.name, [(p.name, list(p.shape), p.dtype) for p in plan.inputs],
+                                [(p.name, list(p.shape), p.dtype) for p in plan.outputs], plan.arena_bytes, 0, threads)
+
+    def run(inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+        result = artifact(*inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    return run
+
+
+def _verify(imported: Graph, optimised: Graph, folder: Path, target: Target, threads: int,
+            data: Sequence[np.ndarray] | None, source: Source) -> check.Verdict:
+    """Compares the artefact with the numpy reference of the model as imported, and with onnxruntime
+    where that is installed and the model is ONNX. VerificationError names the first diverging node."""
+    from skive.reference import evaluate_graph
+
+    module = Module(folder)
+    inputs = [np.asarray(d[:1] if imported.batch_max else d) for d in data] if data is not None else check.sample_inputs(imported)
+    got = module(*inputs)
+    got = got if isinstance(got, tuple) else (got,)
+    want = evaluate_graph(imported, inputs)
+    verdict = check.compare(list(zip(got, want, strict=True)), "numpy", 1)
+    if not verdict.passed:
+        simplified = check.compare(list(zip(evaluate_graph(optimised, inputs), want, strict=True)), "numpy", 1)
+        if not simplified.passed:
+            raise VerificationError(f"{imported.name}: a pass changed the result by {simplified.relative_error:.2g} of its range; "
+                                    "compile with strict=True (--strict) to learn which")
+        node = check.first_divergence(optimised, inputs, lambda g: _run_graph(g, target, threads))
+        where = f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
+        raise VerificationError(f"{imported.name}: the artefact differs from the reference by {verdict.relative_error:.2g} "
+                                f"of the output's range, {where}; please report it, or use --target generic")
+    outside = source.oracle(inputs)
+    if outside is not None:
+        second = check.compare(list(zip(got, outside, strict=True)), "numpy, onnxruntime", 1)
+        if not second.passed:
+            raise VerificationError(f"{imported.name}: the artefact agrees with the reference but differs from onnxruntime by "
+                                    f"{second.relative_error:.2g} of the output's range; please report the model")
+        return second
+    return verdict
+
+
+def _report(source: Source, imported: Graph, optimised: Graph, plan: Plan, target: Target, records: Sequence[Any],
+            verdict: check.Verdict | None, code_bytes: int, seconds: float) -> dict[str, Any]:
+    """The dict of report.json (keys of the contract)."""
+    return {
+        "skive": skive.__version__,
+        "model": {"path": source.path, "sha256": source.sha256, "macs": total_macs(imported), "weight_bytes": weight_bytes(imported),
+                  "nodes": operations(imported)},
+        "target": {"name": target.name, "isa": list(target.features), "threads": plan.threads},
+        "passes": [r.to_json() for r in records],
+        "compiled": {"macs": total_macs(optimised), "weight_bytes": len(plan.weights), "arena_bytes": plan.arena_bytes,
+                     "arena_lower_bound": plan.arena_lower_bound, "code_bytes": code_bytes, "seconds": round(seconds, 3)},
+        "layers": [{"name": c.origin, "op": c.op, "kernel": c.kernel, "macs": c.macs, "bytes": c.bytes} for c in plan.calls],
+        "verification": dataclasses.asdict(verdict) if verdict else None,
+    }
+
+
+def _write_html(folder: Path, report: dict[str, Any], imported: Graph, optimised: Graph) -> None:
+    from skive import report as pages
+
+    (folder / "report.html").write_text(pages.render(report, imported, optimised), encoding="utf-8")
+
+
+def verdict_against(module: Module, model: Any, data: Sequence[np.ndarray] | None = None) -> check.Verdict:
+    """How far `module` is from `model` (`skive verify`), on `data` or random inputs of the reference."""
+    from skive import frontend
+    from skive.reference import evaluate_graph
+
+    graph = frontend.open_model(model, batch_max=module.manifest["batch_max"]).graph()
+    inputs = list(data) if data is not None else (check.sample_inputs(graph) if graph.inputs else random_inputs(graph))
+    got = module(*inputs)
+    return check.compare(list(zip(got if isinstance(got, tuple) else (got,), evaluate_graph(graph, inputs), strict=True)), "numpy", 1)

@@ -1,0 +1,111 @@
+"""`skive.backend`: skive as an `onnx.backend.base.Backend`, so that ONNX's own tests run on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from onnx import ModelProto
+from onnx.backend.base import Backend, BackendRep, namedtupledict
+
+from skive.errors import ShapeError, UnsupportedOpError
+from skive.frontend.onnx.importer import Imported, import_model
+from skive.ir import Graph
+from skive.reference import evaluate_graph
+
+# What runs an imported graph: tensors by input name in, the graph's outputs in order out.
+Executor: TypeAlias = Callable[[dict[str, np.ndarray]], "list[np.ndarray]"]
+# How a graph becomes something that runs.
+Engine: TypeAlias = Callable[[Graph], Executor]
+
+
+def reference_engine(graph: Graph) -> Executor:
+    """Runs `graph` with the numpy references of the op table."""
+    return lambda inputs: evaluate_graph(graph, inputs)
+
+
+class SkiveRep(BackendRep):
+    """A model ready to run.
+
+    ONNX lets values decide shapes (the shape given to a Reshape may be an input) and skive compiles
+    static shapes only: those inputs, and the shapes of the others, are fixed to what the first call
+    gives, and the model is compiled again when a later call changes them.
+    """
+
+    def __init__(self, model: ModelProto, engine: Engine):
+        self.model, self.engine = model, engine
+        constants = {t.name for t in model.graph.initializer}
+        self.names = [i.name for i in model.graph.input if i.name not in constants]
+        self.fixed: set[str] = set()
+        self.compiled: dict[Any, tuple[Imported, Executor]] = {}
+
+    def run(self, inputs: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The outputs for `inputs`, one value per graph input, in order or by name.
+
+        Raises UnsupportedOpError with all problems if the model cannot be compiled even with every
+        input fixed that decides a shape.
+        """
+        values = dict(inputs) if isinstance(inputs, dict) else dict(zip(self.names, inputs))
+        missing = [n for n in self.names if n not in values]
+        if missing:
+            raise ShapeError(f"input {missing[0]!r} is missing")
+        while True:
+            try:
+                imported, execute = self.specialised(values)
+                break
+            except UnsupportedOpError as e:
+                new = set(e.fixable) - self.fixed
+                if not new:
+                    raise
+                self.fixed |= new
+        flat = execute({n: np.asarray(values[n]) for n in imported.graph_inputs})
+        results = imported.structured(flat)
+        return namedtupledict("Outputs", list(imported.output_names))(*results)
+
+    def specialised(self, values: dict[str, Any]) -> tuple[Imported, Executor]:
+        """The compiled model for these values of the fixed inputs and shapes of the others."""
+        fixed = {n: v for n, v in values.items() if n in self.fixed}
+        shapes = {n: np.shape(v) for n, v in values.items() if n not in self.fixed and is_tensor(v)}
+        key = (tuple(shapes.items()), tuple((n, frozen(v)) for n, v in fixed.items()))
+        if key not in self.compiled:
+            imported = import_model(self.model, fixed_inputs=fixed, input_shapes=shapes)
+            self.compiled[key] = imported, self.engine(imported.graph)
+        return self.compiled[key]
+
+
+def is_tensor(value: Any) -> bool:
+    return not isinstance(value, (list, tuple, type(None)))
+
+
+def frozen(value: Any) -> Any:
+    """A hashable stand-in for a tensor, a sequence of them or None."""
+    if isinstance(value, (list, tuple)):
+        return tuple(frozen(v) for v in value)
+    if value is None:
+        return None
+    array = np.asarray(value)
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+class SkiveBackend(Backend):
+    """The Backend interface of ONNX; every model runs on the CPU."""
+
+    engine: Engine = staticmethod(reference_engine)
+
+    @classmethod
+    def prepare(cls, model: ModelProto, device: str = "CPU", **kwargs: Any) -> SkiveRep:
+        return SkiveRep(model, cls.engine)
+
+    @classmethod
+    def run_model(cls, model: ModelProto, inputs: Sequence[Any], device: str = "CPU", **kwargs: Any) -> tuple[Any, ...]:
+        return cls.prepare(model, device).run(inputs)
+
+    @classmethod
+    def supports_device(cls, device: str) -> bool:
+        return device.split(":")[0] == "CPU"
+
+
+prepare = SkiveBackend.prepare
+run_model = SkiveBackend.run_model
+supports_device = SkiveBackend.supports_device

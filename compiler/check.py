@@ -1,0 +1,131 @@
+"""The verified compile: does the artefact compute what the model says, and if not, where does it start?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from skive import ops
+from skive.ir import Graph, Node
+from skive.pipeline import difference
+from skive.reference import evaluate_graph
+from skive.types import DType
+
+# Largest accepted |difference| as a fraction of the output's range. A float32 network of a hundred
+# layers, summed in another order than the reference, stays an order of magnitude below.
+TOLERANCE = 1e-4
+
+Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The `verification` of report.json. `sqnr_db` is the smallest over the float outputs."""
+
+    reference: str
+    samples: int
+    max_abs_error: float
+    relative_error: float
+    sqnr_db: float | None
+    passed: bool
+    worst_node: str | None = None
+
+
+def sqnr_db(got: np.ndarray, want: np.ndarray) -> float:
+    """Signal-to-noise ratio of `got` in decibels; 300 where there is no noise to speak of."""
+    signal = float(np.sum(np.square(want, dtype=np.float64)))
+    noise = float(np.sum(np.square(got.astype(np.float64) - want)))
+    return 300.0 if noise == 0 or signal == 0 else min(300.0, 10 * math.log10(signal / noise))
+
+
+def compare(pairs: Sequence[tuple[np.ndarray, np.ndarray]], reference: str, samples: int,
+            tolerance: float = TOLERANCE) -> Verdict:
+    """The verdict over (got, want) pairs."""
+    worst, absolute, ratio = 0.0, 0.0, None
+    for got, want in pairs:
+        d = difference(got, want)
+        worst = max(worst, d)
+        if want.dtype.kind == "f" and want.size:
+            finite = np.isfinite(want) & np.isfinite(got)
+            err = np.abs(got[finite].astype(np.float64) - want[finite])
+            absolute = max(absolute, float(err.max(initial=0.0)))
+            db = sqnr_db(np.where(finite, got, 0), np.where(finite, want, 0))
+            ratio = db if ratio is None else min(ratio, db)
+    return Verdict(reference, samples, absolute, worst if math.isfinite(worst) else -1.0, ratio, worst <= tolerance)
+
+
+def prefix(graph: Graph, nodes: Sequence[Node]) -> Graph:
+    """The part of `graph` that computes `nodes`, which become its outputs."""
+    return replace(graph, outputs=tuple(nodes), output_names=tuple(f"t{i}" for i in range(len(nodes))), states=())
+
+
+def first_divergence(graph: Graph, inputs: Sequence[np.ndarray], run_prefix: Callable[[Graph], Run],
+                     tolerance: float = TOLERANCE) -> Node | None:
+    """The first node, in execution order, whose compiled value leaves the reference; None if none does.
+
+    Bisection: the graph is cut at the middle of the suspect interval and compiled with that node as
+    its output. A cut that lies before the fault agrees, one behind it does not (a fault that later
+    nodes hide again can move the answer to a later node, never to an innocent one).
+    """
+    values: dict[Node, np.ndarray] = {}
+    evaluate_graph(graph, inputs, observe=lambda n, v: values.__setitem__(n, v))
+    candidates = [n for n in graph.nodes if n.op not in ("input", "const") and n.type.size]
+
+    def diverges(node: Node) -> bool:
+        (got,) = run_prefix(prefix(graph, [node]))(inputs)
+        return difference(np.asarray(got), values[node]) > tolerance
+
+    low, high = 0, len(candidates)
+    outputs = [o for o in graph.outputs if o in values]
+    bad = [o for o in outputs if o.op not in ("input", "const") and diverges(o)]
+    if not bad:
+        return None
+    # Only what the first bad output depends on can be at fault.
+    cone = set(prefix(graph, [bad[0]]).nodes)
+    candidates = [n for n in candidates if n in cone]
+    low, high = 0, len(candidates) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if diverges(candidates[middle]):
+            high = middle
+        else:
+            low = middle + 1
+    return candidates[high]
+
+
+def sample_inputs(graph: Graph, seed: int = 0) -> list[np.ndarray]:
+    """Random inputs that exercise a graph: normal floats, bools, and integers that are valid indices
+    where an input is used as one."""
+    rng = np.random.default_rng(seed)
+    arrays = []
+    for node in graph.inputs:
+        if node.dtype.is_float:
+            a = rng.standard_normal(node.shape)
+        elif node.dtype is DType.bool:
+            a = rng.integers(0, 2, node.shape)
+        else:
+            a = rng.integers(0, max(2, min(_index_limit(graph, node), 100 if node.dtype.bytes == 1 else 1 << 15)), node.shape)
+        arrays.append(np.asarray(a, node.dtype.numpy))
+    return arrays
+
+
+def _index_limit(graph: Graph, node: Node) -> int:
+    """The size of the smallest axis that `node` indexes, through shape-only operations; 128 if none."""
+    limit, todo, seen = 128, [node], set()
+    found = []
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        for u in graph.users[n]:
+            if u.op in ("gather", "gather_elements") and u.inputs[1] is n:
+                found.append(u.inputs[0].shape[u.attrs["axis"]])
+            elif u.op in ("gather_nd", "scatter_nd", "scatter_elements") and u.inputs[1] is n:
+                found.append(min(u.inputs[0].shape, default=1))
+            elif ops.op_of(u.op).kind == "movement" or u.op == "cast":
+                todo.append(u)
+    return min(found, default=limit)

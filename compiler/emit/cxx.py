@@ -1,0 +1,309 @@
+"""Plan -> C++17 source text. Shapes, order and offsets only; the logic is in the kernel library."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from skive.plan import Access, Call, Fn, Plan
+from skive.targets.base import Target
+
+# More kernels than this are spread over several translation units, so that they compile side by side.
+KERNELS_PER_UNIT = 6
+
+_KEYWORDS = frozenset("""
+alignas alignof and asm auto bitand bitor bool break case catch char class compl const constexpr continue decltype
+default delete do double else enum explicit export extern false float for friend goto if inline int long mutable
+namespace new noexcept not nullptr operator or private protected public register return short signed sizeof static
+struct switch template this throw true try typedef typeid typename union unsigned using virtual void volatile while
+xor int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t main""".split())
+
+
+def identifier(text: str, fallback: str = "model") -> str:
+    """A C identifier made of `text`: other characters become `_`; never a keyword or reserved."""
+    s = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:60].rstrip("_") or fallback
+    return f"m_{s}" if s[0].isdigit() or s in _KEYWORDS else s
+
+
+def comment(text: str) -> str:
+    """`text` as it may stand in a `//` comment: printable ASCII, no backslash (line splice)."""
+    return re.sub(r"[^ -\[\]-~]", "?", text)[:120].rstrip()
+
+
+@dataclass(frozen=True)
+class Sources:
+    """File name -> text. `units` are compiled; `headers` are kernel headers they include."""
+
+    files: dict[str, str]
+    units: tuple[str, ...]
+    headers: tuple[str, ...]
+
+
+_ACCESS = {
+    "full": "load<N>({arg} + pixel * {stride} + channel)",
+    "channel": "load<N>({arg} + channel)",
+    "scalar": "splat<N>({arg}[0])",
+    "pixel": "splat<N>({arg}[pixel])",
+    "sample": "load<N>({arg} + pixel / {pixels} * {stride} + channel)",
+}
+
+
+def _operand(a: Access, vector: bool) -> str:
+    if a.mode == "literal":
+        return f"splat<N>({a.text})" if vector else a.text
+    return _ACCESS[a.mode].format(arg=a.arg, stride=a.stride, pixels=a.pixels)
+
+
+def _lambda(fn: Fn) -> str:
+    """The C++ lambda of a fused expression."""
+    lines = []
+    names: dict[str, str] = {}
+    for i, a in enumerate(fn.operands):
+        names[f"x{i}"] = f"x{i}"
+        if a.mode != "value":
+            names[f"x{i}"] = _operand(a, fn.vector)
+    used = {arg for s in fn.steps for arg in s.args}
+    needs_lanes = fn.vector and any("<N>" in names[u] for u in used if u in names)
+    if needs_lanes:
+        lines.append("constexpr int N = decltype(x0)::lanes;")
+    for n, s in enumerate(fn.steps):
+        args = ", ".join([names.get(a, a) for a in s.args] + list(s.tail))
+        target = "return " if n == len(fn.steps) - 1 else f"const auto t{n} = "
+        lines.append(f"{target}{s.name}({args});")
+    if fn.epilogue:
+        head = "[=]([[maybe_unused]] auto x0, [[maybe_unused]] ptrdiff_t pixel, [[maybe_unused]] int channel)"
+    else:
+        params = ", ".join(f"[[maybe_unused]] auto x{i}" for i, a in enumerate(fn.operands) if a.mode == "value")
+        head = f"[]({params})"
+    return head + " {\n      " + "\n      ".join(lines) + "\n    }"
+
+
+def _body(call: Call) -> str:
+    template = f"<{', '.join(call.template)}>" if call.template else ""
+    order = ", ".join("part" if o == "part" else _lambda(call.fn) if o == "fn" and call.fn else o for o in call.order)
+    return f"  {call.kernel}{template}::run({order});"
+
+
+def _signature(call: Call, name: str) -> str:
+    params = [f"[[maybe_unused]] {'const ' if a.const else ''}{a.ctype}* {a.name}" for a in call.args]
+    return f"void {name}({', '.join([*params, '[[maybe_unused]] Part part'])})"
+
+
+def _pointer(arg: object, offset_of: dict[str, str]) -> str:
+    a = arg
+    base = offset_of[a.kind].format(index=a.index)  # type: ignore[attr-defined]
+    typed = f"{'const ' if a.const else ''}{a.ctype}*"  # type: ignore[attr-defined]
+    place = f"{base} + {a.offset}" if a.offset else base  # type: ignore[attr-defined]
+    return f"reinterpret_cast<{typed}>({place})"
+
+
+_BASES = {"input": "in[{index}]", "output": "out[{index}]", "arena": "arena", "weights": "weights"}
+
+
+def emit(plan: Plan, target: Target) -> Sources:
+    """All source files of the artefact except the weights and the kernel headers."""
+    name, upper = plan.name, plan.name.upper()
+    functions: dict[str, tuple[str, Call]] = {}  # body -> (name, first call)
+    calls = []
+    for i, c in enumerate(plan.calls):
+        anonymous = replace(c, args=tuple(replace(a, kind="", index=0, offset=0) for a in c.args), origin="", macs=0, bytes=0)
+        key = _signature(anonymous, "") + _body(anonymous)
+        if key not in functions:
+            functions[key] = (f"k{len(functions)}_{c.op}", c)
+        calls.append((i, functions[key][0], c))
+
+    headers = sorted({c.header for c in plan.calls})
+    bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n)} {{\n{_body(c)}\n}}\n", c) for n, c in functions.values()]
+    files: dict[str, str] = {}
+    units = [f"{name}.cpp"]
+    split = len(bodies) > KERNELS_PER_UNIT
+    if split:
+        declarations = "".join(f"void {n}_declared_below();\n" for n in ()) + "".join(
+            f"{_signature(c, n)};\n" for n, _, c in bodies)
+        files[f"{name}_kernels.h"] = _kernels_header(upper, name, target, declarations)
+        # Neighbouring layers share template instances: keep them in one unit.
+        count = -(-len(bodies) // KERNELS_PER_UNIT)
+        for u in range(count):
+            part = bodies[u * len(bodies) // count:(u + 1) * len(bodies) // count]
+            unit = f"{name}_kernels_{u}.cpp"
+            includes = "".join(f'#include "skive/{h}"\n' for h in sorted({c.header for _, _, c in part}))
+            files[unit] = (f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
+                           f'#include "{name}_kernels.h"\n\n{includes}\nnamespace {name}_model {{\n'
+                           f"using namespace skive;\n\n" + "\n".join(t for _, t, _ in part) + f"\n}}  // namespace {name}_model\n")
+            units.append(unit)
+    files[f"{name}.h"] = _public_header(plan, upper)
+    files[f"{name}.cpp"] = _main_unit(plan, target, upper, headers, bodies, calls, split)
+    weights = _weights_unit(name)
+    files[f"{name}_weights.S"] = weights
+    units.append(f"{name}_weights.S")
+    files["CMakeLists.txt"] = _cmake(plan, target, tuple(units))
+    if plan.threads > 1:
+        headers.append("threads.h")
+    return Sources(files, tuple(units), tuple(sorted(set(headers))))
+
+
+def _kernels_header(upper: str, name: str, target: Target, declarations: str) -> str:
+    return (f"// Kernels of {name}: shared by its translation units. Generated; do not edit.\n"
+            f"#ifndef {upper}_KERNELS_H\n#define {upper}_KERNELS_H\n\n#define {target.define}\n"
+            f'#include "skive/isa.h"\n\nnamespace {name}_model {{\nusing skive::Part;\n\n{declarations}\n'
+            f"}}  // namespace {name}_model\n\n#endif  // {upper}_KERNELS_H\n")
+
+
+def _public_header(plan: Plan, upper: str) -> str:
+    n = plan.name
+    lines = [f"// {n}: a compiled network. Generated; do not edit.", "//"]
+    for kind, ports in (("input", plan.inputs), ("output", plan.outputs)):
+        for i, p in enumerate(ports):
+            lines.append(f"// {kind} {i}: {comment(p.name)} {p.dtype}[{','.join(map(str, p.shape))}]")
+    lines += [f"#ifndef {upper}_H", f"#define {upper}_H", "",
+              "#ifdef __cplusplus", 'extern "C" {', "#endif", "",
+              f"#define {upper}_INPUT_COUNT {len(plan.inputs)}", f"#define {upper}_OUTPUT_COUNT {len(plan.outputs)}"]
+    for kind, ports in (("INPUT", plan.inputs), ("OUTPUT", plan.outputs)):
+        lines += [f"#define {upper}_{kind}{i}_BYTES {p.bytes}" for i, p in enumerate(ports)]
+    lines += [f"#define {upper}_ARENA_BYTES {plan.arena_bytes}", f"#define {upper}_ARENA_ALIGN 64",
+              f"#define {upper}_BATCH_MAX {plan.batch_max or 0}", f"#define {upper}_THREADS {plan.threads}", "",
+              "/* Error codes of the functions below; 0 is success. */",
+              f"#define {upper}_ERROR_CPU 1   /* this processor lacks an instruction set the code needs */",
+              f"#define {upper}_ERROR_NULL 2  /* a pointer is null */",
+              f"#define {upper}_ERROR_ALIGN 3 /* the arena is not {upper}_ARENA_ALIGN-byte aligned */",
+              f"#define {upper}_ERROR_BATCH 4 /* the batch is not 1 to {upper}_BATCH_MAX */", "",
+              "#if defined(__GNUC__)", f'#define {upper}_API __attribute__((visibility("default")))', "#else",
+              f"#define {upper}_API", "#endif", "",
+              "/* Runs the network once. No allocation, no global state: calls on separate arenas may run",
+              "   at the same time. inputs and outputs point to one pointer per tensor. */",
+              f"{upper}_API int {n}_run(const void* const* inputs, void* const* outputs, void* arena);"]
+    if plan.batch_max:
+        lines += ["", "/* The same for `batch` samples that lie one after the other in every tensor. */",
+                  f"{upper}_API int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch);"]
+    lines += ["", "/* 1 if this processor has the instruction sets that the code needs. */",
+              f"{upper}_API int {n}_cpu_supported(void);",
+              "/* What an error code means, in words. */", f"{upper}_API const char* {n}_error(int code);",
+              "", "/* Runs one layer, 0 to LAYER_COUNT - 1, on an arena in which the layers before it ran: for profiling. */",
+              f"#define {upper}_LAYER_COUNT {len(plan.calls)}",
+              f"{upper}_API int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena);"]
+    if plan.threads > 1:
+        lines += ["", "/* Starts and stops the worker threads. Without them a call computes the same, alone. */",
+                  f"{upper}_API void {n}_pool_start(int threads);", f"{upper}_API void {n}_pool_stop(void);"]
+    lines += ["", "#ifdef __cplusplus", "}", "#endif", "", f"#endif  /* {upper}_H */", ""]
+    return "\n".join(lines)
+
+
+def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodies: list[tuple[str, str, Call]],
+               calls: list[tuple[int, str, Call]], split: bool) -> str:
+    n = plan.name
+    out = [f"// {n}: layers in order, with their places in memory. Generated; do not edit.", f'#include "{n}.h"', ""]
+    if split:
+        out += [f'#include "{n}_kernels.h"']
+    else:
+        out += [f"#define {target.define}"]
+    if plan.threads > 1:
+        out += ['#include "skive/threads.h"']
+    out += ['#include "skive/isa.h"']
+    if not split:
+        out += [f'#include "skive/{h}"' for h in headers]
+    out += ["", f'extern "C" const unsigned char {n}_weights[];', "", f"namespace {n}_model {{", "using namespace skive;", ""]
+    if not split:
+        out += ["namespace {"] + [b for _, b, _ in bodies] + ["}  // namespace", ""]
+    if plan.threads > 1:
+        out += ["static Pool pool;", ""]
+    out += ["struct Memory {", "  const unsigned char* const* in;", "  unsigned char* const* out;",
+            "  unsigned char* arena;", "  const unsigned char* weights;", "};", ""]
+    for i, fname, c in calls:
+        pointers = [_pointer(a, _BASES) for a in c.args]
+        used = {a.kind for a in c.args}
+        unpack = [f"  {'const unsigned char* const* in' if k == 'in' else 'unsigned char* const* out' if k == 'out' else ('unsigned char* ' if k == 'arena' else 'const unsigned char* ') + k} = m.{k};"
+                  for k, kind in (("in", "input"), ("out", "output"), ("arena", "arena"), ("weights", "weights")) if kind in used]
+        args = ", ".join(pointers)
+        out += [f"// {comment(c.origin) or c.op}", f"static void layer{i}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{", *unpack]
+        if plan.threads > 1 and c.parallel:
+            out += [f"  pool.parallel({plan.threads}, [&](Part part) {{", f"    {fname}({args}{', ' if args else ''}part);", "  });", "}", ""]
+        else:
+            out += [f"  {fname}({args}{', ' if args else ''}Part{{}});", "}", ""]
+    out += ["// Kept apart from the entry, whose own code must run on any processor.",
+            "__attribute__((noinline)) static void run(const Memory& m) {"]
+    out += [f"  layer{i}(m);" for i, _, _ in calls] or ["  (void)m;"]
+    out += ["}", "", f"}}  // namespace {n}_model", "", f"using namespace {n}_model;", ""]
+    checks = " && ".join(f'__builtin_cpu_supports("{f}")' for f in target.features)
+    out += [f'extern "C" int {n}_cpu_supported(void) {{',
+            *(["  __builtin_cpu_init();", f"  return {checks} ? 1 : 0;"] if checks else ["  return 1;"]), "}", "",
+            f'extern "C" const char* {n}_error(int code) {{', "  switch (code) {", '    case 0: return "success";',
+            f'    case {upper}_ERROR_CPU: return "this processor lacks {", ".join(target.features) or "nothing"}";',
+            f'    case {upper}_ERROR_NULL: return "a pointer is null";',
+            f'    case {upper}_ERROR_ALIGN: return "the arena is not 64-byte aligned";',
+            f'    case {upper}_ERROR_BATCH: return "the batch is out of range";',
+            '    default: return "unknown error";', "  }", "}", "",
+            "static int check(const void* const* inputs, void* const* outputs, const void* arena) {",
+            f"  if (!{n}_cpu_supported()) return {upper}_ERROR_CPU;",
+            f"  if (({upper}_INPUT_COUNT && !inputs) || ({upper}_OUTPUT_COUNT && !outputs)) return {upper}_ERROR_NULL;"]
+    if plan.inputs:
+        out += [f"  for (int i = 0; i < {upper}_INPUT_COUNT; ++i)", f"    if (!inputs[i]) return {upper}_ERROR_NULL;"]
+    if plan.outputs:
+        out += [f"  for (int i = 0; i < {upper}_OUTPUT_COUNT; ++i)", f"    if (!outputs[i]) return {upper}_ERROR_NULL;"]
+    out += [f"  if ({upper}_ARENA_BYTES && !arena) return {upper}_ERROR_NULL;",
+            f"  if (reinterpret_cast<uintptr_t>(arena) % {upper}_ARENA_ALIGN) return {upper}_ERROR_ALIGN;", "  return 0;", "}", "",
+            "static Memory memory(const void* const* inputs, void* const* outputs, void* arena) {",
+            "  return {reinterpret_cast<const unsigned char* const*>(inputs),",
+            "          reinterpret_cast<unsigned char* const*>(outputs), static_cast<unsigned char*>(arena),",
+            f"          {n}_weights}};", "}", "",
+            f'extern "C" int {n}_run(const void* const* inputs, void* const* outputs, void* arena) {{',
+            "  if (int error = check(inputs, outputs, arena)) return error;",
+            "  run(memory(inputs, outputs, arena));", "  return 0;", "}", ""]
+    if plan.batch_max:
+        out += [f'extern "C" int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch) {{',
+                "  if (int error = check(inputs, outputs, arena)) return error;",
+                f"  if (batch < 1 || batch > {upper}_BATCH_MAX) return {upper}_ERROR_BATCH;",
+                "  for (int b = 0; b < batch; ++b) {"]
+        for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
+            source = "inputs" if kind == "in" else "outputs"
+            items = ", ".join(f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}]) + static_cast<size_t>(b) * {p.bytes}"
+                              for i, p in enumerate(ports))
+            out += [f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};"]
+        out += ["    run(memory(in, out, arena));", "  }", "  return 0;", "}", ""]
+    out += [f'extern "C" int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena) {{',
+            "  if (int error = check(inputs, outputs, arena)) return error;"]
+    if calls:
+        out += ["  static void (*const layers[])(const Memory&) = {" + ", ".join(f"layer{i}" for i, _, _ in calls) + "};",
+                f"  if (layer < 0 || layer >= {upper}_LAYER_COUNT) return {upper}_ERROR_BATCH;",
+                "  layers[layer](memory(inputs, outputs, arena));"]
+    else:
+        out += ["  (void)layer;"]
+    out += ["  return 0;", "}", ""]
+    if plan.threads > 1:
+        out += [f'extern "C" void {n}_pool_start(int threads) {{ pool.start(threads); }}',
+                f'extern "C" void {n}_pool_stop(void) {{ pool.stop(); }}', ""]
+    return "\n".join(out)
+
+
+def _weights_unit(name: str) -> str:
+    """Assembly that places the packed weights in read-only data without a compiler parsing them."""
+    return (f"/* The packed weights of {name}, from {name}_weights.bin. Generated; do not edit. */\n"
+            "#if defined(__APPLE__)\n#define SYMBOL(name) _##name\n    .const\n#else\n#define SYMBOL(name) name\n"
+            '    .section .rodata,"a",%progbits\n#endif\n'
+            f"    .globl SYMBOL({name}_weights)\n"
+            "#if !defined(__APPLE__)\n"
+            f"    .hidden SYMBOL({name}_weights)\n"
+            "#endif\n    .balign 64\n"
+            f'SYMBOL({name}_weights):\n    .incbin "{name}_weights.bin"\n    .byte 0\n'
+            '#if defined(__ELF__)\n    .section .note.GNU-stack,"",%progbits\n#endif\n')
+
+
+FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off",
+         "-fvisibility=hidden", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+
+
+def _cmake(plan: Plan, target: Target, units: tuple[str, ...]) -> str:
+    n = plan.name
+    options = " ".join((*FLAGS[1:], *target.flags))
+    sources = "\n  ".join(units)
+    threads = ("find_package(Threads REQUIRED)\ntarget_link_libraries(%s PRIVATE Threads::Threads)\n" % n
+               if plan.threads > 1 else "")
+    return (f"# Builds {n} from this folder alone. Generated; do not edit.\n"
+            f"cmake_minimum_required(VERSION 3.13)\nproject({n} LANGUAGES CXX ASM)\n\n"
+            f"option(BUILD_SHARED_LIBS \"Build lib{n}.so instead of lib{n}.a\" ON)\n"
+            f"add_library({n}\n  {sources})\n"
+            f"target_include_directories({n} PUBLIC ${{CMAKE_CURRENT_SOURCE_DIR}})\n"
+            f"target_compile_features({n} PRIVATE cxx_std_17)\n"
+            f"separate_arguments(options UNIX_COMMAND \"{options}\")\n"
+            f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${{options}}>)\n"
+            f"set_source_files_properties({n}_weights.S PROPERTIES COMPILE_OPTIONS \"-Wa,-I,${{CMAKE_CURRENT_SOURCE_DIR}}\")\n"
+            f"target_link_options({n} PRIVATE -nodefaultlibs)\ntarget_link_libraries({n} PRIVATE m c gcc)\n{threads}")

@@ -1,0 +1,537 @@
+"""Graph -> Plan: chooses kernels, packs weights, gives every value its place in memory.
+
+Three steps: `legalise` rewrites what no kernel takes as it stands into what one does; `Storage`
+decides which values share memory (views, in-place elementwise, concat written in place); then one
+function per operation (`@lowers`) appends kernel calls.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from skive import expr as expressions
+from skive import ops, pack
+from skive.errors import UnsupportedOpError
+from skive.ir import Graph, Node, constant, rebuilt
+from skive.plan import Access, Arg, Block, Call, Fn, FnStep, Plan, Port, WeightPool, place
+from skive.targets.base import Target
+from skive.types import DType
+
+F32 = DType.f32
+
+# Operations whose function in math.h has an overload for Vec<N>; the others run on scalars.
+VECTOR = frozenset("""add sub mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh
+atanh erf floor ceil round_even trunc sign reciprocal relu clip min max pow mod fmod sigmoid silu gelu gelu_tanh
+hard_sigmoid hard_swish leaky_relu elu selu celu softplus softsign mish prelu thresholded_relu shrink""".split())
+
+
+@dataclass
+class Root:
+    """Memory that one or more values share."""
+
+    kind: str
+    bytes: int
+    index: int = 0
+    offset: int = 0
+    block: Block | None = None
+    values: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class View:
+    """A value's place: bytes `offset` into `root`."""
+
+    root: Root
+    offset: int = 0
+
+
+def _literal(value: Any, dtype: DType) -> str:
+    """A C++ literal of exactly this value and type."""
+    if dtype is DType.bool:
+        return "true" if value else "false"
+    if dtype.is_float:
+        v = dtype.numpy.type(value)
+        suffix = "f" if dtype is F32 else ""
+        if np.isnan(v):
+            return f"__builtin_nan{suffix}(\"\")"
+        if np.isinf(v):
+            return f"{'-' if v < 0 else ''}__builtin_inf{suffix}()"
+        text = repr(float(v)) if dtype is not F32 else np.format_float_scientific(v, unique=True)
+        return text.rstrip(".") + suffix if "e" in text or "." in text else f"{text}.0{suffix}"
+    v = int(value)
+    if dtype is DType.u64:
+        return f"uint64_t{{{v}ull}}"
+    if v == -(2**63):
+        return "(-9223372036854775807ll - 1)"
+    return f"static_cast<{dtype.ctype}>({v}{'ll' if dtype is DType.i64 else ''})"
+
+
+# ------------------------------------------------------------------------------------ legalise
+
+
+def _fusible_operand(extra: Node, base: Node) -> Access | None:
+    """How an epilogue reads `extra` beside a result of `base`'s shape; None if it cannot."""
+    shape, full = extra.shape, base.shape
+    if extra.dtype is not F32:
+        return None
+    if extra.type.size == 1:
+        return Access("literal", text=_literal(extra.value.item(), F32)) if extra.is_const else Access("scalar")
+    padded = (1,) * (len(full) - len(shape)) + tuple(shape)
+    c = full[-1]
+    if padded == full:
+        return Access("full", stride=c)
+    if padded[-1] == c and all(d == 1 for d in padded[:-1]):
+        return Access("channel")
+    if padded[-1] == 1 and padded[:-1] == full[:-1]:
+        return Access("pixel")
+    if len(full) > 2 and padded[-1] == c and padded[0] == full[0] and all(d == 1 for d in padded[1:-1]):
+        return Access("sample", stride=c, pixels=math.prod(full[1:-1]))
+    return None
+
+
+def _epilogue_ok(node: Node) -> bool:
+    """Whether the kernel of `node` can run its epilogue: all in float32 vectors."""
+    e = expressions.parse(node.attrs["epilogue"])
+    base_count = ops.op_of(node.op).epilogue or 0
+    if not _has_fast_kernel(node) or node.dtype is not F32 or any(s.op not in VECTOR for s in e.steps):
+        return False
+    return all(_fusible_operand(x, node) for x in node.inputs[base_count:])
+
+
+def _has_fast_kernel(node: Node) -> bool:
+    """Whether a packed, vectorised kernel exists for `node` (else the plain one runs)."""
+    if node.inputs[0].dtype is not F32:
+        return False
+    if node.op in ("conv2d", "linear", "conv_transpose2d"):
+        return all(i.is_const for i in node.inputs[1:3])
+    return True
+
+
+def _without_epilogue(node: Node) -> Node:
+    """`node` as its base operation followed by a map."""
+    count = ops.op_of(node.op).epilogue or 0
+    attrs = {k: v for k, v in node.attrs.items() if k != "epilogue"}
+    base = ops.make(node.op, *node.inputs[:count], origin=node.origin, **attrs)
+    return ops.make("map", base, *node.inputs[count:], origin=node.origin, label=node.name, fn=node.attrs["epilogue"])
+
+
+def _legalise_reduce(node: Node) -> Node:
+    """Reduced axes made neighbours: a transposition puts them last when they are not."""
+    x = node.inputs[0]
+    axes = tuple(sorted(a % x.type.rank for a in node.attrs["axes"]))
+    if not axes or all(b - a == 1 or all(x.shape[i] == 1 for i in range(a + 1, b)) for a, b in zip(axes, axes[1:], strict=False)):
+        return node
+    kept = [i for i in range(x.type.rank) if i not in axes]
+    moved = ops.make("transpose", x, origin=node.origin, perm=(*kept, *axes))
+    reduced = ops.make(node.op, moved, origin=node.origin, axes=tuple(range(len(kept), x.type.rank)), keep=False)
+    return ops.make("reshape", reduced, origin=node.origin, label=node.name, shape=node.shape)
+
+
+def legalise(graph: Graph) -> Graph:
+    """The same function in terms that the kernels take."""
+
+    def one(node: Node, inputs: tuple[Node, ...]) -> Node:
+        node = rebuilt(node, inputs)
+        if node.attrs.get("epilogue") and not _epilogue_ok(node):
+            return _without_epilogue(node)
+        if node.op.startswith("reduce_"):
+            return _legalise_reduce(node)
+        if node.op in ("softmax", "log_softmax") and node.type.size and node.dtype is not F32:
+            wide = ops.make("cast", node.inputs[0], origin=node.origin, to=F32)
+            return ops.make("cast", ops.make(node.op, wide, origin=node.origin, axis=node.attrs["axis"]), to=node.dtype)
+        return node
+
+    return graph.map_nodes(one)
+
+
+# ------------------------------------------------------------------------------------ lowering
+
+
+class Lowering:
+    """Collects the calls of one graph."""
+
+    def __init__(self, graph: Graph, target: Target, threads: int):
+        self.graph, self.target, self.threads = graph, target, threads
+        self.weights = WeightPool()
+        self.calls: list[Call] = []
+        self.problems: list[tuple[str, str, str]] = []
+        self._pending: list[tuple[list[tuple[Root, int, Arg]], int]] = []
+        self._roots: list[Root] = []
+        self._views: dict[Node, View] = {}
+        self._const_roots: dict[Node, Root] = {}
+        self._assign_storage()
+
+    # -- storage
+
+    def _new_root(self, kind: str, nbytes: int, index: int = 0) -> Root:
+        root = Root(kind, nbytes, index)
+        if kind == "arena":
+            root.block = Block(nbytes, 1 << 30, -1)
+            self._roots.append(root)
+        return root
+
+    def _assign_storage(self) -> None:
+        graph = self.graph
+        position = {n: i for i, n in enumerate(graph.nodes)}
+        last_use = {n: max([position[u] for u in users], default=position[n]) for n, users in graph.users.items()}
+        outputs = set(graph.outputs)
+        for i, n in enumerate(graph.inputs):
+            self._views[n] = View(self._new_root("input", n.type.bytes, i))
+        for n in graph.nodes:
+            if n.op in ("input", "const"):
+                continue
+            view = self._shared_view(n, position, last_use, outputs) or View(self._new_root("arena", n.type.bytes))
+            self._views[n] = view
+            view.root.values.append(n)
+        for i, o in enumerate(graph.outputs):
+            view = self._views.get(o)
+            if view and view.root.kind == "arena" and view.offset == 0 and view.root.bytes == o.type.bytes:
+                view.root.kind, view.root.index = "output", i
+                self._roots.remove(view.root)
+                view.root.block = None
+        for n in graph.nodes:  # a concat whose place is known takes its operands in
+            if n.op == "concat":
+                self._concat_in_place(n, outputs)
+
+    def _shared_view(self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]) -> View | None:
+        """The memory that `n` takes over from an operand; None if it needs its own."""
+        if not n.type.size:
+            return None
+        if n.op == "reshape" and not n.inputs[0].is_const:
+            return self._views[n.inputs[0]]
+        if n.op == "slice" and not n.inputs[0].is_const:
+            x = n.inputs[0]
+            outer = [i for i in range(n.type.rank) if n.shape[i] != x.shape[i]]
+            if all(s == 1 for s, d in zip(n.attrs["step"], n.shape, strict=True) if d > 1) and (
+                    not outer or all(n.shape[i] == 1 for i in range(outer[-1]))):
+                start = 0
+                for s, d in zip(n.attrs["start"], x.shape, strict=True):
+                    start = start * d + s
+                view = self._views[x]
+                return View(view.root, view.offset + start * n.dtype.bytes)
+        if ops.op_of(n.op).kind == "elementwise":
+            for x in n.inputs:
+                view = self._views.get(x)
+                if (view and view.root.kind == "arena" and view.offset == 0 and view.root.bytes == n.type.bytes == x.type.bytes
+                        and x.shape == n.shape and not any(v in outputs for v in view.root.values)
+                        and all(last_use[v] <= position[n] for v in view.root.values)
+                        and sum(i is x for i in n.inputs) == 1
+                        and not any(self._views.get(i) and self._views[i].root is view.root for i in n.inputs if i is not x)):
+                    return view
+        return None
+
+    def _concat_in_place(self, n: Node, outputs: set[Node]) -> None:
+        """Operands that nothing else shares memory with are computed right where they end up."""
+        axis = n.attrs["axis"] % n.type.rank
+        if math.prod(n.shape[:axis]) != 1:
+            return
+        view, offset = self._views[n], self._views[n].offset
+        for x in n.inputs:
+            own = self._views.get(x)
+            if (own and own.root.kind == "arena" and own.offset == 0 and own.root.bytes == x.type.bytes and own.root is not view.root
+                    and own.root in self._roots and not any(v in outputs for v in own.root.values)
+                    and sum(i is x for i in n.inputs) == 1):
+                self._roots.remove(own.root)
+                for v in own.root.values:
+                    self._views[v] = View(view.root, offset + self._views[v].offset)
+                view.root.values.extend(own.root.values)
+            offset += x.type.bytes
+
+    # -- building calls
+
+    def view(self, node: Node) -> View:
+        """Where `node` lies; constants are placed in the weights when first used unpacked."""
+        if node.is_const:
+            if node not in self._const_roots:
+                self._const_roots[node] = Root("weights", node.type.bytes, offset=self.weights.add(node.value))
+            return View(self._const_roots[node])
+        return self._views[node]
+
+    def read(self, name: str, node: Node) -> tuple[View, Arg]:
+        return self.view(node), Arg(name, node.dtype.ctype, "")
+
+    def write(self, name: str, node: Node) -> tuple[View, Arg]:
+        return self.view(node), Arg(name, node.dtype.ctype, "", const=False)
+
+    def packed(self, name: str, array: np.ndarray) -> tuple[View, Arg]:
+        """A constant in the layout its kernel reads."""
+        return (View(Root("weights", array.nbytes, offset=self.weights.add(array))),
+                Arg(name, DType.of(array.dtype).ctype, ""))
+
+    def scratch(self, name: str, nbytes: int) -> tuple[View, Arg]:
+        """Memory that lives during one call only."""
+        return View(self._new_root("arena", nbytes)), Arg(name, "unsigned char", "", const=False)
+
+    def call(self, node: Node, kernel: str, header: str, template: Sequence[object], order: Sequence[str],
+             args: Sequence[tuple[View, Arg]], fn: Fn | None = None, parallel: bool = True) -> None:
+        """Appends one kernel call that computes (a part of) `node`."""
+        index = len(self.calls)
+        moved = 0
+        for view, _ in args:
+            moved += view.root.bytes
+            if view.root.block:
+                view.root.block.first = min(view.root.block.first, index)
+                view.root.block.last = max(view.root.block.last, index)
+        self._pending.append(([(v.root, v.offset, a) for v, a in args], index))
+        self.calls.append(Call(kernel, header, tuple(map(str, template)), tuple(order), (), fn, node.label(), node.op,
+                               ops.macs(node), moved, parallel))
+
+    def finish(self) -> Plan:
+        """Places the blocks and resolves every argument."""
+        graph = self.graph
+        for i, o in enumerate(graph.outputs):
+            view = self.view(o)
+            if view.root.kind == "output" and view.root.index == i and view.offset == 0:
+                continue
+            target = View(self._new_root("output", o.type.bytes, i))
+            if o.type.size:
+                self.call(o, "copy_linear", "copy.h", [o.dtype.ctype, o.type.size], ["x", "y", "part"],
+                          [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))])
+        if self.problems:
+            raise UnsupportedOpError(self.problems)
+        blocks = [r.block for r in self._roots if r.block and r.block.last >= 0]
+        size, bound = place(blocks)
+        calls = list(self.calls)
+        for args, index in self._pending:
+            resolved = []
+            for root, offset, arg in args:
+                base = root.block.offset if root.block else root.offset
+                resolved.append(replace(arg, kind=root.kind, index=root.index, offset=base + offset))
+            calls[index] = replace(calls[index], args=tuple(resolved))
+        ports = [tuple(Port(name, n.shape, n.dtype.numpy.name, n.type.bytes) for name, n in side) for side in (
+            [(n.name, n) for n in graph.inputs], list(zip(graph.output_names, graph.outputs, strict=True)))]
+        return Plan(graph.name, self.target.name, self.threads, ports[0], ports[1], tuple(calls), self.weights.blob(),
+                    size, bound, graph.batch_max)
+
+    # -- epilogues
+
+    def epilogue(self, node: Node) -> tuple[Fn, list[tuple[View, Arg]]]:
+        """The functor of `node`'s epilogue and the pointers it reads."""
+        text = node.attrs.get("epilogue", "")
+        if not text:
+            return Fn((FnStep("same", ("x0",)),), (Access("value"),), True, True), []
+        e = expressions.parse(text)
+        operands, args = [Access("value")], []
+        for i, extra in enumerate(node.inputs[ops.op_of(node.op).epilogue or 0:], 1):
+            access = _fusible_operand(extra, node)
+            assert access is not None, "legalise() lets only fusible epilogues through"
+            if access.mode != "literal":
+                access = replace(access, arg=f"e{i}")
+                args.append(self.read(f"e{i}", extra))
+            operands.append(access)
+        return Fn(_steps(e, [F32] * len(operands)), tuple(operands), True, True), args
+
+
+def _steps(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:
+    """The expression in C++ function names and literals."""
+    steps, types = [], []
+    for s in e.steps:
+        row = ops.op_of(s.op)
+        operand_types = [dtypes[i] if k == "x" else types[i] for k, i in s.args]
+        attrs = ops.complete_attrs(s.op, dict(s.attrs))
+        types.append(row.infer([ops.TensorType((), t) for t in operand_types], attrs).dtype)
+        name, tail = row.cxx, []
+        for v in attrs.values():
+            if isinstance(v, DType):
+                name += f"<{v.ctype}>"
+            elif isinstance(v, bool):
+                tail.append("true" if v else "false")
+            else:
+                tail.append(_literal(v, operand_types[0]))
+        steps.append(FnStep(name, tuple(f"{k}{i}" for k, i in s.args), tuple(tail)))
+    return tuple(steps)
+
+
+LOWER: dict[str, Callable[[Lowering, Node], None]] = {}
+
+
+def lowers(*names: str) -> Callable[[Callable[[Lowering, Node], None]], Callable[[Lowering, Node], None]]:
+    """Registers the lowering of operations."""
+
+    def register(fn: Callable[[Lowering, Node], None]) -> Callable[[Lowering, Node], None]:
+        for n in names:
+            LOWER[n] = fn
+        return fn
+
+    return register
+
+
+def lower(graph: Graph, target: Target, threads: int = 1) -> Plan:
+    """The plan of `graph` on `target`. UnsupportedOpError lists every node without a kernel."""
+    graph = legalise(graph)
+    ctx = Lowering(graph, target, threads)
+    for node in graph.nodes:
+        if node.op in ("input", "const", "reshape") or not node.type.size:
+            continue
+        if node.dtype is DType.f16 or any(i.dtype is DType.f16 for i in node.inputs):
+            ctx.problems.append((node.label(), f"{node.op} on float16", "cast the model to float32"))
+        elif node.op in LOWER:
+            LOWER[node.op](ctx, node)
+        else:
+            ctx.problems.append((node.label(), f"{node.op} has no kernel", "report it"))
+    return ctx.finish()
+
+
+# -- windows
+
+def _image(shape: Sequence[int]) -> str:
+    return f"Image<{', '.join(map(str, shape))}>"
+
+
+def _window_tags(a: Any) -> list[str]:
+    t, left, b, r = a["pad"]
+    tags = [f"Stride<{a['stride'][0]}, {a['stride'][1]}>", f"Pad<{t}, {left}, {b}, {r}>"]
+    return [*tags, f"Dilation<{a['dilation'][0]}, {a['dilation'][1]}>"] if "dilation" in a else tags
+
+
+def _bias(node: Node, oc: int) -> np.ndarray:
+    return node.inputs[2].value if len(node.inputs) > 2 else np.zeros(oc, np.float32)
+
+
+@lowers("conv2d")
+def _conv2d(ctx: Lowering, node: Node) -> None:
+    x, w = node.inputs[:2]
+    oc, kh, kw, _ = w.shape
+    groups, c = node.attrs["groups"], x.shape[3]
+    tags = [_image(x.shape), f"Kernel<{oc}, {kh}, {kw}>", *_window_tags(node.attrs)]
+    if not _has_fast_kernel(node):
+        _plain_conv(ctx, node, "plain_conv2d", [w.dtype.ctype, *tags, groups])
+        return
+    fn, extra = ctx.epilogue(node)
+    order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
+    if groups == c and oc % c == 0 and groups > 1:
+        packed, bias = pack.pack_depthwise(w.value, c), pack.pack_bias(_bias(node, oc), 16)
+        ctx.call(node, "depthwise2d", "depthwise.h", tags, [o if o != "scratch" else "nullptr" for o in order],
+                 [ctx.read("x", x), ctx.packed("w", packed), ctx.packed("bias", bias), ctx.write("y", node), *extra], fn)
+        return
+    block = pack.conv2d_block(oc // groups, ctx.target.name)
+    kernel = "conv2d" if groups == 1 else "grouped_conv2d"
+    template = [*tags, block] if groups == 1 else [*tags, groups, block]
+    packed = np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)])
+    bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
+    nbytes = pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads)
+    scratch = [ctx.scratch("scratch", nbytes)] if nbytes else []
+    ctx.call(node, kernel, "conv.h", template, [o if o != "scratch" or scratch else "nullptr" for o in order],
+             [ctx.read("x", x), ctx.packed("w", packed), ctx.packed("bias", bias), ctx.write("y", node), *scratch, *extra], fn)
+
+
+def _plain_conv(ctx: Lowering, node: Node, kernel: str, template: list[object]) -> None:
+    args = [ctx.read("x", node.inputs[0]), ctx.read("w", node.inputs[1])]
+    if len(node.inputs) > 2:
+        args.append(ctx.read("bias", node.inputs[2]))
+    bias = "bias" if len(node.inputs) > 2 else "nullptr"
+    ctx.call(node, kernel, "plain.h", template, ["x", "w", bias, "y", "part"], [*args, ctx.write("y", node)])
+
+
+@lowers("conv_transpose2d")
+def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
+    x, w = node.inputs[:2]
+    oc, kh, kw, _ = w.shape
+    tags = [_image(x.shape), f"Kernel<{oc}, {kh}, {kw}>", *_window_tags(node.attrs)]
+    _plain_conv(ctx, node, "plain_conv_transpose2d", [w.dtype.ctype, *tags, node.attrs["groups"], _image(node.shape)])
+
+
+@lowers("max_pool2d", "avg_pool2d")
+def _pool2d(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    kernel = f"Kernel<{x.shape[3]}, {node.attrs['kernel'][0]}, {node.attrs['kernel'][1]}>"
+    stride, padding, dilation = _window_tags(node.attrs)
+    if not _has_fast_kernel(node):
+        if node.op == "avg_pool2d":
+            ctx.problems.append((node.label(), f"average pooling of {x.dtype.value}", "cast the operand to float32"))
+            return
+        ctx.call(node, "plain_max_pool2d", "plain.h", [x.dtype.ctype, _image(x.shape), kernel, stride, padding, dilation],
+                 ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+        return
+    fn, extra = ctx.epilogue(node)
+    template = [_image(x.shape), kernel, stride, padding]
+    template += [padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>", dilation] if node.op == "avg_pool2d" else [dilation]
+    ctx.call(node, node.op, "pool.h", template, ["x", "y", "nullptr", "part", "fn"],
+             [ctx.read("x", x), ctx.write("y", node), *extra], fn)
+
+
+@lowers("linear")
+def _linear(ctx: Lowering, node: Node) -> None:
+    x, w = node.inputs[:2]
+    if not _has_fast_kernel(node):
+        ctx.problems.append((node.label(), f"linear on {x.dtype.value} or with weights that are not constant", "use matmul"))
+        return
+    oc, k = w.shape
+    rows = x.type.size // k
+    fn, extra = ctx.epilogue(node)
+    block = pack.conv2d_block(oc, ctx.target.name)
+    one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
+    ctx.call(node, "conv2d", "conv.h", [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block],
+             ["x", "w", "bias", "y", "nullptr", "part", "fn"],
+             [ctx.read("x", x), ctx.packed("w", pack.pack_conv2d(w.value.reshape(oc, 1, 1, k), block)),
+              ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)), ctx.write("y", node), *extra], fn)
+
+
+# -- elementwise
+
+
+def _collapse(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+    """Neighbouring axes merged where every operand walks them as one."""
+    dims: list[int] = []
+    walks: list[list[int]] = [[] for _ in strides]
+    for axis, d in enumerate(shape):
+        if d == 1 and len(shape) > 1:
+            continue
+        if dims and all(w[-1] == s[axis] * d for w, s in zip(walks, strides, strict=True)):
+            dims[-1] *= d
+            for w, s in zip(walks, strides, strict=True):
+                w[-1] = s[axis]
+        else:
+            dims.append(d)
+            for w, s in zip(walks, strides, strict=True):
+                w.append(s[axis])
+    if not dims:
+        dims, walks = [1], [[0] for _ in strides]
+    return tuple(dims), [tuple(w) for w in walks]
+
+
+def row_strides(shape: Sequence[int]) -> list[int]:
+    """Strides in elements of a dense row-major tensor."""
+    out, step = [], 1
+    for d in reversed(shape):
+        out.append(step)
+        step *= d
+    return out[::-1]
+
+
+def broadcast_strides(shape: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides in elements that walk a dense tensor of `shape` over the broadcast shape `to`."""
+    padded = (1,) * (len(to) - len(shape)) + tuple(shape)
+    return tuple(0 if p == 1 else s for p, s in zip(padded, row_strides(padded), strict=True))
+
+
+def _elementwise(ctx: Lowering, node: Node) -> None:
+    if node.op == "map":
+        e = expressions.parse(node.attrs["fn"])
+    else:
+        e = expressions.Expr((expressions.Step(node.op, tuple(("x", i) for i in range(len(node.inputs))), tuple(node.attrs.items())),))
+    e_types = [i.dtype for i in node.inputs]
+    vector = node.dtype is F32 and all(t is F32 for t in e_types) and all(s.op in VECTOR for s in e.steps)
+    operands, args, strides = [], [], []
+    for i, x in enumerate(node.inputs):
+        if x.is_const and x.type.size == 1:
+            operands.append(Access("literal", text=_literal(x.value.item(), x.dtype)))
+        else:
+            operands.append(Access("value"))
+            args.append(ctx.read(f"x{i}", x))
+            strides.append(broadcast_strides(x.shape, node.shape))
+    dims, walks = _collapse(node.shape, strides)
+    template = [node.dtype.ctype, f"Shape<{', '.join(map(str, dims))}>", *(f"Strides<{', '.join(map(str, w))}>" for w in walks)]
+    ctx.call(node, "vmap" if vector else "map", "map.h", template[1:] if vector else template,
+             ["y", "part", "fn", *(a.name for _, a in args)], [ctx.write("y", node), *args],
+             Fn(_steps(e, e_types), tuple(operands), False, vector))
+
+
+for _op in ops.OPS.values():
+    if _op.kind == "elementwise":
+        LOWER[_op.name] = _elementwise

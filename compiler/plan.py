@@ -1,0 +1,205 @@
+"""The plan: what the artefact does, as plain data. The narrow waist between lowering and emission.
+
+A plan is a list of kernel calls on buffers with fixed places. It names kernels, template arguments
+and byte offsets, knows nothing of the IR, and can be written as JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+ALIGN = 64  # bytes: one cache line and one AVX-512 register
+
+
+def aligned(n: int) -> int:
+    """`n` bytes rounded up to whole cache lines."""
+    return -(-n // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True, slots=True)
+class Arg:
+    """A pointer parameter: `kind` is input, output, arena or weights; `index` the input or output
+    ordinal; `offset` in bytes from there."""
+
+    name: str
+    ctype: str
+    kind: str
+    index: int = 0
+    offset: int = 0
+    const: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a fused expression reads operand `arg` at output position (pixel, channel).
+
+    mode: `value` (a lambda parameter, the case of a map), `full` (pixel * stride + channel),
+    `channel`, `scalar`, `pixel` (one value for all channels), `sample` (pixel / pixels * stride +
+    channel: one row of channels per image), `literal` (the C++ literal `text`).
+    """
+
+    mode: str
+    arg: str = ""
+    stride: int = 0
+    pixels: int = 0
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FnStep:
+    """`name(args..., tail...)`: args are `x<i>` or `t<i>`, the tail is literal C++ text."""
+
+    name: str
+    args: tuple[str, ...]
+    tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fn:
+    """A fused expression. `operands[i]` says how `x<i>` is read; in an epilogue `x0` is the
+    accumulator. `vector`: the values are Vec<N>, else scalars."""
+
+    steps: tuple[FnStep, ...]
+    operands: tuple[Access, ...]
+    epilogue: bool
+    vector: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One kernel call: `kernel<template...>::run(args..., part, fn)`.
+
+    `order` is the spelling of the argument list: argument names, `part`, `fn`, literals.
+    """
+
+    kernel: str
+    header: str
+    template: tuple[str, ...]
+    order: tuple[str, ...]
+    args: tuple[Arg, ...]
+    fn: Fn | None = None
+    origin: str = ""
+    op: str = ""
+    macs: int = 0
+    bytes: int = 0
+    parallel: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A graph input or output as the caller sees it; `bytes` of one sample."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    isa: str
+    threads: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    calls: tuple[Call, ...]
+    weights: bytes
+    arena_bytes: int
+    arena_lower_bound: int
+    batch_max: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON-compatible data."""
+        d = asdict(self)
+        d["weights"] = len(self.weights)
+        return d
+
+
+class WeightPool:
+    """Packed constants, each content once, each at a 64-byte boundary."""
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._offsets: dict[bytes, int] = {}
+        self._size = 0
+
+    def add(self, array: np.ndarray) -> int:
+        """The byte offset of `array` in the blob."""
+        data = np.ascontiguousarray(array).tobytes()
+        key = data
+        if key not in self._offsets:
+            self._offsets[key] = self._size
+            self._chunks.append(data + b"\0" * (aligned(len(data)) - len(data)))
+            self._size += aligned(len(data))
+        return self._offsets[key]
+
+    def blob(self) -> bytes:
+        return b"".join(self._chunks)
+
+
+@dataclass(slots=True)
+class Block:
+    """A piece of the arena that lives from call `first` to call `last`, both included."""
+
+    bytes: int
+    first: int
+    last: int
+    offset: int = field(default=-1)
+
+
+def place(blocks: list[Block]) -> tuple[int, int]:
+    """Gives every block an offset so that blocks alive together do not overlap.
+
+    Returns (arena bytes, lower bound): the bound is the largest sum of live blocks at any call.
+    Greedy best fit in several orders (Pisarchyk, Lee: Efficient Memory Management for Deep Neural
+    Net Inference, 2020, find size order near optimal); the best of them is kept.
+    """
+    live = [b for b in blocks if b.bytes]
+    events: dict[int, int] = {}
+    for b in live:
+        events[b.first] = events.get(b.first, 0) + aligned(b.bytes)
+        events[b.last + 1] = events.get(b.last + 1, 0) - aligned(b.bytes)
+    bound = total = 0
+    for t in sorted(events):
+        total += events[t]
+        bound = max(bound, total)
+    best: tuple[int, list[int]] | None = None
+    orders = [lambda b: (-b.bytes, b.first), lambda b: (b.first, -b.bytes),
+              lambda b: (-(b.last - b.first), -b.bytes), lambda b: (-b.bytes * (b.last - b.first + 1), b.first)]
+    for key in orders:
+        offsets, height = _best_fit(sorted(range(len(live)), key=lambda i: key(live[i])), live)
+        if best is None or height < best[0]:
+            best = (height, offsets)
+        if height == bound:
+            break
+    if best:
+        for b, offset in zip(live, best[1], strict=True):
+            b.offset = offset
+    for b in blocks:
+        if not b.bytes:
+            b.offset = 0
+    return (best[0] if best else 0), bound
+
+
+def _best_fit(order: list[int], blocks: list[Block]) -> tuple[list[int], int]:
+    placed: list[int] = []
+    offsets = [0] * len(blocks)
+    height = 0
+    for i in order:
+        b = blocks[i]
+        size = aligned(b.bytes)
+        taken = sorted((offsets[j], offsets[j] + aligned(blocks[j].bytes)) for j in placed
+                       if blocks[j].first <= b.last and b.first <= blocks[j].last)
+        at, gap = None, None
+        end = 0
+        for lo, hi in taken:
+            if lo - end >= size and (gap is None or lo - end < gap):
+                at, gap = end, lo - end
+            end = max(end, hi)
+        offsets[i] = end if at is None else at
+        height = max(height, offsets[i] + size)
+        placed.append(i)
+    return offsets, height

@@ -1,0 +1,120 @@
+"""A compiled module: loads an artefact folder and calls it on NumPy, DLPack or torch tensors.
+
+Importing and running this needs numpy and the native loader only, neither onnx nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from skive import _native
+from skive.errors import InvalidModelError, ShapeError, TargetError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Name, shape and numpy dtype name of an input or output. Dimension 0 may be the largest batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Module:
+    """A network that is ready to run. Inputs go by position or by name; safe to call from several threads."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
+            name, threads = self.manifest["name"], self.manifest["threads"]
+            ports = [[TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest[k]] for k in ("inputs", "outputs")]
+            arena, batch, isa = self.manifest["arena_bytes"], self.manifest["batch_max"] or 0, self.manifest["isa"]
+        except FileNotFoundError:
+            raise InvalidModelError(f"{folder} is not an artefact: it has no {MANIFEST}") from None
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {e}") from None
+        self.inputs, self.outputs = ports
+        missing = sorted(set(isa) - set(_native.cpu_features()))
+        if missing:
+            raise TargetError(f"{folder} needs {', '.join(missing)}, which this processor lacks; "
+                              "compile for --target generic or on this machine")
+        library = self.folder / f"lib{name}.so"
+        if not library.exists():
+            raise InvalidModelError(f"{library} is not there: the artefact was written with --emit-only; build it with its CMakeLists.txt")
+        try:
+            self._call = _native.Artifact(str(library.resolve()), name, [(p.name, list(p.shape), p.dtype) for p in self.inputs],
+                                          [(p.name, list(p.shape), p.dtype) for p in self.outputs], arena, batch, threads)
+        except (RuntimeError, OSError) as e:
+            raise TargetError(f"{library} cannot be loaded: {e}") from None
+        self._names = [p.name for p in self.inputs]
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """The output, or a tuple of outputs, of the kind that came in (NumPy, DLPack or torch)."""
+        if not named:
+            try:
+                return self._call(*args)
+            except (TypeError, ValueError):
+                pass  # not plain matching arrays: the careful path below says what is wrong
+        return self._careful(args, named)
+
+    def _careful(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        values = list(args)
+        for name in self._names[len(args):]:
+            if name not in named:
+                raise ShapeError(f"input {name!r} is missing; the inputs are {', '.join(self._names)}")
+            values.append(named.pop(name))
+        if named or len(values) > len(self._names):
+            extra = next(iter(named), f"number {len(self._names) + 1}")
+            raise ShapeError(f"there is no input {extra}; the inputs are {', '.join(self._names)}")
+        arrays = [self._array(v, p) for v, p in zip(values, self.inputs, strict=True)]
+        try:
+            result = self._call(*arrays)
+        except (TypeError, ValueError) as e:
+            raise ShapeError(str(e)) from None
+        torch = sys.modules.get("torch")
+        if torch is not None and any(isinstance(v, torch.Tensor) for v in values):
+            return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
+        return result
+
+    @staticmethod
+    def _array(value: Any, port: TensorInfo) -> np.ndarray:
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(value, torch.Tensor):
+            value = value.detach().cpu().numpy()
+        elif not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
+            value = np.from_dlpack(value)
+        array = np.asarray(value)
+        if array.dtype != np.dtype(port.dtype):
+            raise ShapeError(f"input {port.name!r} is {array.dtype}, not {port.dtype}; convert it with .astype({port.dtype!r})")
+        return np.ascontiguousarray(array) if array.ndim else array
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What report.json holds."""
+        return json.loads((self.folder / "report.json").read_text())
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the artefact to `folder`, whole or not at all."""
+        from skive.artifact import write_folder
+
+        with write_folder(Path(folder)) as temporary:
+            shutil.copytree(self.folder, temporary, dirs_exist_ok=True)
+
+    def __repr__(self) -> str:
+        ports = [", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in side) for side in (self.inputs, self.outputs)]
+        return f"<skive.Module {self.manifest['name']} ({ports[0]}) -> ({ports[1]})>"
+
+
+def load(folder: str | Path) -> Module:
+    """The module that lies in an artefact folder. InvalidModelError, TargetError."""
+    return Module(folder)

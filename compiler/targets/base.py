@@ -1,0 +1,40 @@
+"""Targets: what the compiler must know of an instruction set. One row each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skive.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Target:
+    """`features` are needed at run time, in cpuid spelling; `flags` and `define` choose the code;
+    `lanes` is the number of float32 in a register."""
+
+    name: str
+    define: str
+    flags: tuple[str, ...]
+    features: tuple[str, ...]
+    lanes: int
+    doc: str
+
+
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+TARGETS: dict[str, Target] = {t.name: t for t in (
+    Target("avx512", "SKIVE_TARGET_AVX512", ("-mavx2", "-mfma", *(f"-m{f}" for f in _AVX512)),
+           ("avx2", "fma", *_AVX512), 16, "x86-64 with AVX-512 F, BW, VL, DQ"),
+    Target("avx2", "SKIVE_TARGET_AVX2", ("-mavx2", "-mfma"), ("avx2", "fma"), 8, "x86-64 with AVX2 and FMA"),
+    Target("generic", "SKIVE_TARGET_GENERIC", (), (), 4, "any processor: plain C++17"),
+)}
+
+
+def resolve(name: str, cpu_features: Sequence[str]) -> Target:
+    """The target called `name`; `host` is the best one that a CPU with `cpu_features` runs."""
+    if name == "host":
+        return next(t for t in TARGETS.values() if set(t.features) <= set(cpu_features))
+    if name not in TARGETS:
+        raise TargetError(f"unknown target {name!r}; there are host, {', '.join(TARGETS)}")
+    return TARGETS[name]
