@@ -1,0 +1,345 @@
+// Dense convolution and matrix product, float32, NHWC.
+//
+// One loop nest for all of them: a matrix product is a 1x1 convolution over a column of rows, a fully
+// connected layer one whose window is the image. Weights are packed by compiler/pack.py as
+// [OC/NB][KH][KW][IC][NB]; the last block is as narrow as its channels, rounded up to 4.
+//
+// The nest: chunks of output rows (whose input stays in L2), blocks of NB output channels (whose
+// weights then are reused by every tile of the chunk), register tiles (tile.h), filter rows, filter
+// columns, input channels. Each output element is one chain of multiply-adds in the order
+// (kh, kw, ic) that starts at the bias, whatever the tile or the number of parts.
+//
+// Padding: the rows of a chunk are copied into a scratch buffer with their border of zeros, which
+// costs one pass over data that is about to be read from there OC/16 * KH * KW times. Nothing is copied
+// without padding.
+#ifndef SKIVE_CONV_H
+#define SKIVE_CONV_H
+
+#include "skive/shape.h"
+#include "skive/tile.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+// What is left of a convolution once layout is told apart from arithmetic. Strides in floats.
+struct ConvShape {
+  int images, oh, ow;             // output
+  int h, w;                       // input
+  int kh, kw, run;                // taps, and the consecutive floats read at each tap
+  int sh, sw, dh, dw, top, left;
+  ptrdiff_t image, row, pixel;    // input strides
+  bool copy;                      // through the padded scratch rows
+};
+
+// The same convolution over the fewest dimensions: pixels merge into rows, images into rows, taps
+// into runs, wherever their memory is contiguous. The flat index of an output pixel never changes.
+constexpr ConvShape canonical(ConvShape s) {
+  const bool unit = s.sh == 1 && s.sw == 1;
+  if (!s.copy && s.kh == 1 && s.kw == 1 && unit) {
+    // A matrix product: one row per pixel.
+    s.oh = s.h = s.images * s.oh * s.ow;
+    s.ow = s.w = s.images = 1;
+    s.image = 0;
+    s.row = s.pixel;
+  } else if (!s.copy && s.oh == 1 && s.ow == 1 && s.kw == s.w && s.pixel == s.run && s.dh == 1 &&
+             s.dw == 1) {
+    // The window covers the image: one row per image.
+    s.run *= s.kh * s.kw;
+    s.oh = s.h = s.images;
+    s.row = s.image;
+    s.w = s.kh = s.kw = s.images = s.sh = s.sw = 1;
+    s.image = 0;
+    s.pixel = s.run;
+  } else if (s.h == 1 && s.kh == 1 && s.oh == 1) {
+    // One dimension: its only axis becomes the rows.
+    s.h = s.w, s.oh = s.ow, s.kh = s.kw, s.sh = s.sw, s.dh = s.dw, s.top = s.left;
+    s.row = s.pixel;
+    s.w = s.ow = s.kw = s.sw = s.dw = 1;
+    s.left = 0;
+  }
+  return s;
+}
+
+// Register tile: rows x columns of output pixels.
+struct TileShape {
+  int rows, columns;
+};
+
+// Multiply-add slots that one step of a tile of `pixels` x `vectors` takes: its own, or the latency
+// of one when the tile is too small to hide it; and a little for its loads.
+template <class Policy>
+constexpr int tile_cost(int pixels, int vectors) {
+  const int chains = pixels * vectors;
+  return 8 * (chains > Policy::kInFlight ? chains : Policy::kInFlight) + pixels + vectors;
+}
+
+template <class Policy>
+constexpr int max_pixels(int vectors) {
+  // One register per accumulator and weight, one for the input.
+  const int n = (Policy::kRegisters - 1 - vectors) / vectors;
+  return n < 1 ? 1 : n > 24 ? 24 : n;
+}
+
+// The cheapest tile for an oh x ow image. Tiles of several rows take whole columns, so that at most
+// two shapes of tile are compiled.
+template <class Policy>
+constexpr TileShape best_tile(int oh, int ow, int vectors) {
+  TileShape best{1, 1};
+  long best_cost = -1;
+  const int most = max_pixels<Policy>(vectors);
+  for (int r = 1; r <= most && r <= oh; ++r) {
+    for (int c = 1; c * r <= most && c <= ow; ++c) {
+      if (r > 1 && ow % c != 0) continue;
+      const long columns = ow / c, rest = ow % c;
+      long cost = columns * tile_cost<Policy>(r * c, vectors) * (oh / r);
+      if (rest != 0) cost += tile_cost<Policy>(static_cast<int>(rest), vectors) * oh;
+      if (oh % r != 0) cost += columns * tile_cost<Policy>(oh % r * c, vectors);
+      if (best_cost < 0 || cost < best_cost) {
+        best_cost = cost;
+        best = {r, c};
+      }
+    }
+  }
+  return best;
+}
+
+// Copies `n` floats; for lengths known at compile time.
+template <int N>
+SKIVE_INLINE void copy_floats(float* to, const float* from) {
+  int i = 0;
+  for (; i + kLanes <= N; i += kLanes) store(to + i, load(from + i));
+  if constexpr (N % kLanes != 0) store(to + i, load<N % kLanes>(from + i));
+}
+SKIVE_INLINE void zero_floats(float* to, ptrdiff_t n) {
+  ptrdiff_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, zero());
+  for (; i < n; ++i) to[i] = 0.0f;
+}
+
+// y[n, oh, ow, :] = epilogue(bias + sum over (kh, kw, ic) of x * w).
+// NB: output channels of a packed block. XS, YS: floats between neighbouring pixels of x and y.
+// `epilogue(Vec<L> acc, ptrdiff_t pixel, int channel)` gets every finished vector once and returns
+// what is stored; `pixel` is the flat output pixel (n*OH + oh)*OW + ow.
+// w, bias and scratch: 64-byte aligned, packed by pack_conv2d and pack_bias; x and y: 4 bytes.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int NB,
+          int XS = In::C, int YS = Filter::OC>
+struct conv2d {
+  using Policy = F32Tile;
+  static constexpr int OC = Filter::OC;
+  static constexpr int OH = window_count(In::H, Padding::Top, Padding::Bottom, Filter::KH,
+                                         Strides::H, Dilations::H);
+  static constexpr int OW = window_count(In::W, Padding::Left, Padding::Right, Filter::KW,
+                                         Strides::W, Dilations::W);
+  static_assert(OH > 0 && OW > 0, "the window is larger than the padded image");
+  static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
+
+  static constexpr ConvShape shape = canonical(
+      {In::N, OH, OW, In::H, In::W, Filter::KH, Filter::KW, In::C, Strides::H, Strides::W,
+       Dilations::H, Dilations::W, Padding::Top, Padding::Left,
+       static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS,
+       Padding::Top != 0 || Padding::Left != 0 || Padding::Bottom != 0 || Padding::Right != 0});
+  static constexpr int K = shape.kh * shape.kw * shape.run;  // multiply-adds per output element
+  static constexpr int kBlocks = div_up(OC, NB);
+  static constexpr int kLastBlock = OC - (kBlocks - 1) * NB;
+  static constexpr int kFirstBlock = OC < NB ? OC : NB;
+  // Floats of the packed weights and of the packed bias, with their fill to 64 bytes.
+  static constexpr ptrdiff_t weight_floats =
+      (static_cast<ptrdiff_t>(K) *
+           ((kBlocks - 1) * NB + round_up(kLastBlock, kChannelQuantum)) + 15) / 16 * 16;
+  static constexpr ptrdiff_t bias_floats = round_up(kBlocks * NB, 16);
+
+  static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes));
+  static constexpr int kStrips = div_up(shape.oh, tile.rows);  // per image, tile.rows rows each
+
+  // The rows that tiles read: x itself, or the scratch copy with its border.
+  static constexpr int kCopiedColumns = (shape.ow - 1) * shape.sw + (shape.kw - 1) * shape.dw + 1;
+  static constexpr ptrdiff_t kPixel = shape.copy ? shape.run : shape.pixel;
+  static constexpr ptrdiff_t kRow = shape.copy ? kCopiedColumns * kPixel : shape.row;
+  // Taps of a filter row that lie side by side are one run.
+  static constexpr bool kMerged = kPixel == shape.run && shape.dw == 1;
+  static constexpr int kTaps = kMerged ? 1 : shape.kw;
+  static constexpr int kRun = kMerged ? shape.kw * shape.run : shape.run;
+
+  static constexpr int rows_read(int output_rows) {
+    return (output_rows - 1) * shape.sh + (shape.kh - 1) * shape.dh + 1;
+  }
+  // Strips whose input stays in L2 while all blocks of weights pass by.
+  static constexpr int chunk_strips() {
+    constexpr ptrdiff_t kBudget = 192 * 1024 / sizeof(float);
+    int strips = 1;
+    while (strips < kStrips && rows_read((strips + 1) * tile.rows) * kRow <= kBudget) ++strips;
+    return strips;
+  }
+  static constexpr int kChunk = chunk_strips();
+  static constexpr ptrdiff_t kCopyFloats =
+      shape.copy ? (rows_read(kChunk * tile.rows < shape.oh ? kChunk * tile.rows : shape.oh) * kRow +
+                    15) / 16 * 16
+                 : 0;
+
+  // Bytes of scratch that `parts` workers need together.
+  static constexpr size_t scratch_bytes(int parts = 1) {
+    return static_cast<size_t>(kCopyFloats) * sizeof(float) * static_cast<size_t>(parts);
+  }
+
+  template <int Columns>
+  struct Offsets {
+    template <int P>
+    static constexpr ptrdiff_t at() {
+      return P / Columns * shape.sh * kRow + P % Columns * shape.sw * kPixel;
+    }
+  };
+
+  // One register tile: Rows x Columns pixels from flat output pixel `pixel`, Channels channels.
+  template <int Rows, int Columns, int Channels, class E>
+  static SKIVE_NOINLINE void compute_tile(const float* x, const float* w, const float* bias,
+                                          float* y, ptrdiff_t pixel, int channel,
+                                          const E& epilogue) {
+    using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>>;
+    typename T::Accumulators acc;
+    T::start(acc, bias, typename T::EachRegister{});
+    for (int kh = 0; kh < shape.kh; ++kh) {
+      for (int kw = 0; kw < kTaps; ++kw) {
+        T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
+        w += kRun * T::kRow;
+      }
+    }
+    T::finish(acc, [&](int p, int c, auto value) __attribute__((always_inline)) {
+      const ptrdiff_t at = pixel + p / Columns * shape.ow + p % Columns;
+      store(y + at * YS + channel + c, epilogue(value, at, channel + c));
+    }, typename T::EachRegister{});
+  }
+
+  // One strip: Rows output rows from `pixel`, one block of channels.
+  template <int Rows, int Channels, class E>
+  static SKIVE_INLINE void compute_strip(const float* x, const float* w, const float* bias, float* y,
+                                         ptrdiff_t pixel, int channel, const E& epilogue) {
+    constexpr int kRest = shape.ow % tile.columns;
+    for (int c = 0; c < shape.ow - kRest; c += tile.columns) {
+      compute_tile<Rows, tile.columns, Channels>(x + c * shape.sw * kPixel, w, bias, y, pixel + c,
+                                                 channel, epilogue);
+    }
+    if constexpr (kRest != 0) {
+      constexpr int c = shape.ow - kRest;
+      compute_tile<Rows, kRest, Channels>(x + c * shape.sw * kPixel, w, bias, y, pixel + c, channel,
+                                          epilogue);
+    }
+  }
+
+  // Strips [begin, end) of one image, one block of channels. `x`: where strip `begin` reads first.
+  template <int Channels, class E>
+  static SKIVE_INLINE void compute_block(const float* x, const float* w, const float* bias, float* y,
+                                         int image, int begin, int end, int channel,
+                                         const E& epilogue) {
+    constexpr int kRestRows = shape.oh % tile.rows;
+    ptrdiff_t pixel = (static_cast<ptrdiff_t>(image) * shape.oh + begin * tile.rows) * shape.ow;
+    const int full = end * tile.rows <= shape.oh ? end : end - 1;
+    for (int s = begin; s < full; ++s) {
+      compute_strip<tile.rows, Channels>(x, w, bias, y, pixel, channel, epilogue);
+      x += tile.rows * shape.sh * kRow;
+      pixel += tile.rows * shape.ow;
+    }
+    if constexpr (kRestRows != 0) {
+      if (full != end) {
+        compute_strip<kRestRows, Channels>(x, w, bias, y, pixel, channel, epilogue);
+      }
+    }
+  }
+
+  // Copies input rows [begin, begin + count) of an image with their border of zeros.
+  static SKIVE_NOINLINE void copy_rows(const float* x, float* to, int begin, int count) {
+    for (int r = begin; r < begin + count; ++r, to += kRow) {
+      if (r < 0 || r >= shape.h) {
+        zero_floats(to, kRow);
+        continue;
+      }
+      constexpr int kRight = kCopiedColumns - shape.left;  // may end inside the image
+      constexpr int kInside = kRight < shape.w ? kRight : shape.w;
+      zero_floats(to, shape.left * kPixel);
+      const float* from = x + r * shape.row;
+      float* inside = to + shape.left * kPixel;
+      if constexpr (shape.pixel == kPixel) {
+        constexpr int n = kInside > 0 ? kInside * static_cast<int>(kPixel) : 0;
+        copy_floats<n>(inside, from);
+      } else {
+        for (int c = 0; c < kInside; ++c) {
+          copy_floats<shape.run>(inside + c * kPixel, from + c * shape.pixel);
+        }
+      }
+      if constexpr (kRight > kInside) zero_floats(inside + kInside * kPixel, (kRight - kInside) * kPixel);
+    }
+  }
+
+  template <class E>
+  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
+                  Part part, const E& epilogue) {
+    // Workers share out the strips, or the blocks of channels where that is the more even split.
+    constexpr int kAllStrips = shape.images * kStrips;
+    const bool by_strip = share_cost(kAllStrips, part.count) <= share_cost(kBlocks, part.count);
+    const Part whole;
+    const int s0 = static_cast<int>(part_begin(kAllStrips, by_strip ? part : whole));
+    const int s1 = static_cast<int>(part_end(kAllStrips, by_strip ? part : whole));
+    const int b0 = static_cast<int>(part_begin(kBlocks, by_strip ? whole : part));
+    const int b1 = static_cast<int>(part_end(kBlocks, by_strip ? whole : part));
+    float* const rows = static_cast<float*>(scratch) + part.index * kCopyFloats;
+
+    for (int s = s0; s < s1;) {
+      const int image = s / kStrips, begin = s % kStrips;
+      int end = begin + kChunk < kStrips ? begin + kChunk : kStrips;
+      if (end - begin > s1 - s) end = begin + (s1 - s);
+      const int first = begin * tile.rows * shape.sh - shape.top;
+      const float* from = rows;
+      if constexpr (!shape.copy) {
+        from = x + image * shape.image + first * shape.row;
+      } else {
+        const int last = end * tile.rows < shape.oh ? end * tile.rows : shape.oh;
+        copy_rows(x + image * shape.image, rows, first, rows_read(last - begin * tile.rows));
+      }
+      for (int b = b0; b < b1; ++b) {
+        const float* const wb = w + static_cast<ptrdiff_t>(b) * NB * K;
+        if (b < kBlocks - 1) {
+          compute_block<kFirstBlock>(from, wb, bias + b * NB, y, image, begin, end, b * NB, epilogue);
+        } else {
+          compute_block<kLastBlock>(from, wb, bias + b * NB, y, image, begin, end, b * NB, epilogue);
+        }
+      }
+      s += end - begin;
+    }
+  }
+
+  // Largest share of n items over `parts` workers, in thousandths of an even one.
+  static constexpr int share_cost(int n, int parts) {
+    return static_cast<int>(1000LL * div_up(n, parts) * parts / n);
+  }
+};
+
+// Groups of channels side by side: each is a dense convolution over a slice of x and of y.
+// Weights and bias: those of the groups one after the other, each packed as for conv2d.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int Groups, int NB,
+          int XS = In::C, int YS = Filter::OC>
+struct grouped_conv2d {
+  static_assert(In::C % Groups == 0 && Filter::OC % Groups == 0, "groups divide the channels");
+  static constexpr int IC = In::C / Groups, OC = Filter::OC / Groups;
+  using Dense = conv2d<Image<In::N, In::H, In::W, IC>, Kernel<OC, Filter::KH, Filter::KW>, Strides,
+                       Padding, Dilations, NB, XS, YS>;
+  static constexpr ptrdiff_t weight_floats = Groups * Dense::weight_floats;
+  static constexpr ptrdiff_t bias_floats = Groups * Dense::bias_floats;
+
+  static constexpr size_t scratch_bytes(int parts = 1) { return Dense::scratch_bytes(parts); }
+
+  template <class E>
+  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
+                  Part part, const E& epilogue) {
+    for (int g = 0; g < Groups; ++g) {
+      const int channel = g * OC;
+      Dense::run(x + g * IC, w + g * Dense::weight_floats, bias + g * Dense::bias_floats, y + channel, scratch, part,
+                 [&](auto acc, ptrdiff_t pixel, int c) __attribute__((always_inline)) {
+                   return epilogue(acc, pixel, channel + c);
+                 });
+    }
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_CONV_H

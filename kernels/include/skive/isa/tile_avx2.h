@@ -1,0 +1,57 @@
+// AVX2 registers of the float32 dot-product tile (tile.h).
+#ifndef SKIVE_ISA_TILE_AVX2_H
+#define SKIVE_ISA_TILE_AVX2_H
+
+#include "skive/vec.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+struct F32Tile {
+  using Element = float;
+  static constexpr int kRegisters = 16;
+  // Independent multiply-adds that hide the latency of one (4 cycles, 2 per cycle).
+  static constexpr int kInFlight = 8;
+
+  template <int W, class = void> struct Register { using type = __m256; };
+  template <class T> struct Register<4, T> { using type = __m128; };
+
+  // L lanes: 4 or 8.
+  template <int L>
+  struct Lanes {
+    typename Register<L>::type v;
+  };
+
+  template <int L>
+  static SKIVE_INLINE Lanes<L> load_lanes(const float* p) {
+    if constexpr (L == 8) return {_mm256_loadu_ps(p)};
+    else return {_mm_loadu_ps(p)};
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> broadcast(const float* p) {
+    if constexpr (L == 8) return {_mm256_set1_ps(*p)};
+    else return {_mm_set1_ps(*p)};
+  }
+  // The first L of the lanes of a wider register.
+  template <int L, int From>
+  static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) {
+    if constexpr (L == From) return a;
+    else return {_mm256_castps256_ps128(a.v)};
+  }
+  // acc + x * w
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
+    if constexpr (L == 8) return {_mm256_fmadd_ps(x.v, w.v, acc.v)};
+    else return {_mm_fmadd_ps(x.v, w.v, acc.v)};
+  }
+  template <int N, int L>
+  static SKIVE_INLINE Vec<N> finish(Lanes<L> a) {
+    if constexpr (L == 8) return {a.v};
+    else return {_mm256_castps128_ps256(a.v)};
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_TILE_AVX2_H

@@ -1,0 +1,48 @@
+// Plain C++ registers of the float32 dot-product tile (tile.h).
+#ifndef SKIVE_ISA_TILE_GENERIC_H
+#define SKIVE_ISA_TILE_GENERIC_H
+
+#include "skive/vec.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+struct F32Tile {
+  using Element = float;
+  // What baseline x86-64 and 32-bit Arm have; more registers only widen the tile.
+  static constexpr int kRegisters = 16;
+  static constexpr int kInFlight = 8;
+
+  // L lanes: always 4.
+  template <int L>
+  struct Lanes {
+    Vec<L> v;
+  };
+
+  template <int L>
+  static SKIVE_INLINE Lanes<L> load_lanes(const float* p) { return {load<L>(p)}; }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> broadcast(const float* p) { return {splat<L>(*p)}; }
+  // The first L of the lanes of a wider register.
+  template <int L, int From>
+  static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) {
+    static_assert(L == From, "every register has 4 lanes");
+    return a;
+  }
+  // acc + x * w
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
+    return {fma(x.v, w.v, acc.v)};
+  }
+  template <int N, int L>
+  static SKIVE_INLINE Vec<N> finish(Lanes<L> a) {
+    Vec<N> r;
+    for (int i = 0; i < N; ++i) r.v[i] = a.v.v[i];
+    return r;
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_TILE_GENERIC_H

@@ -1,0 +1,71 @@
+"""C++ text compiled for one instruction set and called from a test through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+INCLUDE = Path(__file__).resolve().parents[2] / "kernels" / "include"
+
+ISA_FLAGS: dict[str, list[str]] = {
+    "avx512": [
+        "-DSKIVE_TARGET_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
+        "-mavx512vnni", "-mfma", "-mavx2",
+    ],
+    "avx2": ["-DSKIVE_TARGET_AVX2", "-mavx2", "-mfma"],
+    "generic": ["-DSKIVE_TARGET_GENERIC"],
+}  # fmt: skip
+_CPU_NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx2": {"avx2", "fma"},
+    "generic": set(),
+}
+WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that this CPU runs, widest first."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split(":", 1)[1].split())
+            break
+    return [isa for isa, needs in _CPU_NEEDS.items() if needs <= flags]
+
+
+def compile_library(
+    source: str, isa: str, folder: Path, *, flags: tuple[str, ...] = ("-O2",)
+) -> ctypes.CDLL:
+    """A shared library built from `source` with `isa`'s flags and warnings as errors.
+
+    Raises AssertionError with the compiler's messages if it does not compile.
+    """
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-shared", "-fPIC", *flags, *WARNINGS,
+               *ISA_FLAGS[isa], f"-I{INCLUDE}"]  # fmt: skip
+    name = hashlib.sha256("\0".join([source, *command]).encode()).hexdigest()[:16]
+    library = folder / f"{name}.so"
+    text = folder / f"{name}.cpp"
+    text.write_text(source)
+    done = subprocess.run([*command, str(text), "-o", str(library)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return ctypes.CDLL(str(library))
+
+
+def aligned(values: NDArray[np.float32], offset: int = 0) -> NDArray[np.float32]:
+    """A copy of `values` whose data starts `offset` floats after a 64-byte boundary."""
+    buffer = np.empty(values.size + 32, np.float32)
+    start = (-buffer.ctypes.data % 64) // 4 + offset
+    view = buffer[start : start + values.size].reshape(values.shape)
+    view[...] = values
+    return view
+
+
+def pointer(array: NDArray[np.generic]) -> ctypes.c_void_p:
+    """The address of the array's data, for a call through ctypes."""
+    return ctypes.c_void_p(array.ctypes.data)

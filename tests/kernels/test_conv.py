@@ -1,0 +1,191 @@
+"""Dense, grouped and transposed convolution against a float64 sum over the taps."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from driver import ISA_FLAGS, aligned, compile_library, cpu_isas, pointer
+from numpy.typing import NDArray
+
+from skive import pack
+
+
+@dataclass(frozen=True)
+class Case:
+    """One convolution; `xs` and `ys` are extra floats between pixels of input and output."""
+
+    image: tuple[int, int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int] = (1, 1)
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    xs: int = 0
+    ys: int = 0
+    block: int | None = None
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        n, h, w, _ = self.image
+        t, left, b, r = self.pad
+        oc, kh, kw = self.kernel
+        oh = (h + t + b - self.dilation[0] * (kh - 1) - 1) // self.stride[0] + 1
+        ow = (w + left + r - self.dilation[1] * (kw - 1) - 1) // self.stride[1] + 1
+        return n, oh, ow, oc
+
+    def nb(self, isa: str) -> int:
+        return self.block or pack.conv2d_block(self.kernel[0] // self.groups, isa)
+
+    def cpp(self, isa: str) -> str:
+        def tag(name: str, values: tuple[int, ...]) -> str:
+            return f"{name}<{', '.join(map(str, values))}>"
+
+        kind = "conv2d" if self.groups == 1 else "grouped_conv2d"
+        groups = "" if self.groups == 1 else f"{self.groups}, "
+        shape = [tag("Image", self.image), tag("Kernel", self.kernel), tag("Stride", self.stride),
+                 tag("Pad", self.pad), tag("Dilation", self.dilation)]  # fmt: skip
+        strides = f"{self.image[3] + self.xs}, {self.kernel[0] + self.ys}"
+        return f"{kind}<{', '.join(shape)}, {groups}{self.nb(isa)}, {strides}>"
+
+
+# Every kind of border, tile remainder and channel remainder that the nest distinguishes.
+CASES = [
+    Case((1, 1, 1, 7), (3, 1, 1)),
+    Case((1, 7, 7, 33), (33, 1, 1)),
+    Case((2, 9, 11, 17), (40, 1, 1), stride=(2, 2)),
+    Case((1, 8, 8, 3), (17, 3, 3), pad=(1, 1, 1, 1)),
+    Case((2, 7, 7, 16), (64, 3, 3), pad=(1, 1, 1, 1)),
+    Case((1, 14, 14, 7), (33, 3, 3), stride=(2, 2), pad=(0, 0, 1, 1)),
+    Case((1, 23, 19, 3), (24, 7, 7), stride=(2, 2), pad=(3, 3, 3, 3)),
+    Case((1, 10, 31, 1), (9, 5, 5), pad=(2, 2, 2, 2)),
+    Case((2, 49, 10, 1), (64, 10, 4), stride=(2, 2), pad=(4, 1, 5, 1)),
+    Case((1, 32, 32, 3), (40, 16, 16), stride=(16, 16)),
+    Case((1, 12, 13, 5), (10, 3, 3), pad=(2, 0, 1, 3), dilation=(2, 3)),
+    Case((1, 9, 9, 4), (7, 3, 3), dilation=(2, 2)),
+    Case((1, 6, 5, 3), (1, 3, 2), stride=(3, 1), pad=(2, 3, 0, 4)),
+    Case((2, 1, 40, 5), (12, 1, 9), pad=(0, 4, 0, 4)),
+    Case((1, 1, 33, 7), (20, 1, 4), stride=(1, 3)),
+    Case((3, 1, 1, 65), (50, 1, 1)),
+    Case((2, 4, 3, 9), (31, 4, 3)),
+    Case((1, 1, 37, 19), (100, 1, 1)),
+    Case((1, 9, 7, 6), (18, 3, 3), pad=(1, 1, 1, 1), xs=5, ys=3),
+    Case((2, 5, 5, 12), (48, 1, 1), xs=1, ys=7),
+    Case((1, 5, 6, 8), (28, 2, 2), xs=3),
+    Case((1, 40, 6, 3), (8, 3, 3), pad=(1, 1, 1, 1)),
+    Case((1, 50, 50, 32), (4, 3, 3), pad=(1, 1, 1, 1)),
+    Case((1, 3, 3, 5), (21, 5, 5), pad=(2, 2, 2, 2)),
+    Case((1, 2, 2, 3), (6, 1, 1), pad=(1, 2, 0, 1)),
+    Case((2, 9, 8, 12), (18, 3, 3), pad=(1, 1, 1, 1), groups=3),
+    Case((1, 7, 7, 8), (40, 1, 1), stride=(2, 1), groups=2, xs=2, ys=1),
+]
+
+_SOURCE = """
+#include "skive/conv.h"
+namespace skive { inline namespace SKIVE_ISA {
+%s
+} }
+"""
+
+# The epilogue scales by a value per channel and adds one per pixel: it sees both coordinates.
+_CASE = """
+using Case%(i)d = %(type)s;
+extern "C" long scratch_%(i)d(int parts) { return static_cast<long>(Case%(i)d::scratch_bytes(parts)); }
+extern "C" void run_%(i)d(const float* x, const float* w, const float* bias, float* y, void* scratch,
+                          int part, int parts, const float* scale, const float* shift) {
+  Case%(i)d::run(x, w, bias, y, scratch, Part{part, parts},
+                 [=](auto acc, ptrdiff_t pixel, int channel) {
+                   return acc * load<decltype(acc)::lanes>(scale + channel) +
+                          splat<decltype(acc)::lanes>(shift[pixel]);
+                 });
+}
+"""
+
+
+def reference(
+    case: Case, x: NDArray[np.float64], w: NDArray[np.float64], bias: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Convolution in float64: x [N, H, W, C], w [OC, KH, KW, C / groups] -> [N, OH, OW, OC]."""
+    n, oh, ow, oc = case.output
+    t, left, b, r = case.pad
+    padded = np.pad(x, ((0, 0), (t, b), (left, r), (0, 0)))
+    ic = case.image[3] // case.groups
+    y = np.broadcast_to(bias, case.output).copy()
+    for g in range(case.groups):
+        out = slice(g * oc // case.groups, (g + 1) * oc // case.groups)
+        for kh in range(case.kernel[1]):
+            for kw in range(case.kernel[2]):
+                h0, w0 = kh * case.dilation[0], kw * case.dilation[1]
+                window = padded[:, h0 : h0 + (oh - 1) * case.stride[0] + 1 : case.stride[0],
+                                w0 : w0 + (ow - 1) * case.stride[1] + 1 : case.stride[1],
+                                g * ic : (g + 1) * ic]  # fmt: skip
+                y[..., out] += window @ w[out, kh, kw].T
+    return y
+
+
+def strided(values: NDArray[np.float64], extra: int) -> NDArray[np.float32]:
+    """Pixels of `values` with `extra` floats of NaN between them, 4-byte aligned only."""
+    flat = values.reshape(-1, values.shape[-1]).astype(np.float32)
+    wide = np.full((flat.shape[0], flat.shape[1] + extra), np.nan, np.float32)
+    wide[:, : flat.shape[1]] = flat
+    return aligned(wide, offset=1)
+
+
+@pytest.fixture(scope="module", params=list(ISA_FLAGS))
+def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    isa = request.param
+    if isa not in cpu_isas():
+        pytest.skip(f"this CPU has no {isa}")
+    body = "".join(_CASE % {"i": i, "type": c.cpp(isa)} for i, c in enumerate(CASES))
+    folder: Path = tmp_path_factory.mktemp(isa)
+    return isa, compile_library(_SOURCE % body, isa, folder, flags=("-O1",))
+
+
+@pytest.mark.parametrize("index", range(len(CASES)))
+def test_agrees_with_float64(library: tuple[str, ctypes.CDLL], index: int) -> None:
+    isa, lib = library
+    case = CASES[index]
+    rng = np.random.default_rng(index)
+    oc, kh, kw = case.kernel
+    x = rng.standard_normal(case.image)
+    w = rng.standard_normal((oc, kh, kw, case.image[3] // case.groups))
+    bias, scale = rng.standard_normal(oc), rng.standard_normal(oc)
+    n, oh, ow, _ = case.output
+    shift = rng.standard_normal(n * oh * ow)
+
+    block = case.nb(isa)
+    packed = aligned(np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w, case.groups)]))
+    packed_bias = aligned(
+        np.concatenate([pack.pack_bias(g, block) for g in np.split(bias, case.groups)])
+    )
+    source = strided(x, case.xs)
+    scales = aligned(scale.astype(np.float32))
+    shifts = aligned(shift.astype(np.float32))
+    attrs = {"stride": case.stride, "pad": case.pad, "dilation": case.dilation,
+             "groups": case.groups}  # fmt: skip
+    scratch_bytes = getattr(lib, f"scratch_{index}")
+    scratch_bytes.restype = ctypes.c_long
+
+    results = []
+    for parts in (1, 3):
+        bound = pack.conv2d_scratch_bytes(case.image, attrs, (kh, kw), parts)
+        assert scratch_bytes(parts) <= bound
+        scratch = aligned(np.full(scratch_bytes(parts) // 4, np.nan, np.float32))
+        y = strided(np.full(case.output, 7.0), case.ys)
+        for part in range(parts):
+            getattr(lib, f"run_{index}")(
+                pointer(source), pointer(packed), pointer(packed_bias), pointer(y),
+                pointer(scratch), part, parts, pointer(scales), pointer(shifts),
+            )  # fmt: skip
+        assert np.isnan(y[:, oc:]).all(), "wrote between the pixels"
+        results.append(y[:, :oc].copy())
+
+    assert results[0].tobytes() == results[1].tobytes(), "the result depends on the parts"
+    x32, w32 = x.astype(np.float32).astype(float), w.astype(np.float32).astype(float)
+    expected = reference(case, x32, w32, bias.astype(np.float32).astype(float))
+    expected = expected * scales + shifts.reshape(n, oh, ow, 1)
+    error = np.abs(results[0].reshape(case.output) - expected).max()
+    assert error <= 2e-6 * (1 + np.abs(expected).max()) * np.sqrt(kh * kw * case.image[3])
