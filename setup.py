@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,30 +24,28 @@ class CMakeBuild(build_ext):
         out = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else [shutil.which("cmake") or "cmake"]
-        configure = [*cmake, "-S", str(ROOT), "-B", str(build), f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
-                     "-DCMAKE_BUILD_TYPE=Release", f"-DPython_EXECUTABLE={sys.executable}"]
+        has_wheel = importlib.util.find_spec("cmake") is not None
+        cmake = [sys.executable, "-m", "cmake"] if has_wheel else ["cmake"]
+        configure = [*cmake, "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release",
+                     f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}",
+                     f"-DPython_EXECUTABLE={sys.executable}"]
         ninja = shutil.which("ninja")
         if ninja:
-            # A cache left by an isolated build names a ninja in a folder that is gone.
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        if (build / "CMakeCache.txt").exists():
-            configure.append("--fresh")
+        # pip builds in this tree, with tools in a temporary folder that the cache of the build
+        # before still names.
+        shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         subprocess.run(configure, check=True)
-        subprocess.run([*cmake, "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
-
-
-def _has_module(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
+        jobs = str(os.cpu_count() or 1)
+        subprocess.run([*cmake, "--build", str(build), "--parallel", jobs], check=True)
 
 
 setup(
-    packages=[n for name, folder in FOLDERS.items()
-              for n in [name, *(f"{name}.{p}" for p in find_packages(folder))]],
+    packages=[name for package, folder in FOLDERS.items()
+              for name in [package, *(f"{package}.{inner}" for inner in find_packages(folder))]],
     package_dir=FOLDERS,
-    include_package_data=False,
+    include_package_data=False,  # otherwise setuptools takes every folder of headers for a package
     package_data={"skive": ["py.typed", "*.pyi", "*.html"],
                   "skive.kernels": ["include/**/*.h", "include/**/*.cuh", "include/**/*.inc"]},
     ext_modules=[Extension("skive._native", sources=[])],

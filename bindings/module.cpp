@@ -1,9 +1,9 @@
 // skive._native: loads a compiled artefact and calls it with NumPy arrays.
 //
-// The call path is written against the raw CPython vectorcall protocol and NumPy's array struct (both
-// reached through pybind11, so NumPy is no build dependency): a model that runs for five microseconds
-// must not spend another one in argument conversion. Everything that runs once per artefact uses
-// pybind11's C++ API.
+// The call path is written against the raw CPython vectorcall protocol and NumPy's array struct
+// (both reached through pybind11, so NumPy is no build dependency): a model that runs for five
+// microseconds must not spend another one in argument conversion. Everything that runs once per
+// artefact uses pybind11's C++ API.
 
 #include <dlfcn.h>
 #include <pybind11/numpy.h>
@@ -34,8 +34,8 @@ using py::detail::npy_api;
 
 // ---- The processor ------------------------------------------------------------------------------
 
-// The instruction-set extensions that this processor has and the operating system has enabled, in the
-// spelling of the compilers' -m flags.
+// The instruction-set extensions that this processor has and the operating system has enabled, in
+// the spelling of the compilers' -m flags.
 std::vector<const char*> cpu_features() {
   std::vector<const char*> found;
   const auto add = [&found](bool present, const char* name) {
@@ -82,7 +82,7 @@ std::vector<const char*> cpu_features() {
     add(ymm_saved && ((d >> 4) & 1), "avxvnniint8");
   }
 #elif defined(__aarch64__) && defined(__linux__)
-  const unsigned long hwcap = getauxval(AT_HWCAP);    // bit numbers: the kernel's asm/hwcap.h
+  const unsigned long hwcap = getauxval(AT_HWCAP);  // bit numbers: the kernel's asm/hwcap.h
   const unsigned long hwcap2 = getauxval(AT_HWCAP2);
   add((hwcap >> 1) & 1, "simd");
   add((hwcap >> 10) & 1, "fp16");
@@ -144,7 +144,8 @@ std::vector<Tensor> parse_tensors(py::handle list, const char* role, bool allow_
 }
 
 // Scratch memory for the calls of one artefact. A call takes a free arena or allocates one; what it
-// gives back is kept for the next call. Slots are exchanged whole, hence no lock and no ABA problem.
+// gives back is kept for the next call. Slots are exchanged whole, hence no lock and no ABA
+// problem.
 class Arenas {
  public:
   explicit Arenas(size_t bytes) : bytes_((bytes + 63) / 64 * 64) {}
@@ -217,7 +218,8 @@ class Library {
   int run(const void* const* in, void* const* out, int batch) {
     void* arena = arenas.take();
     if (arena == nullptr) return kErrorNoMemory;
-    const int code = run_batch_ != nullptr ? run_batch_(in, out, arena, batch) : run_(in, out, arena);
+    const int code =
+        run_batch_ != nullptr ? run_batch_(in, out, arena, batch) : run_(in, out, arena);
     arenas.give(arena);
     return code;
   }
@@ -250,8 +252,9 @@ class Library {
     // Asked before anything else of the library runs: its other code may use the instructions.
     const auto cpu_supported = symbol<int (*)()>("_cpu_supported");
     if (cpu_supported != nullptr && cpu_supported() == 0) {
-      raise("TargetError", name + ": this processor lacks instructions that the artefact was compiled "
-                           "for; compile the model with target 'host' on this machine");
+      raise("TargetError", name +
+                               ": this processor lacks instructions that the artefact was compiled "
+                               "for; compile the model with target 'host' on this machine");
     }
     if (batch_max > 0) {
       run_batch_ = symbol<RunBatch>("_run_batch");
@@ -285,7 +288,8 @@ class Library {
 template <class T>
 class Small {
  public:
-  explicit Small(size_t n) : large_(n > kInline ? n : 0), data_(n > kInline ? large_.data() : small_) {}
+  explicit Small(size_t n)
+      : large_(n > kInline ? n : 0), data_(n > kInline ? large_.data() : small_) {}
   Small(const Small&) = delete;
   Small& operator=(const Small&) = delete;
   T& operator[](size_t i) { return data_[i]; }
@@ -301,7 +305,8 @@ class Small {
 std::string shape_text(const Py_intptr_t* dims, size_t rank, bool batched) {
   std::string text = "[";
   for (size_t i = 0; i < rank; ++i) {
-    text += (i > 0 ? ", " : "") + (batched && i == 0 ? std::string("batch") : std::to_string(dims[i]));
+    text +=
+        (i > 0 ? ", " : "") + (batched && i == 0 ? std::string("batch") : std::to_string(dims[i]));
   }
   return text + "]";
 }
@@ -367,7 +372,8 @@ bool bind_inputs(const Library& lib, PyObject* const* given, const void** pointe
     PyObject* array = given[i];
     if (!check(lib, t, array, batch)) return false;
     if ((array_proxy(array)->flags & kReadable) != kReadable) {
-      array = npy_api::get().PyArray_FromAny_(array, t.dtype.inc_ref().ptr(), 0, 0, kReadable, nullptr);
+      array =
+          npy_api::get().PyArray_FromAny_(array, t.dtype.inc_ref().ptr(), 0, 0, kReadable, nullptr);
       if (array == nullptr) return false;
       copies[i] = py::reinterpret_steal<py::object>(array);
     }
@@ -405,8 +411,8 @@ py::object new_output(const Tensor& t, int batch) {
 
 // Puts positional and keyword arguments into the order of the inputs; `ordered` holds borrowed
 // references, one per input.
-bool order_arguments(const Library& lib, PyObject* const* args, size_t positional, PyObject* keywords,
-                     PyObject** ordered) {
+bool order_arguments(const Library& lib, PyObject* const* args, size_t positional,
+                     PyObject* keywords, PyObject** ordered) {
   const size_t count = lib.inputs.size();
   const size_t named = keywords != nullptr ? static_cast<size_t>(PyTuple_GET_SIZE(keywords)) : 0;
   if (positional + named > count) {
@@ -435,7 +441,8 @@ bool order_arguments(const Library& lib, PyObject* const* args, size_t positiona
 // The output arrays of one call: the array itself for one output, otherwise a tuple.
 py::object call(Library& lib, PyObject* const* args, size_t positional, PyObject* keywords) {
   Small<PyObject*> ordered(lib.inputs.size());
-  if (!order_arguments(lib, args, positional, keywords, ordered.data())) throw py::error_already_set();
+  if (!order_arguments(lib, args, positional, keywords, ordered.data()))
+    throw py::error_already_set();
   Small<const void*> in(lib.inputs.size());
   Small<py::object> copies(lib.inputs.size());
   int batch = 0;
@@ -513,8 +520,7 @@ void call_into(Library& lib, const py::tuple& inputs, const py::tuple& outputs) 
 // ---- The Python type ----------------------------------------------------------------------------
 
 struct ArtifactObject {
-  PyObject_HEAD
-  vectorcallfunc vectorcall;
+  PyObject_HEAD vectorcallfunc vectorcall;
   Library* library;
 };
 
@@ -537,7 +543,8 @@ PyObject* guarded(const F& body) {
   return nullptr;
 }
 
-PyObject* artifact_vectorcall(PyObject* self, PyObject* const* args, size_t flagged, PyObject* keywords) {
+PyObject* artifact_vectorcall(PyObject* self, PyObject* const* args, size_t flagged,
+                              PyObject* keywords) {
   return guarded([&] {
     const auto positional = static_cast<size_t>(PyVectorcall_NARGS(flagged));
     return call(library_of(self), args, positional, keywords).release().ptr();
@@ -563,9 +570,10 @@ PyObject* artifact_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
     const char* name = nullptr;
     Py_ssize_t arena_bytes = 0;
     int batch_max = 0, threads = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&sOOn|ii$O:Artifact", const_cast<char**>(kNames),
-                                     PyUnicode_FSConverter, &path, &name, &inputs, &outputs,
-                                     &arena_bytes, &batch_max, &threads, &needs)) {
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&sOOn|ii$O:Artifact",
+                                     const_cast<char**>(kNames), PyUnicode_FSConverter, &path,
+                                     &name, &inputs, &outputs, &arena_bytes, &batch_max, &threads,
+                                     &needs)) {
       return nullptr;
     }
     const std::string file = py::reinterpret_steal<py::bytes>(path);
@@ -649,7 +657,9 @@ PyObject* artifact_arena_bytes(PyObject* self, void*) {
 PyObject* artifact_batch_max(PyObject* self, void*) {
   return PyLong_FromLong(library_of(self).batch_max);
 }
-PyObject* artifact_threads(PyObject* self, void*) { return PyLong_FromLong(library_of(self).threads); }
+PyObject* artifact_threads(PyObject* self, void*) {
+  return PyLong_FromLong(library_of(self).threads);
+}
 
 void add_artifact_type(py::module_& m) {
   static PyMemberDef members[] = {
@@ -665,11 +675,13 @@ void add_artifact_type(py::module_& m) {
       {"inputs", artifact_inputs, nullptr, "(name, shape, dtype) of each input.", nullptr},
       {"outputs", artifact_outputs, nullptr, "(name, shape, dtype) of each output.", nullptr},
       {"arena_bytes", artifact_arena_bytes, nullptr, "Scratch bytes of one call.", nullptr},
-      {"batch_max", artifact_batch_max, nullptr, "Largest batch, 0 if the shapes are fixed.", nullptr},
+      {"batch_max", artifact_batch_max, nullptr, "Largest batch, 0 if the shapes are fixed.",
+       nullptr},
       {"threads", artifact_threads, nullptr, "Threads that share one call.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static char doc[] =
-      "A loaded artefact. Call it with one NumPy array per input; it returns the output array, or a "
+      "A loaded artefact. Call it with one NumPy array per input; it returns the output array, or "
+      "a "
       "tuple for several outputs.";
   static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(artifact_new)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(artifact_dealloc)},
@@ -699,6 +711,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
         for (const char* name : cpu_features()) names.append(name);
         return names;
       },
-      "The instruction-set extensions of this processor, in the spelling of the compilers' -m flags.");
+      "The instruction-set extensions of this processor, in the spelling of the compilers' -m "
+      "flags.");
   add_artifact_type(m);
 }

@@ -1,11 +1,11 @@
 // A small thread pool for the inside of one artefact: fork-join over a fixed number of parts.
 //
-// A kernel splits its work into n parts, n a compile-time constant of the artefact, so the result does
-// not depend on how many threads there are or which of them runs a part. Part 0 runs on the calling
-// thread. Worker w prefers part w, which keeps that part's data in its cache from layer to layer. A
-// part that no worker has begun when the caller is done with its own is run by the caller: nobody
-// waits for a thread that sleeps, was descheduled by a busy machine, or does not exist in this process
-// (after fork() the child simply runs every part itself).
+// A kernel splits its work into n parts, n a compile-time constant of the artefact, so the result
+// does not depend on how many threads there are or which of them runs a part. Part 0 runs on the
+// calling thread. Worker w prefers part w, which keeps that part's data in its cache from layer to
+// layer. A part that no worker has begun when the caller is done with its own is run by the caller:
+// nobody waits for a thread that sleeps, was descheduled by a busy machine, or does not exist in
+// this process (after fork() the child simply runs every part itself).
 //
 // POSIX threads, semaphores and the compiler's atomics only: no C++ runtime library is linked.
 #ifndef SKIVE_THREADS_H
@@ -42,8 +42,8 @@ class Pool {
   template <class F>
   void parallel(int n, const F& f) {
     if (n > 1 && n <= kMaxThreads && acquire()) {
-      fork_join(n, [](const void* function, Part part) { (*static_cast<const F*>(function))(part); },
-                &f);
+      fork_join(
+          n, [](const void* function, Part part) { (*static_cast<const F*>(function))(part); }, &f);
       __atomic_store_n(&busy_, 0, __ATOMIC_RELEASE);
       return;
     }
@@ -113,8 +113,8 @@ class Pool {
   int usable_processors() const;
 
   // Written by the caller that holds busy_, read by the workers. `posting_` is
-  // (job number << 8 | number of parts), 0 parts meaning that the workers are to end; it is published
-  // last and carries all that a worker must know before it has claimed a part.
+  // (job number << 8 | number of parts), 0 parts meaning that the workers are to end; it is
+  // published last and carries all that a worker must know before it has claimed a part.
   alignas(128) uint64_t posting_ = 0;
   Function function_ = nullptr;
   const void* context_ = nullptr;
@@ -148,7 +148,8 @@ inline void Pool::fork_join(int n, Function function, const void* context) {
     return __atomic_load_n(&slots_[part].state, __ATOMIC_ACQUIRE) == 2 * job + 1;
   };
   for (int part = 1; part < n; ++part) {
-    // The worker may have been descheduled in the middle of its part: then let it have this processor.
+    // The worker may have been descheduled in the middle of its part: then let it have this
+    // processor.
     for (int i = 0; !finished(part); ++i) {
       if (i < 1000) {
         relax();
@@ -178,7 +179,8 @@ inline uint64_t Pool::next_posting(Worker& worker, uint64_t last) const {
   while (true) {
     __atomic_store_n(&worker.sleeping, 1, __ATOMIC_SEQ_CST);
     posting = __atomic_load_n(&posting_, __ATOMIC_SEQ_CST);
-    if (posting != last && __atomic_exchange_n(&worker.sleeping, 0, __ATOMIC_SEQ_CST)) return posting;
+    if (posting != last && __atomic_exchange_n(&worker.sleeping, 0, __ATOMIC_SEQ_CST))
+      return posting;
     // Still nothing to do, or a wake-up is on its way and has to be consumed.
     while (sem_wait(&worker.wake) != 0 && errno == EINTR) {
     }
@@ -221,7 +223,8 @@ inline void Pool::start(int threads) {
     owner_ = getpid();
     // With too few processors a spinning worker would only keep the others from working.
     spin_nanoseconds_ = usable_processors() >= threads ? kSpinNanoseconds : 0;
-    posting_ = ((posting_ >> 8) + 1) << 8 | 1;  // workers begin after this one; part 0 is no worker's
+    posting_ =
+        ((posting_ >> 8) + 1) << 8 | 1;  // workers begin after this one; part 0 is no worker's
     // The application's signals are for the application's threads.
     sigset_t all, before;
     sigfillset(&all);
