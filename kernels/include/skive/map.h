@@ -1,0 +1,145 @@
+// Fused elementwise loops: out[i] = fn(a[i], b[i], ...), all operands broadcast to one shape by
+// strides known at compile time.
+//
+//   vmap<Shape<...>, Strides<...> per operand>::run(float* out, part, fn, const float*... operand)
+//       float in, float out, a generic lambda over Vec<N>: vectorised along the last dimension
+//   map<T, Shape<...>, Strides<...> per operand>::run(T* out, part, fn, const A*... operand)
+//       any element types, a lambda over scalars; bool is stored as uint8_t 0 or 1
+//   vmap_to / map_to: the same with the result's Strides after the shape (a slice of a larger
+//       tensor); otherwise the result is dense.
+// The result may be one of the operands if both have the same strides; other overlap is not allowed.
+#ifndef SKIVE_MAP_H
+#define SKIVE_MAP_H
+
+#include "skive/math.h"
+#include "skive/shape.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+// Vectors computed together, so that the long dependent chains of the polynomials overlap.
+constexpr int kMapUnroll = 4;
+
+// How a map is shared among workers: by rows if there are plenty, else by ranges of each row.
+template <class S>
+struct MapSplit {
+  static constexpr ptrdiff_t inner = S::rank == 0 ? 1 : S::dim(S::rank - 1);
+  static constexpr ptrdiff_t rows = row_count<S>();
+  static constexpr bool by_rows = rows >= 16 || inner < 256;
+  // Ranges begin at multiples of 64 elements: no two workers write one cache line of 4-byte values
+  // in an aligned row, and vectors stay whole.
+  static constexpr ptrdiff_t chunks = (inner + 63) / 64;
+
+  static SKIVE_INLINE ptrdiff_t row_begin(Part p) { return by_rows ? part_begin(rows, p) : 0; }
+  static SKIVE_INLINE ptrdiff_t row_end(Part p) { return by_rows ? part_end(rows, p) : rows; }
+  static SKIVE_INLINE ptrdiff_t begin(Part p) { return by_rows ? 0 : part_begin(chunks, p) * 64; }
+  static SKIVE_INLINE ptrdiff_t end(Part p) {
+    const ptrdiff_t e = by_rows ? inner : part_end(chunks, p) * 64;
+    return e < inner ? e : inner;
+  }
+};
+
+template <class S, class Out, class... In>
+struct vmap_to {
+  using Split = MapSplit<S>;
+  static constexpr int last = S::rank == 0 ? 0 : S::rank - 1;
+  static constexpr bool vector = S::rank > 0 && Out::stride(last) == 1 &&
+                                 ((In::stride(last) == 0 || In::stride(last) == 1) && ...);
+
+  template <int N, ptrdiff_t Step>
+  static SKIVE_INLINE Vec<N> operand(const float* p, ptrdiff_t i) {
+    if constexpr (Step == 0) return splat<N>(*p);
+    else return load<N>(p + i);
+  }
+  template <int N, class F, class... P>
+  static SKIVE_INLINE void step(float* out, ptrdiff_t i, const F& fn, P... p) {
+    store(out + i, fn(operand<N, In::stride(last)>(p, i)...));
+  }
+  template <class F, class... P>
+  static SKIVE_INLINE auto value(ptrdiff_t i, const F& fn, P... p) {
+    return fn(operand<kLanes, In::stride(last)>(p, i)...);
+  }
+  // Loads and functions of the whole block first, then its stores: the result may be an operand, so
+  // the compiler could not move a load above an earlier store.
+  template <int... U, class F, class... P>
+  static SKIVE_INLINE void block_at(Index<U...>, float* out, ptrdiff_t i, const F& fn, P... p) {
+    const Vec<kLanes> y[] = {value(i + U * kLanes, fn, p...)...};
+    (store(out + i + U * kLanes, y[U]), ...);
+  }
+  template <class F, class... P>
+  static SKIVE_INLINE void row(float* out, ptrdiff_t begin, ptrdiff_t end, const F& fn, P... p) {
+    if constexpr (vector) {
+      constexpr ptrdiff_t whole = Split::inner / kLanes * kLanes;
+      constexpr int tail = static_cast<int>(Split::inner - whole);
+      constexpr ptrdiff_t block = kMapUnroll * kLanes;
+      ptrdiff_t i = begin;
+      if constexpr (whole >= block) {
+        for (; i + block <= end; i += block) {
+          block_at(Indices<kMapUnroll>{}, out, i, fn, p...);
+        }
+      }
+      if constexpr (whole > 0) {
+        for (; i + kLanes <= end; i += kLanes) step<kLanes>(out, i, fn, p...);
+      }
+      if constexpr (tail > 0) {
+        if (i < end) step<tail>(out, i, fn, p...);
+      }
+    } else {
+      for (ptrdiff_t i = begin; i < end; ++i)
+        store(out + i * Out::stride(last), fn(load<1>(p + i * In::stride(last))...));
+    }
+  }
+  template <int... I, class F, class... P>
+  static SKIVE_INLINE void row_at(Index<I...>, float* out, const Offsets<1 + sizeof...(In)>& at, ptrdiff_t begin,
+                                  ptrdiff_t end, const F& fn, const P*... p) {
+    row(out + at.at[0], begin, end, fn, (p + at.at[I + 1])...);
+  }
+  template <class F, class... P>
+  static void run(float* out, Part part, const F& fn, const P*... p) {
+    static_assert(sizeof...(P) == sizeof...(In), "one Strides per operand");
+    if constexpr (S::size > 0) {
+      const ptrdiff_t begin = Split::begin(part), end = Split::end(part);
+      for_rows<S, Out, In...>(Split::row_begin(part), Split::row_end(part),
+                              [&](const Offsets<1 + sizeof...(In)>& at) {
+                                row_at(Indices<sizeof...(In)>{}, out, at, begin, end, fn, p...);
+                              });
+    }
+  }
+};
+
+template <class T, class S, class Out, class... In>
+struct map_to {
+  using Split = MapSplit<S>;
+  static constexpr int last = S::rank == 0 ? 0 : S::rank - 1;
+
+  template <class F, class... P>
+  static SKIVE_INLINE void row(T* out, ptrdiff_t begin, ptrdiff_t end, const F& fn, const P*... p) {
+    for (ptrdiff_t i = begin; i < end; ++i)
+      out[i * Out::stride(last)] = static_cast<T>(fn(p[i * In::stride(last)]...));
+  }
+  template <int... I, class F, class... P>
+  static SKIVE_INLINE void row_at(Index<I...>, T* out, const Offsets<1 + sizeof...(In)>& at, ptrdiff_t begin,
+                                  ptrdiff_t end, const F& fn, const P*... p) {
+    row(out + at.at[0], begin, end, fn, (p + at.at[I + 1])...);
+  }
+  template <class F, class... P>
+  static void run(T* out, Part part, const F& fn, const P*... p) {
+    static_assert(sizeof...(P) == sizeof...(In), "one Strides per operand");
+    if constexpr (S::size > 0) {
+      const ptrdiff_t begin = Split::begin(part), end = Split::end(part);
+      for_rows<S, Out, In...>(Split::row_begin(part), Split::row_end(part),
+                              [&](const Offsets<1 + sizeof...(In)>& at) {
+                                row_at(Indices<sizeof...(In)>{}, out, at, begin, end, fn, p...);
+                              });
+    }
+  }
+};
+
+// The Shape itself serves as the dense result's strides.
+template <class S, class... In> using vmap = vmap_to<S, S, In...>;
+template <class T, class S, class... In> using map = map_to<T, S, S, In...>;
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_MAP_H

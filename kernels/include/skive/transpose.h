@@ -1,0 +1,90 @@
+// General permutation of dimensions. Where the last dimension moves, the two last dimensions (of
+// the input and of the result) are walked in square tiles, so that both sides use whole cache lines.
+#ifndef SKIVE_TRANSPOSE_H
+#define SKIVE_TRANSPOSE_H
+
+#include "skive/shape.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+// out[i_0, i_1, ...] has dimensions S::dim(P[0]), S::dim(P[1]), ...; `S` is the input's shape.
+template <class T, class S, class P>
+struct transpose {
+  static constexpr int rank = S::rank;
+  static constexpr int last = rank - 1;
+
+  static constexpr ptrdiff_t out_dim(int i) { return S::dim(P::at(i)); }
+  static constexpr ptrdiff_t out_stride(int i) {
+    ptrdiff_t s = 1;
+    for (int k = i + 1; k < rank; ++k) s *= out_dim(k);
+    return s;
+  }
+  // Result dimension that walks the input's last dimension.
+  static constexpr int lane() {
+    for (int i = 0; i < rank; ++i)
+      if (P::at(i) == last) return i;
+    return 0;
+  }
+
+  static void run(T* out, const T* in, Part part) {
+    if constexpr (S::size > 0) {
+      if constexpr (rank < 2) {
+        if (part.index == 0) __builtin_memcpy(out, in, S::size * sizeof(T));
+      } else if constexpr (lane() == last) {
+        rows(out, in, part);
+      } else {
+        tiles(out, in, part);
+      }
+    }
+  }
+
+ private:
+  // The last dimension stays: each row is one contiguous copy.
+  static SKIVE_INLINE void rows(T* out, const T* in, Part part) {
+    constexpr ptrdiff_t inner = S::dim(last), count = S::size / inner;
+    for (ptrdiff_t r = part_begin(count, part), end = part_end(count, part); r < end; ++r) {
+      ptrdiff_t rest = r, offset = 0;
+      for (int d = last - 1; d >= 0; --d) {
+        offset += rest % out_dim(d) * S::stride(P::at(d));
+        rest /= out_dim(d);
+      }
+      __builtin_memcpy(out + r * inner, in + offset, inner * sizeof(T));
+    }
+  }
+
+  // Matrices of A (the input's last dimension) by B (the result's last dimension), one per index of
+  // the other dimensions: out[a * sa + b] = in[b * sb + a].
+  static constexpr ptrdiff_t A = S::dim(last), B = out_dim(last);
+  static constexpr ptrdiff_t sa = out_stride(lane()), sb = S::stride(P::at(last));
+  static constexpr ptrdiff_t edge = 64 / sizeof(T) > 8 ? 64 / sizeof(T) : 8;
+  static constexpr ptrdiff_t tiles_a = (A + edge - 1) / edge;
+
+  static SKIVE_INLINE void tiles(T* out, const T* in, Part part) {
+    constexpr ptrdiff_t count = S::size / A / B * tiles_a;
+    for (ptrdiff_t r = part_begin(count, part), end = part_end(count, part); r < end; ++r) {
+      ptrdiff_t rest = r / tiles_a, from = 0, to = 0;
+      for (int d = last - 1; d >= 0; --d) {
+        if (d == lane()) continue;
+        const ptrdiff_t i = rest % out_dim(d);
+        rest /= out_dim(d);
+        from += i * S::stride(P::at(d));
+        to += i * out_stride(d);
+      }
+      const ptrdiff_t a0 = r % tiles_a * edge, a1 = a0 + edge < A ? a0 + edge : A;
+      band(out + to, in + from, a0, a1);
+    }
+  }
+  static SKIVE_INLINE void band(T* out, const T* in, ptrdiff_t a0, ptrdiff_t a1) {
+    for (ptrdiff_t b0 = 0; b0 < B; b0 += edge) {
+      const ptrdiff_t b1 = b0 + edge < B ? b0 + edge : B;
+      for (ptrdiff_t a = a0; a < a1; ++a)
+        for (ptrdiff_t b = b0; b < b1; ++b) out[a * sa + b] = in[b * sb + a];
+    }
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_TRANSPOSE_H
