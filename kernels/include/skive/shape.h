@@ -126,6 +126,19 @@ struct indices<0, I...> {
 template <int N>
 using Indices = typename indices<N>::type;
 
+// Extents of a dense row-major tensor of any rank, with its strides in elements.
+template <int... D>
+struct Dims {
+  static constexpr int rank = sizeof...(D);
+  static constexpr int extent[rank + 1] = {D..., 1};
+  static constexpr ptrdiff_t stride(int axis) {
+    ptrdiff_t s = 1;
+    for (int i = axis + 1; i < rank; ++i) s *= extent[i];
+    return s;
+  }
+  static constexpr ptrdiff_t size() { return rank == 0 ? 1 : stride(0) * extent[0]; }
+};
+
 // Output extent of a sliding window along one axis, in elements.
 constexpr int window_count(int in, int pad_begin, int pad_end, int kernel, int stride, int dilation) {
   return (in + pad_begin + pad_end - dilation * (kernel - 1) - 1) / stride + 1;
