@@ -1,0 +1,47 @@
+"""The passes, one file each, and the pipelines: lists that read from top to bottom."""
+
+from __future__ import annotations
+
+from skive.ir import Graph
+from skive.passes.eliminate_common import eliminate_common
+from skive.passes.eliminate_dead import eliminate_dead
+from skive.passes.eliminate_identity import eliminate_identity
+from skive.passes.fold_batchnorm import fold_batchnorm
+from skive.passes.fold_constants import fold_constants
+from skive.passes.fold_padding import fold_padding
+from skive.passes.fuse_elementwise import fuse_elementwise
+from skive.passes.sink_transposes import sink_transposes
+from skive.pipeline import PassManager, Record
+
+__all__ = ["CANONICAL", "EXACT", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
+           "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "optimize", "sink_transposes"]
+
+# The model in its simplest form, every operation still by itself: where quantization, pruning and
+# early exits start from.
+CANONICAL: list[str] = [
+    "fold-constants",
+    "sink-transposes",
+    "eliminate-identity",
+    "fold-padding",
+    "fold-batchnorm",
+    "fold-constants",
+    "eliminate-identity",
+    "eliminate-common",
+]
+
+# What precedes lowering.
+EXACT: list[str] = [
+    *CANONICAL,
+    "fuse-elementwise",
+    "eliminate-dead",
+]
+
+
+def canonical(graph: Graph, *, check: str = "auto", dump_dir: str | None = None) -> tuple[Graph, list[Record]]:
+    """(`graph` after the CANONICAL passes, one record per pass)."""
+    return PassManager().run(graph, CANONICAL, check=check, dump_dir=dump_dir)
+
+
+def optimize(graph: Graph, *, check: str = "auto", dump_dir: str | None = None) -> tuple[Graph, list[Record]]:
+    """(`graph` after the EXACT passes, one record per pass)."""
+    return PassManager().run(graph, EXACT, check=check, dump_dir=dump_dir)

@@ -1,0 +1,216 @@
+"""`eliminate-identity`: operations that change nothing, and pairs that one operation can replace."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from skive import ops
+from skive.ir import Graph, Node
+from skive.pipeline import pass_
+from skive.rewrite import Const, Match, Var, op, rewrite, rule, scalar
+
+ELEMENTWISE = "|".join(n for n, o in ops.OPS.items() if o.kind == "elementwise")
+UNARY = "|".join(n for n, o in ops.OPS.items() if o.kind == "elementwise" and o.operands == (1, 1))
+
+
+def _same_shape(m: Match) -> Node | None:
+    return m["x"] if m["x"].type == m.root.type else None
+
+
+def _make(m: Match, name: str, *inputs: Node, **attrs: object) -> Node:
+    return ops.make(name, *inputs, origin=m.root.origin, label=m.root.name, **attrs)
+
+
+# ------------------------------------------------------------------------------------ movement
+
+SAME_TYPE = rule(op("reshape|expand|cast", Var("x")), _same_shape)
+
+
+@rule(op("reshape", op("reshape", Var("x"))))
+def reshape_of_reshape(m: Match) -> Node | None:
+    return _make(m, "reshape", m["x"], shape=m.root.shape)
+
+
+@rule(op("transpose", op("transpose", Var("x"), name="inner")))
+def transpose_of_transpose(m: Match) -> Node | None:
+    p = m["inner"].attrs["perm"]
+    return _make(m, "transpose", m["x"], perm=tuple(p[i] for i in m.root.attrs["perm"]))
+
+
+@rule(op("transpose", Var("x")))
+def transpose_that_moves_nothing(m: Match) -> Node | None:
+    """Only axes of length 1 change places: a reshape, or nothing."""
+    x, perm = m["x"], m.root.attrs["perm"]
+    moved = [a for a in perm if x.shape[a] != 1]
+    if moved != sorted(moved):
+        return None
+    return x if x.shape == m.root.shape else _make(m, "reshape", x, shape=m.root.shape)
+
+
+@rule(op("slice", Var("x")))
+def whole_slice(m: Match) -> Node | None:
+    a = m.root.attrs
+    forward = all(s == 1 or d <= 1 for s, d in zip(a["step"], a["size"]))
+    return _same_shape(m) if forward else None
+
+
+@rule(op("slice", op("slice", Var("x"), name="inner", exclusive=True)))
+def slice_of_slice(m: Match) -> Node | None:
+    a, b = m["inner"].attrs, m.root.attrs
+    if 0 in m.root.shape:
+        return None
+    start = tuple(s + t * step for s, step, t in zip(a["start"], a["step"], b["start"]))
+    step = tuple(s * t for s, t in zip(a["step"], b["step"]))
+    return _make(m, "slice", m["x"], start=start, size=b["size"], step=step)
+
+
+@rule(op("slice", op("concat", name="joined")))
+def slice_of_concat(m: Match) -> Node | None:
+    """A slice that lies within one operand of a concatenation reads that operand."""
+    joined, a = m["joined"], m.root.attrs
+    axis = joined.attrs["axis"] % joined.type.rank
+    if 0 in m.root.shape:
+        return None
+    ends = (a["start"][axis], a["start"][axis] + (a["size"][axis] - 1) * a["step"][axis])
+    offset = 0
+    for part in joined.inputs:
+        if offset <= min(ends) and max(ends) < offset + part.shape[axis]:
+            start = tuple(s - offset if i == axis else s for i, s in enumerate(a["start"]))
+            return _make(m, "slice", part, start=start, size=a["size"], step=a["step"])
+        offset += part.shape[axis]
+    return None
+
+
+@rule(op("pad", Var("x")))
+def empty_pad(m: Match) -> Node | None:
+    return _same_shape(m)
+
+
+@rule(op("concat"))
+def concat_operands(m: Match) -> Node | None:
+    """A concatenation of one operand, of empty operands, or of concatenations along the same axis."""
+    axis = m.root.attrs["axis"] % m.root.type.rank
+    parts: list[Node] = []
+    for i in m.root.inputs:
+        if i.op == "concat" and i.attrs["axis"] % i.type.rank == axis and m.only_use(i):
+            parts.extend(i.inputs)
+        elif i.shape[axis] != 0:
+            parts.append(i)
+    if len(parts) == 1 and parts[0].type == m.root.type:
+        return parts[0]
+    if not parts or tuple(parts) == m.root.inputs:
+        return None
+    return _make(m, "concat", *parts, axis=axis)
+
+
+@rule(op(ELEMENTWISE))
+def operand_of_expand(m: Match) -> Node | None:
+    """Elementwise operations broadcast by themselves: an expanded operand need not be made."""
+    inputs = list(m.root.inputs)
+    for k, i in enumerate(inputs):
+        if i.op == "expand":
+            inputs[k] = i.inputs[0]
+            if ops.broadcast_shapes(*(n.shape for n in inputs)) != m.root.shape:
+                inputs[k] = i
+    if all(a is b for a, b in zip(inputs, m.root.inputs)):
+        return None
+    return _make(m, m.root.op, *inputs, **m.root.attrs)
+
+
+@rule(op("reshape", op(UNARY, op("reshape", Var("x"), exclusive=True), name="f", exclusive=True)))
+def reshapes_around_unary(m: Match) -> Node | None:
+    """reshape(f(reshape(x))) = reshape(f(x)): f does not see the shape."""
+    f = ops.make(m["f"].op, m["x"], origin=m["f"].origin, label=m["f"].name, **m["f"].attrs)
+    return f if f.shape == m.root.shape else _make(m, "reshape", f, shape=m.root.shape)
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+
+NEUTRAL = [rule(op("add|sub", Var("x"), scalar(0)), _same_shape),
+           rule(op("mul|div|pow", Var("x"), scalar(1)), _same_shape)]
+
+
+@rule(op("relu", op("relu|sigmoid|exp|abs|softplus|hard_sigmoid|sqrt", name="inner")))
+def relu_of_nonnegative(m: Match) -> Node | None:
+    return m["inner"]
+
+
+@rule(op("neg|not|bit_not", op("neg|not|bit_not", Var("x"), name="inner")))
+def involution(m: Match) -> Node | None:
+    return m["x"] if m["inner"].op == m.root.op else None
+
+
+def _bounds(node: Node) -> tuple[float, float]:
+    return (0.0, math.inf) if node.op == "relu" else (node.attrs["lo"], node.attrs["hi"])
+
+
+@rule(op("relu|clip", op("relu|clip", Var("x"), name="inner")))
+def clip_of_clip(m: Match) -> Node | None:
+    (a, b), (c, d) = _bounds(m["inner"]), _bounds(m.root)
+    if a > b or c > d or not m.root.dtype.is_float:
+        return None  # an empty interval: hi wins, which is not an interval again
+    lo, hi = min(max(a, c), d), max(min(b, d), c)
+    return _clip(m, m["x"], lo, hi)
+
+
+def _clip(m: Match, x: Node, lo: float, hi: float) -> Node:
+    if lo == 0 and hi == math.inf:
+        return _make(m, "relu", x)
+    return _make(m, "clip", x, lo=lo, hi=hi)
+
+
+@rule(op("clip", Var("x"), where=lambda n: n.attrs["lo"] == 0 and n.attrs["hi"] == math.inf))
+def clip_is_relu(m: Match) -> Node | None:
+    return _make(m, "relu", m["x"])
+
+
+def _uniform(c: np.ndarray) -> bool:
+    return c.size > 0 and bool((c == c.flat[0]).all())
+
+
+@rule(op("min|max", Var("x"), Const("c", _uniform), where=lambda n: n.dtype.is_float))
+def bound_is_clip(m: Match) -> Node | None:
+    bound = float(m["c"].value.flat[0])
+    if m["x"].shape != m.root.shape:
+        return None
+    return _clip(m, m["x"], *((bound, math.inf) if m.root.op == "max" else (-math.inf, bound)))
+
+
+@rule(op("where", Const("c", _uniform), Var("a"), Var("b")))
+def decided_where(m: Match) -> Node | None:
+    chosen = m["a"] if m["c"].value.flat[0] else m["b"]
+    return chosen if chosen.type == m.root.type else None
+
+
+# ------------------------------------------------------------------------------------ reductions
+
+
+@rule(op("reduce_sum|reduce_mean|reduce_max|reduce_min|reduce_prod", Var("x")))
+def reduction_of_one(m: Match) -> Node | None:
+    """Over axes of length 1 nothing is reduced."""
+    if any(m["x"].shape[a] != 1 for a in m.root.attrs["axes"]):
+        return None
+    return m["x"] if m["x"].shape == m.root.shape else _make(m, "reshape", m["x"], shape=m.root.shape)
+
+
+@rule(op("avg_pool2d", Var("x"), where=lambda n: n.shape[1:3] == (1, 1) and not n.attrs.get("epilogue")))
+def global_average(m: Match) -> Node | None:
+    """A mean over the whole image is a reduction."""
+    x, a = m["x"], m.root.attrs
+    if a["kernel"] != x.shape[1:3] or any(a["pad"]) or tuple(a["dilation"]) != (1, 1):
+        return None
+    return _make(m, "reduce_mean", x, axes=(1, 2), keep=True)
+
+
+RULES = [SAME_TYPE, reshape_of_reshape, transpose_of_transpose, transpose_that_moves_nothing, whole_slice,
+         slice_of_slice, slice_of_concat, empty_pad, concat_operands, operand_of_expand, reshapes_around_unary,
+         *NEUTRAL, relu_of_nonnegative, involution, clip_of_clip, clip_is_relu, bound_is_clip, decided_where,
+         reduction_of_one, global_average]
+
+
+@pass_("eliminate-identity", exact=True)
+def eliminate_identity(graph: Graph, options: object) -> Graph:
+    """No operation that only renames its operand, and no two in a row that are one."""
+    return rewrite(graph, RULES)
