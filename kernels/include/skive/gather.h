@@ -28,25 +28,25 @@ struct gather {
   }
 };
 
-// Calls f(flat index into Index, offset into Data) where Data's coordinate on `Axis` is that of the
+// Calls f(flat index into At, offset into Data) where Data's coordinate on `Axis` is that of the
 // index value and the others are those of the index's own position.
-template <class I, class Data, class Index, int Axis, class F>
+template <class I, class Data, class At, int Axis, class F>
 SKIVE_INLINE void for_elements(const I* index, ptrdiff_t begin, ptrdiff_t end, const F& f) {
   for (ptrdiff_t e = begin; e < end; ++e) {
     ptrdiff_t rest = e, offset = 0;
-    for (int d = Index::rank - 1; d >= 0; --d) {
-      const ptrdiff_t at = rest % Index::extent[d];
-      rest /= Index::extent[d];
-      offset += (d == Axis ? wrapped(index[e], Data::extent[d]) : at) * Data::stride(d);
+    for (int d = At::rank - 1; d >= 0; --d) {
+      const ptrdiff_t at = rest % At::dim(d);
+      rest /= At::dim(d);
+      offset += (d == Axis ? wrapped(index[e], Data::dim(d)) : at) * Data::stride(d);
     }
     f(e, offset);
   }
 }
 
-template <class T, class I, class Data, class Index, int Axis>
+template <class T, class I, class Data, class At, int Axis>
 struct gather_elements {
   static void run(const T* x, const I* index, T* y, Part part) {
-    for_elements<I, Data, Index, Axis>(index, part_begin(Index::size(), part), part_end(Index::size(), part),
+    for_elements<I, Data, At, Axis>(index, part_begin(At::size, part), part_end(At::size, part),
                                        [&](ptrdiff_t e, ptrdiff_t offset) { y[e] = x[offset]; });
   }
 };
@@ -69,11 +69,11 @@ struct ScatterMax {
 };
 
 // y = x, then y[.., index, ..] joined with updates in order. One part: updates may collide.
-template <class T, class I, class Op, class Data, class Index, int Axis>
+template <class T, class I, class Op, class Data, class At, int Axis>
 struct scatter_elements {
   static void run(const T* x, const I* index, const T* updates, T* y) {
-    if (y != x) __builtin_memcpy(y, x, sizeof(T) * Data::size());
-    for_elements<I, Data, Index, Axis>(index, 0, Index::size(), [&](ptrdiff_t e, ptrdiff_t offset) {
+    if (y != x) __builtin_memcpy(y, x, sizeof(T) * Data::size);
+    for_elements<I, Data, At, Axis>(index, 0, At::size, [&](ptrdiff_t e, ptrdiff_t offset) {
       y[offset] = Op::join(y[offset], updates[e]);
     });
   }
@@ -83,7 +83,7 @@ struct scatter_elements {
 template <class I, class Indexed, int Inner>
 SKIVE_INLINE ptrdiff_t tuple_offset(const I* index) {
   ptrdiff_t offset = 0;
-  for (int d = 0; d < Indexed::rank; ++d) offset += wrapped(index[d], Indexed::extent[d]) * Indexed::stride(d);
+  for (int d = 0; d < Indexed::rank; ++d) offset += wrapped(index[d], Indexed::dim(d)) * Indexed::stride(d);
   return offset * Inner;
 }
 
@@ -93,7 +93,7 @@ struct gather_nd {
   static void run(const T* x, const I* index, T* y, Part part) {
     constexpr ptrdiff_t rows = ptrdiff_t{Batch} * Count;
     for (ptrdiff_t r = part_begin(rows, part), end = part_end(rows, part); r < end; ++r) {
-      const T* from = x + r / Count * Indexed::size() * Inner + tuple_offset<I, Indexed, Inner>(index + r * Indexed::rank);
+      const T* from = x + r / Count * Indexed::size * Inner + tuple_offset<I, Indexed, Inner>(index + r * Indexed::rank);
       __builtin_memcpy(y + r * Inner, from, sizeof(T) * Inner);
     }
   }
@@ -103,7 +103,7 @@ struct gather_nd {
 template <class T, class I, class Op, int Count, class Indexed, int Inner>
 struct scatter_nd {
   static void run(const T* x, const I* index, const T* updates, T* y) {
-    if (y != x) __builtin_memcpy(y, x, sizeof(T) * Indexed::size() * Inner);
+    if (y != x) __builtin_memcpy(y, x, sizeof(T) * Indexed::size * Inner);
     for (ptrdiff_t r = 0; r < Count; ++r) {
       T* to = y + tuple_offset<I, Indexed, Inner>(index + r * Indexed::rank);
       for (int i = 0; i < Inner; ++i) to[i] = Op::join(to[i], updates[r * Inner + i]);

@@ -35,14 +35,7 @@ struct Dilation {
   static constexpr int H = H_, W = W_;
 };
 
-// Extents of a dense row-major tensor of any rank; rank 0 holds one element.
-template <ptrdiff_t... D>
-struct Shape {
-  static constexpr int rank = sizeof...(D);
-  static constexpr ptrdiff_t size = (ptrdiff_t{1} * ... * D);
-  static constexpr ptrdiff_t dim(int i) {
-    const ptrdiff_t d[] = {D..., 1};
-    return d[i];
+   return d[i];
   }
   // Elements between neighbours along dimension i.
   static constexpr ptrdiff_t stride(int i) {
