@@ -35,7 +35,14 @@ struct Dilation {
   static constexpr int H = H_, W = W_;
 };
 
-   return d[i];
+// Extents of a dense row-major tensor of any rank; rank 0 holds one element.
+template <ptrdiff_t... D>
+struct Shape {
+  static constexpr int rank = sizeof...(D);
+  static constexpr ptrdiff_t size = (ptrdiff_t{1} * ... * D);
+  static constexpr ptrdiff_t dim(int i) {
+    const ptrdiff_t d[] = {D..., 1};
+    return d[i];
   }
   // Elements between neighbours along dimension i.
   static constexpr ptrdiff_t stride(int i) {
@@ -118,19 +125,6 @@ struct indices<0, I...> {
 };
 template <int N>
 using Indices = typename indices<N>::type;
-
-// Extents of a dense row-major tensor of any rank, with its strides in elements.
-template <int... D>
-struct Dims {
-  static constexpr int rank = sizeof...(D);
-  static constexpr int extent[rank + 1] = {D..., 1};
-  static constexpr ptrdiff_t stride(int axis) {
-    ptrdiff_t s = 1;
-    for (int i = axis + 1; i < rank; ++i) s *= extent[i];
-    return s;
-  }
-  static constexpr ptrdiff_t size() { return rank == 0 ? 1 : stride(0) * extent[0]; }
-};
 
 // Output extent of a sliding window along one axis, in elements.
 constexpr int window_count(int in, int pad_begin, int pad_end, int kernel, int stride, int dilation) {
