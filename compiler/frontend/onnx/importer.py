@@ -286,7 +286,8 @@ class Importer:
         given = dict(zip(function.input, inputs))
         scope: Scope = ChainMap({name: given.get(name) for name in function.input})
         env = Env(scope, {a.name: a for a in function.attribute_proto} | dict(attrs),
-                  {normal_domain(o.domain): o.version for o in function.opset_import})
+                  {"": self.opsets.get("", onnx.defs.onnx_opset_version())}
+                  | {normal_domain(o.domain): o.version for o in function.opset_import})
         for inner in function.node:
             self.node(inner, env)
         self.depth -= 1

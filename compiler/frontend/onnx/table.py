@@ -183,6 +183,8 @@ class Call:
         tensors = [o for o in operands if isinstance(o, Node)]
         like = (tensors[1:] if op == "where" and len(tensors) > 1 and tensors[0] is operands[0] else tensors)
         nodes = [o if isinstance(o, Node) else self.lit(o, like[0].dtype) for o in operands]
+        if ops.op_of(op).kind not in ("movement", "index") and op != "cast" and any(n.dtype is DType.f16 for n in nodes):
+            raise Unsupported("float16 arithmetic", "convert the model to float32")
         node = folded(ops.make(op, *nodes, origin=self.origin, **attrs))
         if node not in nodes:
             self.created.append(node)

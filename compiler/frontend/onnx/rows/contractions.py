@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from skive.errors import InvalidModelError
@@ -53,3 +55,90 @@ def gemm(c: Call) -> Node:
     y = c.make("matmul", a, b, trans_a=trans_a, trans_b=trans_b)
     y = c.make("mul", y, alpha) if alpha != 1.0 else y
     return y if bias is None else c.make("add", y, bias)
+
+
+# ------------------------------------------------------------------------------------------- Einsum
+
+
+@onnx_op("Einsum")
+def einsum(c: Call) -> Node:
+    """The equation, operand by operand: diagonals, sums, then one batched matrix product a pair."""
+    operands = c.tensors
+    equation = str(c.required("equation")).replace(" ", "")
+    left, arrow, right = equation.partition("->")
+    terms = left.split(",")
+    if len(terms) != len(operands):
+        raise InvalidModelError(f"equation {equation!r} for {len(operands)} operands")
+    dots = max((x.type.rank - len(t.replace("...", "")) for t, x in zip(terms, operands) if "..." in t), default=0)
+    names = [t.replace("...", "\0" * 1) for t in terms]
+    # The axes of an ellipsis get names of their own, counted from the right.
+    spelled = [list(n) if "\0" not in n else
+               [*n[:n.index("\0")], *(chr(0x100 + k) for k in range(dots - (x.type.rank - len(n) + 1), dots)),
+                *n[n.index("\0") + 1:]] for n, x in zip(names, operands)]
+    letters = [letter for term in spelled for letter in term]
+    if arrow:
+        i = right.find("...")
+        result = list(right) if i < 0 else [*right[:i], *(chr(0x100 + k) for k in range(dots)), *right[i + 3:]]
+    else:
+        result = [chr(0x100 + k) for k in range(dots)] + sorted(
+            n for n in set(letters) if letters.count(n) == 1 and ord(n) < 0x100)
+    if any(len(t) != x.type.rank for t, x in zip(spelled, operands)) or not set(result) <= set(letters):
+        raise InvalidModelError(f"equation {equation!r} for {', '.join(str(x.type) for x in operands)}")
+    current, axes = diagonal(c, operands[0], spelled[0])
+    for k in range(1, len(operands)):
+        other, other_axes = diagonal(c, operands[k], spelled[k])
+        later = {n for term in spelled[k + 1:] for n in term} | set(result)
+        current, axes = contract(c, current, axes, other, other_axes, later)
+    current, axes = summed(c, current, axes, set(result))
+    current = c.transpose(current, [axes.index(n) for n in result])
+    return current
+
+
+def diagonal(c: Call, x: Node, axes: list[str]) -> tuple[Node, list[str]]:
+    """`x` with axes of the same name replaced by their diagonal."""
+    axes = list(axes)
+    while len(set(axes)) < len(axes):
+        name = next(n for n in axes if axes.count(n) > 1)
+        i = axes.index(name)
+        j = axes.index(name, i + 1)
+        n = x.shape[i]
+        if x.shape[j] != n:
+            raise InvalidModelError(f"a diagonal of {x.type}")
+        perm = [k for k in range(x.type.rank) if k not in (i, j)] + [i, j]
+        x = c.transpose(x, perm)
+        flat = c.reshape(x, (*x.shape[:-2], n * n))
+        x = c.slice(flat, flat.type.rank - 1, 0, n, n + 1)
+        axes = [axes[k] for k in perm[:-1]]
+    return x, axes
+
+
+def summed(c: Call, x: Node, axes: list[str], keep: set[str]) -> tuple[Node, list[str]]:
+    """`x` summed over the axes that nobody needs."""
+    drop = tuple(i for i, n in enumerate(axes) if n not in keep)
+    if drop:
+        x = c.make("reduce_sum", x, axes=drop, keep=False)
+    return x, [n for n in axes if n in keep]
+
+
+def contract(c: Call, a: Node, a_axes: list[str], b: Node, b_axes: list[str], later: set[str]) -> tuple[Node, list[str]]:
+    """The product of two tensors, summed over the common axes that are not needed later."""
+    a, a_axes = summed(c, a, a_axes, later | set(b_axes))
+    b, b_axes = summed(c, b, b_axes, later | set(a_axes))
+    size = {n: max(d, e) for n, d, e in [(n, a.shape[a_axes.index(n)] if n in a_axes else 1,
+                                          b.shape[b_axes.index(n)] if n in b_axes else 1) for n in a_axes + b_axes]}
+    common = [n for n in a_axes if n in b_axes]
+    batch, inner = [n for n in common if n in later], [n for n in common if n not in later]
+    rows, columns = [n for n in a_axes if n not in common], [n for n in b_axes if n not in common]
+
+    def arranged(x: Node, axes: list[str], order: list[list[str]]) -> Node:
+        flat = [n for group in order for n in group]
+        x = c.transpose(x, [axes.index(n) for n in flat])
+        x = c.expand(x, [size[n] for n in flat])
+        return c.reshape(x, [math.prod(size[n] for n in group) for group in order])
+
+    if not inner and not rows and not columns:
+        y = c.make("mul", arranged(a, a_axes, [[n] for n in batch]), arranged(b, b_axes, [[n] for n in batch]))
+    else:
+        y = c.make("matmul", arranged(a, a_axes, [batch, rows, inner]), arranged(b, b_axes, [batch, inner, columns]))
+    axes = [*batch, *rows, *columns]
+    return c.reshape(y, [size[n] for n in axes]), axes

@@ -224,7 +224,8 @@ def space_to_depth(c: Call) -> Node:
     n, ch, h, w = x.shape
     if b < 1 or h % b or w % b:
         raise InvalidModelError(f"blocksize {b} does not divide {h} x {w}")
-    y = c.transpose(c.reshape(x, (n, ch, h // b, b, w // b, b)), (0, 3, 5, 1, 2, 4))
+    order = (0, 3, 5, 1, 2, 4) if c.attr("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    y = c.transpose(c.reshape(x, (n, ch, h // b, b, w // b, b)), order)
     return c.reshape(y, (n, ch * b * b, h // b, w // b))
 
 

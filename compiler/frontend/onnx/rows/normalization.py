@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from skive.errors import InvalidModelError
-from skive.frontend.onnx.table import Call, checked_axis, onnx_op
+from skive.frontend.onnx.table import Call, Decline, checked_axis, onnx_op
 from skive.ir import Node
 
 
@@ -77,3 +77,57 @@ def softmax(c: Call) -> Node:
         return c.make(op, x, axis=axis)
     flat = c.reshape(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
     return c.reshape(c.make(op, flat, axis=1), x.shape)
+
+
+@onnx_op("RMSNormalization")
+def rms_normalization(c: Call) -> Node:
+    x, scale = c[0], c[1]
+    axis = checked_axis(int(c.attr("axis", -1)), x.type.rank)
+    tail = x.shape[axis:]
+    if scale.type.size != math.prod(tail) or scale.dtype is not x.dtype:
+        raise Decline("a scale of another shape than the normalised axes")
+    return c.make("rms_norm", x, c.reshape(scale, tail), axis=axis, eps=float(c.attr("epsilon", 1e-5)))
+
+
+@onnx_op("GroupNormalization")
+def group_normalization(c: Call) -> Node:
+    x, scale, bias = c[0], c[1], c[2]
+    groups = int(c.required("num_groups"))
+    if x.type.rank < 3 or groups < 1 or x.shape[1] % groups:
+        raise InvalidModelError(f"{groups} groups of {x.type}")
+    y = c.reshape(x, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
+    y = normalized(c, y, (2,), float(c.attr("epsilon", 1e-5)))
+    if c.opset < 21:  # scale and bias are per group
+        y = c.make("add", c.make("mul", y, c.reshape(scale, (groups, 1))), c.reshape(bias, (groups, 1)))
+        return c.reshape(y, x.shape)
+    y = c.reshape(y, x.shape)
+    return c.make("add", c.make("mul", y, per_channel(c, scale, x.type.rank)), per_channel(c, bias, x.type.rank))
+
+
+@onnx_op("LRN")
+def local_response_normalization(c: Call) -> Node:
+    x = c[0]
+    size = int(c.required("size"))
+    if size < 1 or x.type.rank < 3:
+        raise InvalidModelError(f"LRN over {size} channels of {x.type}")
+    front = (size - 1) // 2
+    square = c.make("mul", x, x)
+    padded = c.make("pad", square, before=(0, front, *[0] * (x.type.rank - 2)),
+                    after=(0, size - 1 - front, *[0] * (x.type.rank - 2)))
+    total = c.slice(padded, 1, 0, x.shape[1])
+    for k in range(1, size):
+        total = c.make("add", total, c.slice(padded, 1, k, x.shape[1]))
+    alpha, beta, bias = float(c.attr("alpha", 1e-4)), float(c.attr("beta", 0.75)), float(c.attr("bias", 1.0))
+    return c.make("mul", x, c.make("pow", c.make("add", c.make("mul", total, alpha / size), bias), -beta))
+
+
+@onnx_op("LpNormalization")
+def lp_normalization(c: Call) -> Node:
+    x = c[0]
+    axis = checked_axis(int(c.attr("axis", -1)), x.type.rank)
+    if int(c.attr("p", 2)) == 1:
+        norm = c.make("reduce_sum", c.make("abs", x), axes=(axis,), keep=True)
+    else:
+        norm = c.make("sqrt", c.make("reduce_sum", c.make("mul", x, x), axes=(axis,), keep=True))
+    y = c.make("div", x, norm)
+    return c.make("where", c.make("equal", norm, 0.0), c.lit(0, x.dtype), y)

@@ -1,0 +1,393 @@
+"""Resampling: Resize, Upsample, GridSample, RoiAlign, unpooling, Col2Im."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from skive.errors import InvalidModelError
+from skive.frontend.onnx.rows.windows import k_dilated, pool_window, window_attr
+from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
+from skive.ir import Node
+from skive.types import DType
+
+# ------------------------------------------------------------------------------------------- Resize
+
+
+def source_positions(mode: str, size: int, out: int, scale: float, roi: tuple[float, float]) -> np.ndarray:
+    """Where each of `out` results lies on an axis of `size` elements, by coordinate mode."""
+    x = np.arange(out, dtype=np.float64)
+    scaled = scale * size
+    if mode == "align_corners":
+        return np.zeros(out) if scaled == 1 else x * (size - 1) / (scaled - 1)
+    if mode == "asymmetric":
+        return x / scale
+    if mode == "tf_crop_and_resize":
+        span = (roi[1] - roi[0]) * (size - 1)
+        return (np.full(out, span / 2) if scaled == 1 else x * span / (scaled - 1)) + roi[0] * (size - 1)
+    if mode == "tf_half_pixel_for_nn":
+        return (x + 0.5) / scale
+    if mode == "pytorch_half_pixel":
+        return np.full(out, -0.5) if scaled == 1 else (x + 0.5) / scale - 0.5
+    if mode == "half_pixel_symmetric":
+        return size / 2 * (1 - out / scaled) + (x + 0.5) / scale - 0.5
+    if mode == "half_pixel":
+        return (x + 0.5) / scale - 0.5
+    raise InvalidModelError(f"coordinate_transformation_mode {mode!r}")
+
+
+def nearest(mode: str, x: np.ndarray, size: int) -> np.ndarray:
+    """The index next to each position."""
+    rounding = {"round_prefer_floor": lambda v: np.ceil(v - 0.5), "round_prefer_ceil": lambda v: np.floor(v + 0.5),
+                "floor": np.floor, "ceil": np.ceil}
+    if mode not in rounding:
+        raise InvalidModelError(f"nearest_mode {mode!r}")
+    return np.clip(rounding[mode](x), 0, size - 1).astype(np.int64)
+
+
+def triangle(d: np.ndarray, a: float) -> np.ndarray:
+    return np.clip(1 - np.abs(d), 0, 1)
+
+
+def cubic(d: np.ndarray, a: float) -> np.ndarray:
+    """Keys' convolution kernel (Keys: Cubic convolution interpolation for digital image processing, 1981)."""
+    d = np.abs(d)
+    return np.where(d <= 1, ((a + 2) * d - (a + 3)) * d * d + 1,
+                    np.where(d < 2, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a, 0.0))
+
+
+def interpolation_matrix(c: Call, mode: str, x: np.ndarray, size: int, scale: float) -> np.ndarray:
+    """[out, size]: the weight of every element in every result; rows sum to 1."""
+    kernel, reach = (triangle, 1) if mode == "linear" else (cubic, 2)
+    shrink = min(scale, 1.0) if c.attr("antialias", 0) else 1.0
+    a = float(c.attr("cubic_coeff_a", -0.75))
+    matrix = np.zeros((len(x), size))
+    for row, position in zip(matrix, x):
+        support = math.ceil(reach / shrink)
+        taps = np.arange(math.floor(position) - support, math.floor(position) + support + 2)
+        weights = kernel((taps - position) * shrink, a)
+        if c.attr("exclude_outside", 0):
+            weights = np.where((taps >= 0) & (taps < size), weights, 0.0)
+        np.add.at(row, np.clip(taps, 0, size - 1), weights / weights.sum())
+    return matrix
+
+
+def along_matrix(c: Call, x: Node, axis: int, matrix: np.ndarray) -> Node:
+    """`x` with an axis multiplied by [out, size]."""
+    weights = c.lit(matrix, x.dtype)
+    if axis == x.type.rank - 1:
+        return c.make("linear", x, weights)
+    if axis == x.type.rank - 2:
+        return c.make("matmul", weights, x)
+    perm = [i for i in range(x.type.rank) if i != axis] + [axis]
+    return c.transpose(c.make("linear", c.transpose(x, perm), weights), np.argsort(perm))
+
+
+@onnx_op("Resize", "Upsample")
+def resize(c: Call) -> Node:
+    x = c[0]
+    rank = x.type.rank
+    old = c.op_type == "Upsample" or c.opset < 11
+    roi_in, scales_in, sizes_in = (None, 1, None) if old else (1, 2, 3)
+    axes = [checked_axis(int(a), rank) for a in c.attr("axes", range(rank))]
+    scales: list[float] | None = None
+    if c.op_type == "Upsample" and "scales" in c.attrs:
+        scales = [float(s) for s in c.attr("scales")]
+    elif c.has(scales_in) and c[scales_in].type.size:
+        scales = [float(s) for s in c.const(scales_in, "scales").reshape(-1)]
+    shape = list(x.shape)
+    factor = [1.0] * rank
+    if scales is not None:
+        if len(scales) != len(axes) or min(scales, default=1) <= 0:
+            raise InvalidModelError(f"scales {scales} for {len(axes)} axes")
+        for a, s in zip(axes, scales):
+            shape[a], factor[a] = math.floor(x.shape[a] * s), s
+    elif sizes_in is not None and c.has(sizes_in):
+        sizes = c.ints(sizes_in, "sizes")
+        if len(sizes) != len(axes) or min(sizes, default=1) < 1:
+            raise InvalidModelError(f"sizes {list(sizes)} for {len(axes)} axes")
+        ratio = [n / x.shape[a] for a, n in zip(axes, sizes)]
+        policy = c.attr("keep_aspect_ratio_policy", "stretch")
+        if policy != "stretch":
+            common = min(ratio) if policy == "not_larger" else max(ratio)
+            sizes = [math.floor(common * x.shape[a] + 0.5) for a in axes]
+            ratio = [common] * len(axes)
+        for a, n, f in zip(axes, sizes, ratio):
+            shape[a], factor[a] = n, f
+    else:
+        raise InvalidModelError("neither scales nor sizes")
+    mode = c.attr("mode", "nearest")
+    transform = "asymmetric" if old else c.attr("coordinate_transformation_mode", "half_pixel")
+    roi = {a: (0.0, 1.0) for a in range(rank)}
+    if transform == "tf_crop_and_resize" and roi_in is not None and c.has(roi_in):
+        given = [float(v) for v in c.const(roi_in, "roi").reshape(-1)]
+        roi |= {a: (given[i], given[len(axes) + i]) for i, a in enumerate(axes)}
+    rounding = "floor" if old else c.attr("nearest_mode", "round_prefer_floor")
+    outside = []
+    y = x
+    for a in range(rank):
+        if x.shape[a] == shape[a] and factor[a] == 1.0 and transform != "tf_crop_and_resize" or a not in axes:
+            continue
+        if x.shape[a] == 0:
+            raise InvalidModelError(f"resize of {x.type}")
+        position = source_positions(transform, x.shape[a], shape[a], factor[a], roi[a])
+        if transform == "tf_crop_and_resize":
+            outside.append(((position < 0) | (position > x.shape[a] - 1)).reshape(
+                [-1 if i == a else 1 for i in range(rank)]))
+        if mode == "nearest":
+            y = c.make("gather", y, c.lit(nearest(rounding, position, x.shape[a])), axis=a)
+        elif mode in ("linear", "bilinear", "cubic"):
+            matrix = interpolation_matrix(c, "cubic" if mode == "cubic" else "linear", position, x.shape[a], factor[a])
+            if x.shape[a] != shape[a] or not np.array_equal(matrix, np.eye(x.shape[a])):
+                y = along_matrix(c, y, a, matrix)
+        else:
+            raise InvalidModelError(f"mode {mode!r}")
+    if outside and any(o.any() for o in outside):
+        mask = np.zeros((1,) * rank, np.bool_)
+        for o in outside:
+            mask = mask | o
+        y = c.make("where", c.lit(mask), c.lit(float(c.attr("extrapolation_value", 0.0)), y.dtype), y)
+    return y
+
+
+# --------------------------------------------------------------------------------------- GridSample
+
+
+@onnx_op("GridSample")
+def grid_sample(c: Call) -> Node:
+    """Samples [N, C, D...] at the positions of a grid [N, O..., d], whose last axis counts backwards."""
+    x, grid = c[0], c[1]
+    mode = {"bilinear": "linear", "bicubic": "cubic"}.get(c.attr("mode", "linear"), c.attr("mode", "linear"))
+    padding, align = c.attr("padding_mode", "zeros"), bool(c.attr("align_corners", 0))
+    sizes = x.shape[2:]
+    n = len(sizes)
+    if grid.type.rank != x.type.rank or grid.shape[-1] != n or grid.shape[0] != x.shape[0]:
+        raise InvalidModelError(f"grid {grid.type} for {x.type}")
+    if grid.dtype is not x.dtype:
+        raise Unsupported("a grid of another element type than the image")
+    points = grid.shape[1:-1]
+    count = math.prod(points)
+    pixels = c.transpose(x, (0, *range(2, n + 2), 1))  # [N, D..., C]
+    position = []
+    for k, size in enumerate(sizes):
+        g = c.reshape(c.index(grid, grid.type.rank - 1, n - 1 - k), (x.shape[0], count))
+        if align:
+            p = c.make("mul", c.make("add", g, 1.0), (size - 1) / 2)
+        else:
+            p = c.make("mul", c.make("sub", c.make("mul", c.make("add", g, 1.0), float(size)), 1.0), 0.5)
+        if mode != "cubic":
+            p = placed(c, p, size, padding, align)
+        position.append(p)
+    # Per axis: (index, weight or None) of every tap.
+    taps: list[list[tuple[Node, Node | None]]] = []
+    for p in position:
+        if mode == "nearest":
+            taps.append([(c.make("round_even", p), None)])
+            continue
+        low = c.make("floor", p)
+        t = c.make("sub", p, low)
+        if mode == "linear":
+            taps.append([(low, c.make("sub", 1.0, t)), (c.make("add", low, 1.0), t)])
+        else:
+            taps.append([(c.make("add", low, float(o)), cubic_weight(c, c.make("sub", t, float(o)), o)) for o in range(-1, 3)])
+    total = None
+    for corner in itertools.product(*taps):
+        indices, weight, valid = [], None, None
+        for (i, w), size in zip(corner, sizes):
+            i = placed(c, i, size, padding, align) if mode == "cubic" else i
+            if padding == "zeros":
+                inside = c.make("and", c.make("greater_equal", i, 0.0), c.make("less_equal", i, float(size - 1)))
+                valid = inside if valid is None else c.make("and", valid, inside)
+            i = c.make("clip", i, lo=0.0, hi=float(size - 1))
+            indices.append(c.cast(i, DType.i64))
+            if w is not None:
+                weight = w if weight is None else c.make("mul", weight, w)
+        value = c.make("gather_nd", pixels, c.stack(indices, 2), batch_dims=1)  # [N, points, C]
+        if valid is not None:
+            value = c.make("where", c.reshape(valid, (*valid.shape, 1)), value, c.lit(0, value.dtype))
+        if weight is not None:
+            value = c.make("mul", value, c.reshape(weight, (*weight.shape, 1)))
+        total = value if total is None else c.make("add", total, value)
+    total = c.reshape(total, (x.shape[0], *points, x.shape[1]))
+    return c.transpose(total, (0, n + 1, *range(1, n + 1)))
+
+
+def placed(c: Call, p: Node, size: int, padding: str, align: bool) -> Node:
+    """Positions moved into the image by the padding mode; `zeros` leaves them."""
+    if padding == "border":
+        return c.make("clip", p, lo=0.0, hi=float(size - 1))
+    if padding != "reflection":
+        return p
+    low, high = (0.0, float(size - 1)) if align else (-0.5, size - 0.5)
+    span = high - low
+    if span == 0:
+        return c.make("mul", p, 0.0)
+    # A triangle wave of period 2 span: the distance from the nearest multiple of the period.
+    d = c.make("mod", c.make("sub", p, low), 2 * span)
+    d = c.make("min", d, c.make("sub", 2 * span, d))
+    return c.make("add", d, low)
+
+
+def cubic_weight(c: Call, d: Node, offset: int) -> Node:
+    """Keys' kernel with a = -0.75 at distance d of the tap at `offset` from the sample's floor."""
+    a = -0.75
+    d = c.make("abs", d)
+
+    def horner(*coefficients: float) -> Node:
+        v = c.make("add", c.make("mul", d, coefficients[0]), coefficients[1])
+        for k in coefficients[2:]:
+            v = c.make("add", c.make("mul", v, d), k)
+        return v
+
+    if offset in (0, 1):
+        return horner(a + 2, -(a + 3), 0.0, 1.0)
+    return horner(a, -5 * a, 8 * a, -4 * a)
+
+
+# ------------------------------------------------------------------------------- scattered windows
+
+
+def spread(c: Call, x: Node, first: int, stride: Sequence[int]) -> Node:
+    """`x` with stride - 1 zeros between the elements of the axes from `first`."""
+    for i, s in enumerate(stride):
+        axis = first + i
+        if s == 1 or x.shape[axis] == 1:
+            continue
+        shape = x.shape
+        y = c.reshape(x, (*shape[:axis + 1], 1, *shape[axis + 1:]))
+        after = [0] * y.type.rank
+        after[axis + 1] = s - 1
+        y = c.make("pad", y, before=(0,) * y.type.rank, after=tuple(after))
+        y = c.reshape(y, (*shape[:axis], shape[axis] * s, *shape[axis + 1:]))
+        x = c.slice(y, axis, 0, (shape[axis] - 1) * s + 1)
+    return x
+
+
+@onnx_op("Col2Im")
+def col2im(c: Call) -> Node:
+    x = c[0]
+    image, block = c.ints(1, "image_shape"), c.ints(2, "block_shape")
+    n = len(image)
+    dilation, stride = window_attr(c, "dilations", n, 1), window_attr(c, "strides", n, 1)
+    pads = [int(p) for p in c.attr("pads", [0] * 2 * n)]
+    taps = math.prod(block)
+    steps = [(image[i] + pads[i] + pads[n + i] - k_dilated(block[i], dilation[i])) // stride[i] + 1 for i in range(n)]
+    if len(block) != n or x.type.rank != 3 or x.shape[1] % taps or math.prod(steps) != x.shape[2]:
+        raise InvalidModelError(f"blocks {list(block)} of {x.type} do not make an image {list(image)}")
+    x = c.reshape(x, (x.shape[0], x.shape[1] // taps, taps, *steps))
+    full = [image[i] + pads[i] + pads[n + i] for i in range(n)]
+    total = None
+    for t, offset in enumerate(itertools.product(*(range(b) for b in block))):
+        part = spread(c, c.index(x, 2, t), 2, stride)
+        before = [o * d for o, d in zip(offset, dilation)]
+        after = [f - b - s for f, b, s in zip(full, before, part.shape[2:])]
+        part = c.make("pad", part, before=(0, 0, *before), after=(0, 0, *after))
+        total = part if total is None else c.make("add", total, part)
+    for i in range(n):
+        total = c.slice(total, 2 + i, pads[i], image[i])
+    return total
+
+
+@onnx_op("MaxUnpool")
+def max_unpool(c: Call) -> Node:
+    x, indices = c[0], c[1]
+    n = x.type.rank - 2
+    kernel, stride = window_attr(c, "kernel_shape", n, 0), window_attr(c, "strides", n, 1)
+    pads = [int(p) for p in c.attr("pads", [0] * 2 * n)]
+    inner = [(d - 1) * s + k - pads[i] - pads[n + i]
+             for i, (d, s, k) in enumerate(zip(x.shape[2:], stride, kernel))]
+    out = list(c.ints(2, "output_shape")) if c.has(2) else [*x.shape[:2], *inner]
+    # The indices count in the tensor that was pooled; a larger output_shape has it in its corner.
+    flat = c.lit(np.zeros(math.prod([*x.shape[:2], *inner])), x.dtype)
+    y = c.make("scatter_elements", flat, c.reshape(c.cast(indices, DType.i64), (x.type.size,)), c.reshape(x, (x.type.size,)), axis=0)
+    y = c.reshape(y, (*x.shape[:2], *inner))
+    grow = [o - d for o, d in zip(out, y.shape)]
+    if min(grow) < 0:
+        raise InvalidModelError(f"output_shape {out} is smaller than {y.type}")
+    return c.make("pad", y, before=(0,) * len(grow), after=tuple(grow)) if any(grow) else y
+
+
+@onnx_op("RoiAlign")
+def roi_align(c: Call) -> Node:
+    """Bilinear samples of each box, averaged (or their maximum) per bin; one sample grid per bin.
+
+    The sample count must not depend on the boxes: `sampling_ratio` is given, or the boxes are constant.
+    """
+    x, rois, batch = c[0], c[1], c[2]
+    _, ch, h, w = x.shape
+    oh, ow = int(c.attr("output_height", 1)), int(c.attr("output_width", 1))
+    scale = float(c.attr("spatial_scale", 1.0))
+    half = c.opset >= 16 and c.attr("coordinate_transformation_mode", "half_pixel") == "half_pixel"
+    ratio = int(c.attr("sampling_ratio", 0))
+    if ratio > 0:
+        return roi_bins(c, x, rois, batch, oh, ow, ratio, ratio, scale, half)
+    boxes = c.known(rois, "the boxes, without a sampling_ratio,")
+    parts = []
+    for i, (x1, y1, x2, y2) in enumerate(boxes * np.float32(scale)):
+        width, height = (x2 - x1, y2 - y1) if half else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))
+        parts.append(roi_bins(c, x, c.slice(rois, 0, i, 1), c.slice(batch, 0, i, 1), oh, ow,
+                              max(1, math.ceil(height / oh)), max(1, math.ceil(width / ow)), scale, half))
+    return c.concat(parts, 0) if parts else c.lit(np.zeros((0, ch, oh, ow)), x.dtype)
+
+
+def roi_bins(c: Call, x: Node, rois: Node, batch: Node, oh: int, ow: int, sy: int, sx: int, scale: float,
+             half: bool) -> Node:
+    """[R, C, oh, ow] for boxes [R, 4] with sy x sx samples a bin."""
+    _, ch, h, w = x.shape
+    count = rois.shape[0]
+    shift = 0.5 if half else 0.0
+    edge = [c.make("sub", c.make("mul", c.index(rois, 1, k), scale), shift) for k in range(4)]
+
+    def samples(low: Node, high: Node, bins: int, per: int) -> Node:
+        length = c.make("sub", high, low)
+        length = length if half else c.make("max", length, 1.0)
+        at = c.lit((np.arange(bins * per) + 0.5) / (per * bins), x.dtype)
+        return c.make("add", c.reshape(low, (count, 1)), c.make("mul", c.reshape(length, (count, 1)), at))
+
+    ys, xs = samples(edge[1], edge[3], oh, sy), samples(edge[0], edge[2], ow, sx)
+
+    def taps(p: Node, size: int) -> tuple[list[tuple[Node, Node]], Node]:
+        valid = c.make("and", c.make("greater_equal", p, -1.0), c.make("less_equal", p, float(size)))
+        p = c.make("clip", p, lo=0.0, hi=float(size - 1))
+        low = c.make("floor", p)
+        t = c.make("sub", p, low)
+        high = c.make("min", c.make("add", low, 1.0), float(size - 1))
+        return [(low, c.make("sub", 1.0, t)), (high, t)], valid
+
+    (ty, vy), (tx, vx) = taps(ys, h), taps(xs, w)
+    ny, nx = oh * sy, ow * sx
+    pixels = c.transpose(x, (0, 2, 3, 1))
+    image = c.expand(c.reshape(c.cast(batch, DType.i64), (count, 1, 1)), (count, ny, nx))
+    values = []
+    for (iy, wy), (ix, wx) in itertools.product(ty, tx):
+        index = [image, c.expand(c.reshape(c.cast(iy, DType.i64), (count, ny, 1)), (count, ny, nx)),
+                 c.expand(c.reshape(c.cast(ix, DType.i64), (count, 1, nx)), (count, ny, nx))]
+        value = c.make("gather_nd", pixels, c.stack(index, 3))  # [R, ny, nx, C]
+        weight = c.make("mul", c.reshape(wy, (count, ny, 1, 1)), c.reshape(wx, (count, 1, nx, 1)))
+        values.append(c.make("mul", value, weight))
+    largest = c.attr("mode", "avg") == "max"
+    total = values[0]
+    for v in values[1:]:
+        total = c.make("max" if largest else "add", total, v)
+    valid = c.make("and", c.reshape(vy, (count, ny, 1, 1)), c.reshape(vx, (count, 1, nx, 1)))
+    total = c.reshape(c.make("where", valid, total, c.lit(0, x.dtype)), (count, oh, sy, ow, sx, ch))
+    y = c.make("reduce_max" if largest else "reduce_mean", total, axes=(2, 4), keep=False)
+    return c.transpose(y, (0, 3, 1, 2))
+
+
+@onnx_op("ReverseSequence")
+def reverse_sequence(c: Call) -> Node:
+    x = c[0]
+    batch_axis, time_axis = int(c.attr("batch_axis", 1)), int(c.attr("time_axis", 0))
+    if {batch_axis, time_axis} != {0, 1} or x.type.rank < 2:
+        raise InvalidModelError(f"batch axis {batch_axis} and time axis {time_axis} of {x.type}")
+    steps = x.shape[time_axis]
+    lengths = c.reshape(c.cast(c[1], DType.i64), (x.shape[batch_axis], 1))
+    t = c.lit(np.arange(steps)[None], np.int64)
+    index = c.make("where", c.make("less", t, lengths), c.make("sub", c.make("sub", lengths, t), 1), t)  # [N, T]
+    moved = x if batch_axis == 0 else c.transpose(x, (1, 0, *range(2, x.type.rank)))
+    y = c.make("gather_nd", moved, c.reshape(index, (*index.shape, 1)), batch_dims=1)
+    return y if batch_axis == 0 else c.transpose(y, (1, 0, *range(2, x.type.rank)))

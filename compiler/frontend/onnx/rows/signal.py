@@ -1,0 +1,125 @@
+"""Fourier transforms as products with constant matrices, windows and mel filters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from skive.errors import InvalidModelError
+from skive.frontend.onnx.load import DTYPES
+from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
+from skive.ir import Node
+from skive.types import DType
+
+
+def fourier(size: int, bins: int, inverse: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Real and imaginary part [bins, size] of the DFT matrix."""
+    angle = (2 if inverse else -2) * np.pi / size * np.mod(np.outer(np.arange(bins), np.arange(size)), size)
+    scale = size if inverse else 1
+    return np.cos(angle) / scale, np.sin(angle) / scale
+
+
+def transform(c: Call, x: Node, size: int, bins: int, inverse: bool) -> Node:
+    """[..., size, 1 or 2] (real, or real and imaginary) to [..., bins, 2]."""
+    real, imaginary = fourier(size, bins, inverse)
+    last = x.type.rank - 1
+    re = c.index(x, last, 0)
+    cos, sin = c.lit(real, x.dtype), c.lit(imaginary, x.dtype)
+    if x.shape[last] == 1:
+        return c.stack([c.make("linear", re, cos), c.make("linear", re, sin)], last)
+    im = c.index(x, last, 1)
+    return c.stack([c.make("sub", c.make("linear", re, cos), c.make("linear", im, sin)),
+                    c.make("add", c.make("linear", re, sin), c.make("linear", im, cos))], last)
+
+
+def fitted(c: Call, x: Node, axis: int, size: int) -> Node:
+    """`x` cut or zero-padded at the end of an axis."""
+    if size <= x.shape[axis]:
+        return c.slice(x, axis, 0, size)
+    after = [0] * x.type.rank
+    after[axis] = size - x.shape[axis]
+    return c.make("pad", x, before=(0,) * x.type.rank, after=tuple(after))
+
+
+@onnx_op("DFT")
+def dft(c: Call) -> Node:
+    x = c[0]
+    rank = x.type.rank
+    if rank < 2 or x.shape[-1] not in (1, 2):
+        raise InvalidModelError(f"DFT of {x.type}")
+    if c.opset >= 20:
+        axis = int(c.const(2, "axis").reshape(-1)[0]) if c.has(2) else -2
+    else:
+        axis = int(c.attr("axis", 1))
+    axis = checked_axis(axis, rank)
+    inverse, onesided = bool(c.attr("inverse", 0)), bool(c.attr("onesided", 0))
+    size = int(c.const(1, "dft_length").reshape(-1)[0]) if c.has(1) else x.shape[axis]
+    if size < 1 or axis == rank - 1:
+        raise InvalidModelError(f"DFT of length {size} along axis {axis}")
+    if inverse and onesided:
+        raise Unsupported("an inverse one-sided DFT")
+    x = fitted(c, x, axis, size)
+    perm = [i for i in range(rank - 1) if i != axis] + [axis, rank - 1]
+    y = transform(c, c.transpose(x, perm), size, size // 2 + 1 if onesided else size, inverse)
+    return c.transpose(y, np.argsort(perm))
+
+
+@onnx_op("STFT")
+def stft(c: Call) -> Node:
+    x = c[0]  # [N, L, 1 or 2]
+    if x.type.rank == 2:
+        x = c.reshape(x, (*x.shape, 1))
+    step = int(c.const(1, "frame_step").reshape(-1)[0])
+    window = c.get(2)
+    size = int(c.const(3, "frame_length").reshape(-1)[0]) if c.has(3) else (window.shape[0] if window else 0)
+    if step < 1 or not 1 <= size <= x.shape[1]:
+        raise InvalidModelError(f"frames of {size}, {step} apart, of {x.type}")
+    frames = (x.shape[1] - size) // step + 1
+    index = np.arange(frames)[:, None] * step + np.arange(size)
+    y = c.make("gather", x, c.lit(index, np.int64), axis=1)  # [N, frames, size, 1 or 2]
+    if window is not None:
+        y = c.make("mul", y, c.reshape(window, (size, 1)))
+    return transform(c, y, size, size // 2 + 1 if c.attr("onesided", 1) else size, False)
+
+
+@onnx_op("HannWindow", "HammingWindow", "BlackmanWindow")
+def window(c: Call) -> Node:
+    size = int(c.const(0, "size").reshape(-1)[0])
+    to = int(c.attr("output_datatype", 1))
+    if to not in DTYPES or size < 0:
+        raise Unsupported("the element type that a window has is not supported")
+    span = size if c.attr("periodic", 1) else size - 1
+    angle = 2 * np.pi * np.arange(size) / max(span, 1)
+    cosines = {"HannWindow": (0.5, 0.5, 0.0), "HammingWindow": (25 / 46, 21 / 46, 0.0),
+               "BlackmanWindow": (0.42, 0.5, 0.08)}[c.op_type]
+    return c.lit(cosines[0] - cosines[1] * np.cos(angle) + cosines[2] * np.cos(2 * angle), DTYPES[to])
+
+
+@onnx_op("MelWeightMatrix")
+def mel_weight_matrix(c: Call) -> Node:
+    bands, size, rate = (int(c.const(i, w).reshape(-1)[0]) for i, w in
+                         enumerate(("num_mel_bins", "dft_length", "sample_rate")))
+    low, high = (float(c.const(i, "an edge frequency").reshape(-1)[0]) for i in (3, 4))
+    to = int(c.attr("output_datatype", 1))
+    if to not in DTYPES:
+        raise Unsupported("the element type that MelWeightMatrix produces is not supported")
+    if bands < 1 or size < 1 or rate < 1:
+        raise InvalidModelError(f"{bands} mel bands of a DFT of {size} at {rate} Hz")
+
+    def mel(hertz: float) -> float:
+        return 2595 * math.log10(1 + hertz / 700)
+
+    steps = mel(low) + np.arange(bands + 2) * (mel(high) - mel(low)) / (bands + 2)
+    edges = np.floor((size + 1) * (700 * (10 ** (steps / 2595) - 1)) / rate).astype(np.int64)
+    matrix = np.zeros((size // 2 + 1, bands))
+    for i in range(bands):
+        left, centre, right = edges[i:i + 3]
+        if centre == left:
+            matrix[centre, i] = 1
+        for k in range(left, centre + 1):
+            if centre > left:
+                matrix[k, i] = (k - left) / (centre - left)
+        for k in range(centre, right):
+            matrix[k, i] = (right - k) / (right - centre)
+    return c.lit(matrix, DTYPES[to] if to in DTYPES else DType.f32)
