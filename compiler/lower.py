@@ -25,7 +25,7 @@ from skive.types import DType
 F32 = DType.f32
 
 # Operations whose function in math.h has an overload for Vec<N>; the others run on scalars.
-VECTOR = frozenset("""add sub mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh
+VECTOR = frozenset("""less less_equal greater greater_equal equal not_equal and or xor not where is_nan is_inf add sub mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh
 atanh erf floor ceil round_even trunc sign reciprocal relu clip min max pow mod fmod sigmoid silu gelu gelu_tanh
 hard_sigmoid hard_swish leaky_relu elu selu celu softplus softsign mish prelu thresholded_relu shrink""".split())
 
@@ -137,6 +137,8 @@ def legalise(graph: Graph) -> Graph:
 
     def one(node: Node, inputs: tuple[Node, ...]) -> Node:
         node = rebuilt(node, inputs)
+        if inputs and all(i.is_const for i in inputs) and ops.op_of(node.op).kind == "movement":
+            return constant(ops.evaluate(node, [i.value for i in inputs]), name=node.name, origin=node.origin)
         if node.attrs.get("epilogue") and not _epilogue_ok(node):
             return _without_epilogue(node)
         if node.op.startswith("reduce_"):
@@ -179,6 +181,7 @@ class Lowering:
         graph = self.graph
         position = {n: i for i, n in enumerate(graph.nodes)}
         last_use = {n: max([position[u] for u in users], default=position[n]) for n, users in graph.users.items()}
+        self._position, self._last_use = position, last_use
         outputs = set(graph.outputs)
         for i, n in enumerate(graph.inputs):
             self._views[n] = View(self._new_root("input", n.type.bytes, i))
@@ -231,6 +234,10 @@ class Lowering:
         if math.prod(n.shape[:axis]) != 1:
             return
         view, offset = self._views[n], self._views[n].offset
+        # An in-place operation on the result would destroy an operand that is read again later.
+        if any(ops.op_of(v.op).kind == "elementwise" for v in view.root.values) and any(
+                self._last_use[v] > self._position[n] for x in n.inputs for v in (self._views[x].root.values if x in self._views else [])):
+            return
         for x in n.inputs:
             own = self._views.get(x)
             if (own and own.root.kind == "arena" and own.offset == 0 and own.root.bytes == x.type.bytes and own.root is not view.root
@@ -290,7 +297,8 @@ class Lowering:
                 continue
             target = View(self._new_root("output", o.type.bytes, i))
             if o.type.size:
-                self.call(o, "copy_linear", "copy.h", [o.dtype.ctype, o.type.size], ["x", "y", "part"],
+                dense = f"Shape<{o.type.size}>"
+                self.call(o, "copy_strided", "copy.h", [o.dtype.ctype, dense, dense, dense], ["y", "x", "part"],
                           [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))])
         if self.problems:
             raise UnsupportedOpError(self.problems)
@@ -314,7 +322,7 @@ class Lowering:
         """The functor of `node`'s epilogue and the pointers it reads."""
         text = node.attrs.get("epilogue", "")
         if not text:
-            return Fn((FnStep("same", ("x0",)),), (Access("value"),), True, True), []
+            return Fn((), (Access("value"),), True, True), []
         e = expressions.parse(text)
         operands, args = [Access("value")], []
         for i, extra in enumerate(node.inputs[ops.op_of(node.op).epilogue or 0:], 1):
@@ -405,7 +413,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     fn, extra = ctx.epilogue(node)
     order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
     if groups == c and oc % c == 0 and groups > 1:
-        packed, bias = pack.pack_depthwise(w.value, c), pack.pack_bias(_bias(node, oc), 16)
+        packed, bias = pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c)
         ctx.call(node, "depthwise2d", "depthwise.h", tags, [o if o != "scratch" else "nullptr" for o in order],
                  [ctx.read("x", x), ctx.packed("w", packed), ctx.packed("bias", bias), ctx.write("y", node), *extra], fn)
         return
@@ -416,7 +424,8 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
     nbytes = pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads)
     scratch = [ctx.scratch("scratch", nbytes)] if nbytes else []
-    ctx.call(node, kernel, "conv.h", template, [o if o != "scratch" or scratch else "nullptr" for o in order],
+    order = [o if o != "scratch" or scratch else "nullptr" for o in order]
+    ctx.call(node, kernel, "conv.h", template, order,
              [ctx.read("x", x), ctx.packed("w", packed), ctx.packed("bias", bias), ctx.write("y", node), *scratch, *extra], fn)
 
 
@@ -475,12 +484,12 @@ def _linear(ctx: Lowering, node: Node) -> None:
 # -- elementwise
 
 
-def _collapse(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Neighbouring axes merged where every operand walks them as one."""
     dims: list[int] = []
     walks: list[list[int]] = [[] for _ in strides]
     for axis, d in enumerate(shape):
-        if d == 1 and len(shape) > 1:
+        if d == 1:
             continue
         if dims and all(w[-1] == s[axis] * d for w, s in zip(walks, strides, strict=True)):
             dims[-1] *= d
@@ -491,7 +500,7 @@ def _collapse(shape: tuple[int, ...], strides: list[tuple[int, ...]]) -> tuple[t
             for w, s in zip(walks, strides, strict=True):
                 w.append(s[axis])
     if not dims:
-        dims, walks = [1], [[0] for _ in strides]
+        dims, walks = [1], [[1] for _ in strides]
     return tuple(dims), [tuple(w) for w in walks]
 
 
@@ -504,10 +513,15 @@ def row_strides(shape: Sequence[int]) -> list[int]:
     return out[::-1]
 
 
-def broadcast_strides(shape: tuple[int, ...], to: tuple[int, ...]) -> tuple[int, ...]:
+def broadcast_strides(shape: Sequence[int], to: Sequence[int]) -> tuple[int, ...]:
     """Strides in elements that walk a dense tensor of `shape` over the broadcast shape `to`."""
     padded = (1,) * (len(to) - len(shape)) + tuple(shape)
     return tuple(0 if p == 1 else s for p, s in zip(padded, row_strides(padded), strict=True))
+
+
+def _tag(name: str, numbers: Sequence[object]) -> str:
+    """`Shape<1, 2>` and its like."""
+    return f"{name}<{', '.join(map(str, numbers))}>"
 
 
 def _elementwise(ctx: Lowering, node: Node) -> None:
@@ -525,8 +539,9 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
             operands.append(Access("value"))
             args.append(ctx.read(f"x{i}", x))
             strides.append(broadcast_strides(x.shape, node.shape))
-    dims, walks = _collapse(node.shape, strides)
-    template = [node.dtype.ctype, f"Shape<{', '.join(map(str, dims))}>", *(f"Strides<{', '.join(map(str, w))}>" for w in walks)]
+    out_strides = row_strides(node.shape)
+    dims, walks = collapse(node.shape, [out_strides, *strides])
+    template = [node.dtype.ctype, _tag("Shape", dims), *(_tag("Strides", w) for w in walks[1:])]
     ctx.call(node, "vmap" if vector else "map", "map.h", template[1:] if vector else template,
              ["y", "part", "fn", *(a.name for _, a in args)], [ctx.write("y", node), *args],
              Fn(_steps(e, e_types), tuple(operands), False, vector))
@@ -535,3 +550,188 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
 for _op in ops.OPS.values():
     if _op.kind == "elementwise":
         LOWER[_op.name] = _elementwise
+
+
+# -- data movement
+
+
+def _shift(arg: tuple[View, Arg], elements: int, dtype: DType) -> tuple[View, Arg]:
+    """The same argument, `elements` further on."""
+    view, a = arg
+    return View(view.root, view.offset + elements * dtype.bytes), a
+
+
+def _copy(ctx: Lowering, node: Node, x: tuple[View, Arg], y: tuple[View, Arg], shape: Sequence[int],
+          x_strides: Sequence[int], y_strides: Sequence[int]) -> None:
+    dims, (to, start) = collapse(shape, [y_strides, x_strides])
+    ctx.call(node, "copy_strided", "copy.h", [node.dtype.ctype, _tag("Shape", dims), _tag("Strides", to), _tag("Strides", start)],
+             ["y", "x", "part"], [x, y])
+
+
+@lowers("slice")
+def _slice(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    mine, theirs = ctx.view(node), ctx.view(x)
+    if mine.root is theirs.root:  # a view
+        return
+    strides = row_strides(x.shape)
+    start = sum(s * b for s, b in zip(strides, node.attrs["start"], strict=True))
+    steps = [s * st for s, st in zip(strides, node.attrs["step"], strict=True)]
+    _copy(ctx, node, _shift(ctx.read("x", x), start, x.dtype), ctx.write("y", node), node.shape, steps, row_strides(node.shape))
+
+
+@lowers("concat")
+def _concat(ctx: Lowering, node: Node) -> None:
+    axis, offset = node.attrs["axis"] % node.type.rank, 0
+    strides = row_strides(node.shape)
+    view = ctx.view(node)
+    for x in node.inputs:
+        place_of = View(view.root, view.offset + offset * strides[axis] * node.dtype.bytes)
+        if x.type.size and not (ctx.view(x).root is view.root and ctx.view(x).offset == place_of.offset):
+            _copy(ctx, node, ctx.read("x", x), _shift(ctx.write("y", node), offset * strides[axis], node.dtype), x.shape,
+                  row_strides(x.shape), strides)
+        offset += x.shape[axis]
+
+
+@lowers("expand")
+def _expand(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    _copy(ctx, node, ctx.read("x", x), ctx.write("y", node), node.shape, broadcast_strides(x.shape, node.shape),
+          row_strides(node.shape))
+
+
+@lowers("transpose")
+def _transpose(ctx: Lowering, node: Node) -> None:
+    x, perm = node.inputs[0], node.attrs["perm"]
+    kept = [i for i in range(x.type.rank) if x.shape[i] != 1]
+    dims = [x.shape[i] for i in kept]
+    order = [kept.index(p) for p in perm if p in kept]
+    # Input axes that stay neighbours in the result are one axis.
+    groups: list[list[int]] = []
+    for p in order:
+        if groups and groups[-1][-1] + 1 == p:
+            groups[-1].append(p)
+        else:
+            groups.append([p])
+    by_input = sorted(groups)
+    shape = [math.prod(dims[i] for i in g) for g in by_input] or [1]
+    new_perm = [by_input.index(g) for g in groups] or [0]
+    ctx.call(node, "transpose", "transpose.h", [node.dtype.ctype, _tag("Shape", shape), _tag("Perm", new_perm)],
+             ["y", "x", "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+@lowers("pad")
+def _pad(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    ctx.call(node, "pad", "copy.h",
+             [node.dtype.ctype, f"PadMode::{node.attrs['mode']}", _tag("Shape", x.shape), _tag("Shape", node.shape),
+              _tag("Strides", node.attrs["before"])],
+             ["y", "x", _literal(node.attrs["value"], node.dtype), "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+# -- indexing
+
+
+@lowers("gather")
+def _gather(ctx: Lowering, node: Node) -> None:
+    x, index = node.inputs
+    axis = node.attrs["axis"] % x.type.rank
+    template = [x.dtype.ctype, index.dtype.ctype, math.prod(x.shape[:axis]), x.shape[axis], index.type.size, math.prod(x.shape[axis + 1:])]
+    ctx.call(node, "gather", "gather.h", template, ["x", "i", "y", "part"],
+             [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+
+
+@lowers("gather_elements")
+def _gather_elements(ctx: Lowering, node: Node) -> None:
+    x, index = node.inputs
+    template = [x.dtype.ctype, index.dtype.ctype, _tag("Shape", x.shape), _tag("Shape", index.shape), node.attrs["axis"] % x.type.rank]
+    ctx.call(node, "gather_elements", "gather.h", template, ["x", "i", "y", "part"],
+             [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+
+
+@lowers("gather_nd")
+def _gather_nd(ctx: Lowering, node: Node) -> None:
+    x, index = node.inputs
+    b, q = node.attrs["batch_dims"], index.shape[-1]
+    template = [x.dtype.ctype, index.dtype.ctype, math.prod(x.shape[:b]), math.prod(index.shape[b:-1]),
+                _tag("Shape", x.shape[b:b + q]), math.prod(x.shape[b + q:])]
+    ctx.call(node, "gather_nd", "gather.h", template, ["x", "i", "y", "part"],
+             [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+
+
+@lowers("scatter_elements", "scatter_nd")
+def _scatter(ctx: Lowering, node: Node) -> None:
+    x, index, updates = node.inputs
+    template: list[object] = [x.dtype.ctype, index.dtype.ctype, f"Scatter{node.attrs['reduction'].capitalize()}"]
+    if node.op == "scatter_elements":
+        template += [_tag("Shape", x.shape), _tag("Shape", index.shape), node.attrs["axis"] % x.type.rank]
+    else:
+        q = index.shape[-1]
+        template += [math.prod(index.shape[:-1]), _tag("Shape", x.shape[:q]), math.prod(x.shape[q:])]
+    ctx.call(node, node.op, "gather.h", template, ["x", "i", "u", "y"],
+             [ctx.read("x", x), ctx.read("i", index), ctx.read("u", updates), ctx.write("y", node)], parallel=False)
+
+
+@lowers("topk_values", "topk_indices")
+def _topk(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    template = [x.dtype.ctype, node.dtype.ctype, "TopkValue" if node.op == "topk_values" else "TopkIndex",
+                x.type.size // x.shape[-1], x.shape[-1], node.attrs["k"], "true" if node.attrs["largest"] else "false"]
+    ctx.call(node, "topk", "topk.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+# -- recurrence
+
+
+@lowers("lstm", "gru", "rnn")
+def _recurrent(ctx: Lowering, node: Node) -> None:
+    x, w, r = node.inputs[:3]
+    t, b, i = x.shape
+    h = r.shape[1]
+    gates = [f"{a.capitalize()}Gate" for a in node.attrs["activations"]]
+    template: list[object] = [t, b, i, h, *gates]
+    if node.op == "gru":
+        template.append("true" if node.attrs["reset_after"] else "false")
+    args = [ctx.read("x", x), _transposed(ctx, node, "w", w), _transposed(ctx, node, "r", r), ctx.read("bias", node.inputs[3]),
+            ctx.read("h0", node.inputs[4])]
+    order = ["x", "w", "r", "bias", "h0"]
+    if node.op == "lstm":
+        args.append(ctx.read("c0", node.inputs[5]))
+        order.append("c0")
+        if len(node.inputs) > 6:
+            args.append(ctx.read("peep", node.inputs[6]))
+        order.append("peep" if len(node.inputs) > 6 else "nullptr")
+    args.append(ctx.write("y", node))
+    order.append("y")
+    if node.op != "rnn":
+        args.append(ctx.scratch("scratch", 4 * h * (4 if node.op == "lstm" else 5) * ctx.threads))
+        order.append("scratch")
+    ctx.call(node, node.op, "rnn.h", template, [*order, "part"], args)
+
+
+def _transposed(ctx: Lowering, node: Node, name: str, w: Node) -> tuple[View, Arg]:
+    """A matrix with its axes swapped: packed if constant, else by a call into scratch."""
+    if w.is_const:
+        return ctx.packed(name, np.ascontiguousarray(w.value.T))
+    view, _ = ctx.scratch(name, w.type.bytes)
+    ctx.call(node, "transpose", "transpose.h", [w.dtype.ctype, _tag("Shape", w.shape), "Perm<1, 0>"], ["y", "x", "part"],
+             [ctx.read("x", w), (view, Arg("y", w.dtype.ctype, "", const=False))])
+    return view, Arg(name, w.dtype.ctype, "")
+
+
+# -- reductions
+
+
+def _outer_reduce_inner(x: Node, axes: Sequence[int]) -> tuple[int, int, int]:
+    """Neighbouring reduced axes as [outer, reduce, inner]."""
+    wide = [a % x.type.rank for a in axes if x.shape[a] != 1] or [axes[0] % x.type.rank]
+    first, last = min(wide), max(wide)
+    return math.prod(x.shape[:first]), math.prod(x.shape[first:last + 1]), math.prod(x.shape[last + 1:])
+
+
+@lowers("reduce_mean", "reduce_max")
+def _reduce(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    outer, n, inner = _outer_reduce_inner(x, node.attrs["axes"])
+    ctx.call(node, "global_pool2d", "pool.h", [_image((outer, 1, n, inner)), "GlobalAverage" if node.op == "reduce_mean" else "GlobalMax"],
+             ["x", "y", "nullptr", "part", "fn"], [ctx.read("x", x), ctx.write("y", node)], Fn((), (Access("value"),), True, True))

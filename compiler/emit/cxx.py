@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from skive.plan import Access, Call, Fn, Plan
+from skive.plan import Access, Arg, Call, Fn, Plan
 from skive.targets.base import Target
 
 # More kernels than this are spread over several translation units, so that they compile side by side.
@@ -66,6 +67,8 @@ def _lambda(fn: Fn) -> str:
     needs_lanes = fn.vector and any("<N>" in names[u] for u in used if u in names)
     if needs_lanes:
         lines.append("constexpr int N = decltype(x0)::lanes;")
+    if not fn.steps:
+        lines.append("return x0;")
     for n, s in enumerate(fn.steps):
         args = ", ".join([names.get(a, a) for a in s.args] + list(s.tail))
         target = "return " if n == len(fn.steps) - 1 else f"const auto t{n} = "
@@ -89,15 +92,18 @@ def _signature(call: Call, name: str) -> str:
     return f"void {name}({', '.join([*params, '[[maybe_unused]] Part part'])})"
 
 
-def _pointer(arg: object, offset_of: dict[str, str]) -> str:
-    a = arg
-    base = offset_of[a.kind].format(index=a.index)  # type: ignore[attr-defined]
-    typed = f"{'const ' if a.const else ''}{a.ctype}*"  # type: ignore[attr-defined]
-    place = f"{base} + {a.offset}" if a.offset else base  # type: ignore[attr-defined]
-    return f"reinterpret_cast<{typed}>({place})"
-
-
 _BASES = {"input": "in[{index}]", "output": "out[{index}]", "arena": "arena", "weights": "weights"}
+
+
+def _pointer(a: Arg) -> str:
+    base = _BASES[a.kind].format(index=a.index)
+    typed = f"{'const ' if a.const else ''}{a.ctype}*"
+    return f"reinterpret_cast<{typed}>({base} + {a.offset})" if a.offset else f"reinterpret_cast<{typed}>({base})"
+
+
+def _headers(calls: Sequence[Call]) -> list[str]:
+    """The kernel headers that these calls need."""
+    return sorted({c.header for c in calls} | {"math.h" for c in calls if c.fn and c.fn.steps})
 
 
 def emit(plan: Plan, target: Target) -> Sources:
@@ -112,21 +118,20 @@ def emit(plan: Plan, target: Target) -> Sources:
             functions[key] = (f"k{len(functions)}_{c.op}", c)
         calls.append((i, functions[key][0], c))
 
-    headers = sorted({c.header for c in plan.calls})
+    headers = _headers(plan.calls)
     bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n)} {{\n{_body(c)}\n}}\n", c) for n, c in functions.values()]
     files: dict[str, str] = {}
     units = [f"{name}.cpp"]
     split = len(bodies) > KERNELS_PER_UNIT
     if split:
-        declarations = "".join(f"void {n}_declared_below();\n" for n in ()) + "".join(
-            f"{_signature(c, n)};\n" for n, _, c in bodies)
+        declarations = "".join(f"{_signature(c, n)};\n" for n, _, c in bodies)
         files[f"{name}_kernels.h"] = _kernels_header(upper, name, target, declarations)
         # Neighbouring layers share template instances: keep them in one unit.
         count = -(-len(bodies) // KERNELS_PER_UNIT)
         for u in range(count):
             part = bodies[u * len(bodies) // count:(u + 1) * len(bodies) // count]
             unit = f"{name}_kernels_{u}.cpp"
-            includes = "".join(f'#include "skive/{h}"\n' for h in sorted({c.header for _, _, c in part}))
+            includes = "".join(f'#include "skive/{h}"\n' for h in _headers([c for _, _, c in part]))
             files[unit] = (f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
                            f'#include "{name}_kernels.h"\n\n{includes}\nnamespace {name}_model {{\n'
                            f"using namespace skive;\n\n" + "\n".join(t for _, t, _ in part) + f"\n}}  // namespace {name}_model\n")
@@ -209,7 +214,7 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
     out += ["struct Memory {", "  const unsigned char* const* in;", "  unsigned char* const* out;",
             "  unsigned char* arena;", "  const unsigned char* weights;", "};", ""]
     for i, fname, c in calls:
-        pointers = [_pointer(a, _BASES) for a in c.args]
+        pointers = [_pointer(a) for a in c.args]
         used = {a.kind for a in c.args}
         unpack = [f"  {'const unsigned char* const* in' if k == 'in' else 'unsigned char* const* out' if k == 'out' else ('unsigned char* ' if k == 'arena' else 'const unsigned char* ') + k} = m.{k};"
                   for k, kind in (("in", "input"), ("out", "output"), ("arena", "arena"), ("weights", "weights")) if kind in used]

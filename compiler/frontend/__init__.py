@@ -81,7 +81,8 @@ def _shapes_of(example: tuple[Any, ...] | Mapping[str, Any] | None) -> Any:
 
 def _open_onnx(model: Any, name: str, path: str | None, shapes: dict[str, tuple[int, ...]], fixed: dict[str, np.ndarray],
                example: tuple[Any, ...] | Mapping[str, Any] | None, batch_max: int | None, request: str) -> Source:
-    from skive.frontend.onnx import import_onnx, load_model, model_sha256
+    from skive.frontend.onnx import import_onnx, model_sha256
+    from skive.frontend.onnx.load import load_model
 
     proto, folder = load_model(model)
     if example is not None:
