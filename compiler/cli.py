@@ -1,0 +1,939 @@
+"""The `skive` command.
+
+Exit status: 0, 1 with one line `error: ...` on standard error when the input or the request is at
+fault, 2 for wrong usage. `--json` prints one JSON document on standard output and nothing else
+there. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+import skive
+from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+
+if TYPE_CHECKING:
+    from skive.api import Progress
+    from skive.frontend import Source
+    from skive.runtime import Module, TensorInfo
+
+_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# `skive run --json` prints the values of an output of at most this many elements.
+_PRINTED_VALUES = 64
+
+
+# ------------------------------------------------------------------------------------ what is said
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with control, bidirectional and other invisible characters escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def describe(error: SkiveError) -> str:
+    """The message of `error` on one line."""
+    if isinstance(error, UnsupportedOpError) and len(error.problems) > 1:
+        places = (f"{node}: {reason}" + (f"; {hint}" if hint else "")
+                  for node, reason, hint in error.problems)
+        return printable(f"{len(error.problems)} places are not supported: " + " | ".join(places))
+    return printable(" ".join(str(error).split("\n  ")))
+
+
+def bytes_text(n: float) -> str:
+    """`n` bytes in the unit that leaves one to three digits before the point."""
+    for unit in ("B", "KB", "MB"):
+        if n < 1024:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}" if n < 999 else f"{n:.0f} {unit}"
+        n /= 1024
+    return f"{n:.3g} GB"
+
+
+def count_text(n: float) -> str:
+    """`n` with a decimal suffix: 4.09 G."""
+    for unit in ("", " K", " M"):
+        if n < 1000:
+            return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
+        n /= 1000
+    return f"{n:.3g} G"
+
+
+def _finite(value: Any) -> Any:
+    """`value` as JSON data: NumPy scalars unwrapped, what is not finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, np.ndarray):
+        return _finite(value.tolist())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table; a column whose name starts with `>` is aligned to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for c in columns:
+        table.add_column(Text(c.lstrip(">")), justify="right" if c.startswith(">") else "left",
+                         overflow="fold", no_wrap=c.startswith(">"))
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    # A pipe has no width: nothing is cut there.
+    width = None if sys.stdout.isatty() else 10_000
+    Console(file=sys.stdout, width=width, highlight=False).print(table)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Progress]:
+    """A callable that shows (step, fraction) as a bar on standard error, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda step, fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    with Progress(TextColumn("{task.description:<10}"), BarColumn(), TimeElapsedColumn(),
+                  console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("start", total=1.0)
+        yield lambda step, fraction: bars.update(bar, description=step, completed=fraction)
+
+
+class _OneLine(logging.Handler):
+    """Warnings of the compiler as lines `warning: ...` on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {printable(record.getMessage())}", err=True)
+
+
+# --------------------------------------------------------------------------------- how it ends
+
+
+def _descendants() -> list[int]:
+    """Process ids of the children of this process, and of theirs."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # "pid (command) state ppid ...": the command may hold spaces and parentheses.
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue  # it ended meanwhile
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    found, todo = [], [os.getpid()]
+    while todo:
+        below = children.get(todo.pop(), [])
+        found += below
+        todo += below
+    return found
+
+
+def _end_descendants() -> None:
+    """Ends compilers and bench workers for as long as this process lives: a pool of threads may
+    start one more before it learns that it is no longer wanted."""
+    while True:
+        for pid in _descendants():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block, SIGINT and SIGTERM end the child processes and raise KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: Any) -> None:
+        for s in before:
+            signal.signal(s, signal.SIG_IGN)  # cleaning up is not interrupted
+        threading.Thread(target=_end_descendants, daemon=True).start()
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            if signal.getsignal(s) is interrupt:
+                signal.signal(s, handler)
+
+
+def _fail(message: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        click.echo(f"error: {message}", err=True)
+    return 1
+
+
+def _guarded(call: Callable[[], Any]) -> int:
+    """The exit status of `call`, whose errors are told in one line."""
+    try:
+        with _interruptible():
+            status = call()
+            sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except click.exceptions.Exit as e:
+        return e.exit_code
+    except click.UsageError as e:
+        e.show()
+        return 2
+    except click.ClickException as e:
+        return _fail(printable(e.format_message()))
+    except (KeyboardInterrupt, click.Abort):
+        return _fail("interrupted")
+    except BrokenPipeError:
+        # The reader has gone. What is still buffered must not fail once more at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except SkiveError as e:
+        if os.environ.get("SKIVE_DEBUG"):
+            traceback.print_exc()
+        return _fail(describe(e))
+    except MemoryError:
+        return _fail("out of memory")
+    except OSError as e:
+        if os.environ.get("SKIVE_DEBUG"):
+            traceback.print_exc()
+        place = f"{e.filename}: " if e.filename else ""
+        return _fail(printable(f"{place}{e.strerror or e}"))
+    except Exception as e:  # noqa: BLE001 - a traceback is not an answer
+        if os.environ.get("SKIVE_DEBUG"):
+            traceback.print_exc()
+            return _fail(printable(f"internal: {type(e).__name__}: {e}"))
+        return _fail(printable(f"internal: {type(e).__name__}: {e}; please report it "
+                               "(SKIVE_DEBUG=1 shows where it happened)"))
+
+
+class _Commands(click.Group):
+    """A group whose every error ends as the contract says."""
+
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None,
+             complete_var: str | None = None, standalone_mode: bool = True,
+             windows_expand_args: bool = True, **extra: Any) -> Any:
+        if not os.environ.get("SKIVE_DEBUG"):
+            warnings.simplefilter("ignore")  # of other packages, for developers
+        sys.exit(_guarded(lambda: super(_Commands, self).main(
+            args, prog_name or "skive", complete_var, standalone_mode=False, **extra)))
+
+
+# ------------------------------------------------------------------------------------- what is read
+
+
+class _Bytes(click.ParamType):
+    """A number of bytes: 4096, 256K, 2M, 1G."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+        text = str(value).upper().removesuffix("B")
+        number, suffix = (text[:-1], text[-1:]) if text[-1:] in ("K", "M", "G") else (text, "")
+        if not number.isdecimal():
+            self.fail(f"{value!r} is not a number of bytes such as 4096, 256K or 2M", param, ctx)
+        return int(number) * _SUFFIXES[suffix]
+
+
+class _InputShape(click.ParamType):
+    """NAME=1x3x224x224 as (name, shape); a leading N is the batch, -1 in the shape."""
+
+    name = "name=shape"
+
+    def convert(self, value: Any, param: click.Parameter | None,
+                ctx: click.Context | None) -> tuple[str, tuple[int, ...]]:
+        if isinstance(value, tuple):
+            return value
+        name, equals, text = str(value).rpartition("=")  # a name may hold `=`
+        dims = text.split("x") if text else []
+        batched = dims[:1] == ["N"]
+        if not equals or not name or not all(d.isdecimal() for d in dims[batched:]):
+            self.fail(f"{value!r} is not NAME=1x3x224x224 (or NAME=Nx3x224x224 with --batch-max)",
+                      param, ctx)
+        return name, (-1,) * batched + tuple(int(d) for d in dims[batched:])
+
+
+
+def _configure(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Takes the defaults of the command's options from a TOML file; the command line wins."""
+    if path is None:
+        return
+    import tomllib
+
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise SkiveError(f"cannot read {path}: {e.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SkiveError(f"{path}: {e}") from None
+    names = {o.removeprefix("--"): p.name for p in ctx.command.params
+             if isinstance(p, click.Option) and p.name != "config" for o in p.opts if o.startswith("--")}
+    for key, value in values.items():
+        if key not in names:
+            raise SkiveError(f"{path}: {ctx.info_name} has no option {key!r}; it has "
+                             + ", ".join(sorted(n for n in names if n != "help")))
+        many = any(p.multiple for p in ctx.command.params
+                   if isinstance(p, click.Option) and p.name == names[key])
+        if isinstance(value, dict) or (isinstance(value, list) and not many):
+            raise SkiveError(f"{path}: {key} is one value")
+        values[key] = [value] if many and not isinstance(value, list) else value
+    ctx.default_map = {**(ctx.default_map or {}), **{names[k]: v for k, v in values.items()}}
+
+
+_CONFIG = click.option("--config", metavar="FILE.toml", is_eager=True, expose_value=False,
+                       callback=_configure, help="Options of this command, under their names here.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_THREADS = click.IntRange(1, 256)
+
+
+def _shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say which shapes a model has."""
+    for option in (
+        click.option("--example", metavar="FILE.npz", help="Example inputs: shapes and types."),
+        click.option("--batch-max", type=click.IntRange(1, 1 << 20), metavar="N",
+                     help="Compile a symbolic batch for 1 to N samples a call."),
+        click.option("--input", "inputs", type=_InputShape(), multiple=True,
+                     metavar="NAME=1x3x224x224",
+                     help="Shape of an input (repeatable); NAME=Nx3x224x224 leaves the batch open."),
+    ):
+        command = option(command)
+    return command
+
+
+def read_arrays(spec: str) -> dict[str, np.ndarray]:
+    """The arrays of `FILE.npz[:KEY]` by name (KEY: that one alone). InvalidModelError if unreadable."""
+    path, key = spec, None
+    if not Path(spec).exists() and ":" in spec:
+        path, _, key = spec.rpartition(":")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise InvalidModelError(f"{path} is not an .npz file; write it with numpy.savez")
+            if key is not None and key not in archive.files:
+                raise InvalidModelError(f"{path} has no array {key!r}; it has {', '.join(archive.files)}")
+            return {k: archive[k] for k in ([key] if key is not None else archive.files)}
+    except FileNotFoundError:
+        raise InvalidModelError(f"{path} is not there") from None
+    except InvalidModelError:
+        raise
+    except OSError as e:
+        raise InvalidModelError(f"cannot read {path}: {e.strerror or e}") from None
+    except Exception as e:  # noqa: BLE001 - zipfile, zlib and numpy raise many kinds on damaged files
+        raise InvalidModelError(f"{path} is not a readable .npz file: {e}") from None
+
+
+def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) -> list[np.ndarray]:
+    """One array per port, of its type and, but for the number of samples, its shape [n, ...].
+
+    Arrays go by name, or by position if they are called `arr_0`, `arr_1`, ... or there is one input
+    and one array. ShapeError if one is missing or does not fit.
+    """
+    chosen = []
+    for i, port in enumerate(ports):
+        if port.name in arrays:
+            a = arrays[port.name]
+        elif f"arr_{i}" in arrays:
+            a = arrays[f"arr_{i}"]
+        elif len(ports) == len(arrays) == 1:
+            a = next(iter(arrays.values()))
+        else:
+            raise ShapeError(f"input {port.name!r} is missing; the file has {', '.join(arrays) or 'nothing'}")
+        want = np.dtype(port.dtype)
+        if a.dtype != want:
+            if not np.can_cast(a.dtype, want, "same_kind"):
+                raise ShapeError(f"input {port.name!r} is {a.dtype}, not {want}; convert it")
+            a = a.astype(want)
+        shape = tuple(port.shape)
+        if a.shape != shape:
+            if shape and a.shape == shape[1:]:
+                a = a[None]
+            if not shape or a.ndim != len(shape) or a.shape[1:] != shape[1:] \
+                    or (shape[0] > 0 and (len(a) < shape[0] or len(a) % shape[0])):
+                raise ShapeError(f"input {port.name!r} is {list(a.shape)}, not {list(shape)}")
+        chosen.append(a)
+    return chosen
+
+
+def _slices(arrays: Sequence[np.ndarray], ports: Sequence[TensorInfo],
+            batch_max: int | None) -> Iterator[list[np.ndarray]]:
+    """`arrays` cut into calls: as many samples a call as the compiled shape holds."""
+    steps = [(p.shape[0] if p.shape[0] > 0 else batch_max or 1) if p.shape else 1 for p in ports]
+    calls = {-(-len(a) // s) if a.ndim else 1 for a, s in zip(arrays, steps, strict=True)}
+    if len(calls) > 1:
+        raise ShapeError("the inputs hold different numbers of samples: "
+                         + ", ".join(f"{p.name} {list(a.shape)}" for p, a in zip(ports, arrays, strict=True)))
+    for c in range(calls.pop() if calls else 1):
+        yield [a[c * s:(c + 1) * s] if a.ndim else a for a, s in zip(arrays, steps, strict=True)]
+
+
+def _requested(inputs: Sequence[tuple[str, tuple[int, ...]]], batch_max: int | None,
+               example: str | None) -> dict[str, Any]:
+    """The keyword arguments of `frontend.open_model` that the shape options ask for."""
+    if batch_max is None and any(shape[:1] == (-1,) for _, shape in inputs):
+        raise click.UsageError("a shape with a leading N needs --batch-max")
+    return {"input_shapes": dict(inputs), "batch_max": batch_max, "example_inputs": _example(example)}
+
+
+def _example(spec: str | None) -> Any:
+    if spec is None:
+        return None
+    arrays = read_arrays(spec)
+    positional = [f"arr_{i}" for i in range(len(arrays))]
+    return tuple(arrays[k] for k in positional) if sorted(arrays) == sorted(positional) else arrays
+
+
+def _open(model: str, **request: Any) -> Source:
+    from skive import frontend
+
+    if Path(model).is_dir():
+        raise InvalidModelError(f"{model} is a folder, not a model")
+    return frontend.open_model(model, **request)
+
+
+def _graph_ports(nodes: Sequence[Any], names: Sequence[str] | None = None) -> list[TensorInfo]:
+    from skive.runtime import TensorInfo
+
+    return [TensorInfo(name, n.shape, str(n.dtype.numpy))
+            for n, name in zip(nodes, names or [n.name for n in nodes], strict=True)]
+
+
+def _write_file(path: str, write: Callable[[Path], Any]) -> None:
+    """Has `write` fill a temporary file beside `path`, then moves it there: whole or not at all."""
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.",
+                                        suffix=target.suffix)
+        os.close(handle)
+    except OSError as e:
+        raise SkiveError(f"cannot write {path}: {e.strerror}") from None
+    temporary = Path(name)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(target)
+    except OSError as e:
+        raise SkiveError(f"cannot write {path}: {e.strerror or e}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(skive.__version__, prog_name="skive", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Compile neural networks ahead of time into small, fast native code.
+
+    \b
+      skive compile model.onnx -o model/      a folder with lib, header and sources
+      skive run model/ --input x.npz          run it
+      skive bench model.onnx --against onnxruntime,openvino
+
+    Set SKIVE_DEBUG=1 to see the traceback of an error.
+    """
+    log = logging.getLogger("skive")
+    if not any(isinstance(h, _OneLine) for h in log.handlers):
+        log.addHandler(_OneLine(logging.WARNING))
+        log.propagate = False
+
+
+@cli.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", required=True, metavar="DIR", help="The artefact folder to write.")
+@click.option("--name", help="Name of the C functions and files; that of the model by default.")
+@click.option("--target", default="host", show_default=True, help="One of `skive targets`.")
+@click.option("--threads", type=_THREADS, default=1, show_default=True, help="Threads of one call.")
+@_shape_options
+@click.option("--calibrate", metavar="FILE.npz[:KEY]",
+              help="Data that the artefact is verified with, instead of random inputs.")
+@click.option("--max-ram", type=_Bytes(), metavar="BYTES",
+              help="Fail if the arena needs more (256K, 2M); the caller's tensors are not in it.")
+@click.option("--max-flash", type=_Bytes(), metavar="BYTES",
+              help="Fail if packed weights and code take more.")
+@click.option("--backend", type=click.Choice(["skive"]), default="skive", show_default=True)
+@click.option("--emit-only", is_flag=True, help="Write sources and weights, run no compiler.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the artefact with the reference.")
+@click.option("--strict", is_flag=True, help="Also check every pass by running the graph.")
+@click.option("--dump-ir", metavar="DIR", help="Write the IR after every pass, and the differences.")
+@_CONFIG
+@_JSON
+def compile_command(model: str, output: str, name: str | None, target: str, threads: int,
+                    inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
+                    example: str | None, calibrate: str | None, max_ram: int | None,
+                    max_flash: int | None, backend: str, emit_only: bool, no_verify: bool,
+                    strict: bool, dump_ir: str | None, as_json: bool) -> None:
+    """Compile MODEL into the folder DIR.
+
+    MODEL is an .onnx file, a .pt2 exported program, skive's text form, or package.module:callable
+    that returns a torch.nn.Module. DIR is written whole or not at all.
+
+    \b
+    Examples:
+      skive compile resnet50.onnx -o resnet50/ --threads 2
+      skive compile kws.onnx -o kws/ --calibrate test.npz:x --max-ram 64K --max-flash 256K
+      skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
+      skive compile mypackage.nets:build -o net/ --example inputs.npz
+      skive compile net.onnx -o net/ --config build.toml
+    """
+    from skive.artifact import write_folder
+
+    request = _requested(inputs, batch_max, example)
+    data = None
+    if calibrate is not None:
+        ports = _graph_ports(_open(model, **request).graph().inputs)
+        arrays = fit_arrays(read_arrays(calibrate), ports)
+        data = [a[:p.shape[0]] if p.shape else a for a, p in zip(arrays, ports, strict=True)]
+    limited = max_ram is not None or max_flash is not None
+    with _progress() as progress:
+        # With a limit nothing may appear at `output` before the limit is known to be kept.
+        module = skive.compile(model, output=None if limited else output, name=name, target=target,
+                               threads=threads, verify=not no_verify, strict=strict,
+                               emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
+                               **request)
+    report = module.report
+    compiled = report["compiled"]
+    if limited:
+        flash = compiled["weight_bytes"] + compiled["code_bytes"]
+        for option, limit, need, what in (
+                ("--max-ram", max_ram, compiled["arena_bytes"], "the arena"),
+                ("--max-flash", max_flash, flash, "weights and code")):
+            if limit is not None and need > limit:
+                raise SkiveError(f"{what} take {need:,} bytes, more than the {limit:,} of {option}")
+        with write_folder(Path(output)) as temporary:
+            shutil.copytree(module.folder, temporary, dirs_exist_ok=True)
+    if as_json:
+        _print_json({"artefact": output, **report})
+    else:
+        click.echo(printable(f"{model} -> {output}"))
+        _print_summary(report)
+
+
+def _print_summary(report: Mapping[str, Any]) -> None:
+    """The headline figures of a compile report, one per line."""
+    model, target, compiled = report["model"], report["target"], report["compiled"]
+    bound = compiled.get("arena_lower_bound") or 0
+    over = f", {compiled['arena_bytes'] / bound:.2f} x the lower bound" if bound else ""
+    lines = [("target", f"{target['name']}, {target['threads']} thread{'s' * (target['threads'] > 1)}"),
+             ("MACs", f"{count_text(compiled['macs'])} (model: {count_text(model['macs'])})"),
+             ("weights", f"{bytes_text(compiled['weight_bytes'])} (model: {bytes_text(model['weight_bytes'])})"),
+             ("arena", bytes_text(compiled["arena_bytes"]) + over)]
+    if compiled["code_bytes"]:
+        lines.append(("code", bytes_text(compiled["code_bytes"])))
+    lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
+              ("verified", _verdict_text(report["verification"])),
+              ("compiled in", f"{compiled['seconds']:.1f} s")]
+    for key, value in lines:
+        click.echo(f"  {key:<12} {printable(value)}")
+
+
+def _verdict_text(verdict: Mapping[str, Any] | None) -> str:
+    if verdict is None:
+        return "no"
+    ratio = f", SQNR {verdict['sqnr_db']:.0f} dB" if verdict.get("sqnr_db") is not None else ""
+    return (f"{'yes' if verdict['passed'] else 'FAILED'}, max |error| {verdict['max_abs_error']:.2g}"
+            f"{ratio} against {verdict['reference']}")
+
+
+def _load(artefact: str) -> Module:
+    from skive.runtime import load
+
+    if not Path(artefact).is_dir():
+        raise InvalidModelError(f"{artefact} is not an artefact folder; `skive compile` writes one")
+    return load(artefact)
+
+
+@cli.command()
+@click.argument("artefact")
+@click.option("--input", "input_file", required=True, metavar="FILE.npz[:KEY]",
+              help="Inputs by name, or arr_0, arr_1, ... by position; [n, ...] runs all n samples.")
+@click.option("-o", "--output", metavar="FILE.npz", help="Write the outputs, by name.")
+@_CONFIG
+@_JSON
+def run(artefact: str, input_file: str, output: str | None, as_json: bool) -> None:
+    """Run ARTEFACT on the arrays of a file.
+
+    \b
+    Examples:
+      skive run kws/ --input test.npz -o scores.npz
+      skive run kws/ --input test.npz:x --json
+    """
+    module = _load(artefact)
+    arrays = fit_arrays(read_arrays(input_file), module.inputs)
+    results: list[list[np.ndarray]] = [[] for _ in module.outputs]
+    seconds = []
+    for call in _slices(arrays, module.inputs, module.manifest["batch_max"]):
+        start = time.perf_counter()
+        result = module(*call)
+        seconds.append(time.perf_counter() - start)
+        for kept, r in zip(results, result if isinstance(result, tuple) else (result,), strict=True):
+            kept.append(r)
+    joined = {p.name: np.concatenate(r) if len(r) > 1 and r[0].ndim else r[0]
+              for p, r in zip(module.outputs, results, strict=True)}
+    if output is not None:
+        def write(path: Path) -> None:
+            with path.open("wb") as f:  # a file object: savez would add .npz to the name
+                np.savez(f, **joined)
+
+        _write_file(output, write)
+    summary = {"calls": len(seconds), "median_ms": float(np.median(seconds)) * 1e3,
+               "outputs": [_statistics(k, v) for k, v in joined.items()]}
+    if as_json:
+        _print_json(summary)
+        return
+    _table(["output", "shape", "dtype", ">min", ">mean", ">max"],
+           [[o["name"], str(o["shape"]), o["dtype"],
+             *("-" if o[k] is None else f"{o[k]:.6g}" for k in ("min", "mean", "max"))]
+            for o in summary["outputs"]])
+    click.echo(f"{summary['calls']} call{'s' * (summary['calls'] > 1)}, "
+               f"median {summary['median_ms']:.3f} ms" + (f", written to {printable(output)}" if output else ""))
+
+
+def _statistics(name: str, a: np.ndarray) -> dict[str, Any]:
+    numbers = a[np.isfinite(a)].astype(np.float64) if a.dtype.kind == "f" else a.astype(np.float64)
+    some = numbers.size > 0
+    info: dict[str, Any] = {
+        "name": name, "shape": list(a.shape), "dtype": str(a.dtype),
+        "min": numbers.min() if some else None, "mean": numbers.mean() if some else None,
+        "max": numbers.max() if some else None}
+    if a.size <= _PRINTED_VALUES:
+        info["values"] = a
+    return info
+
+
+@cli.command()
+@click.argument("artefact")
+@click.option("--against", required=True, metavar="MODEL", help="The model it was compiled from.")
+@click.option("--data", metavar="FILE.npz[:KEY]", help="Inputs; random ones by default.")
+@_CONFIG
+@_JSON
+def verify(artefact: str, against: str, data: str | None, as_json: bool) -> int:
+    """Compare ARTEFACT with the numpy reference of MODEL; exit status 1 if they differ.
+
+    \b
+    Example:
+      skive verify kws/ --against kws.onnx --data test.npz:x
+    """
+    from skive.api import verdict_against
+
+    module = _load(artefact)
+    arrays = None
+    if data is not None:
+        arrays = next(_slices(fit_arrays(read_arrays(data), module.inputs), module.inputs, 1))
+    verdict = verdict_against(module, against, arrays)
+    fields = {k: getattr(verdict, k) for k in ("reference", "samples", "max_abs_error",
+                                               "relative_error", "sqnr_db", "passed", "worst_node")}
+    if as_json:
+        _print_json(fields)
+    elif verdict.passed:
+        click.echo(printable(f"{artefact} agrees with {against}: {_verdict_text(fields)}"))
+    if not verdict.passed:
+        return _fail(printable(f"{artefact} differs from {against} by {verdict.relative_error:.2g} "
+                               "of the output's range"))
+    return 0
+
+
+@cli.command()
+@click.argument("subject", metavar="MODEL|ARTEFACT")
+@_shape_options
+@click.option("--html", metavar="FILE", help="Write the report as one self-contained page.")
+@_CONFIG
+@_JSON
+def inspect(subject: str, inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
+            example: str | None, html: str | None, as_json: bool) -> None:
+    """Show what a model needs, or what an artefact holds.
+
+    For a model: inputs, outputs, operations, MACs, weights, and what is not supported. For an
+    artefact: its compile report.
+
+    \b
+    Examples:
+      skive inspect resnet50.onnx
+      skive inspect kws/ --json
+      skive inspect kws.onnx --html kws.html
+    """
+    if Path(subject).is_dir():
+        _inspect_artefact(Path(subject), html, as_json)
+    else:
+        _inspect_model(subject, _requested(inputs, batch_max, example), html, as_json)
+
+
+def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_json: bool) -> None:
+    from skive import ops
+    from skive.pipeline import operations, total_macs, weight_bytes
+
+    source = _open(model, **request)
+    facts: dict[str, Any] = {"model": {"path": model, "sha256": source.sha256}, "unsupported": []}
+    try:
+        graph = source.graph()
+    except UnsupportedOpError as e:
+        facts["unsupported"] = [{"node": n, "reason": r, "hint": h} for n, r, h in e.problems]
+        if as_json:
+            _print_json(facts)
+            return
+        click.echo(f"{printable(model)}: {len(e.problems)} places are not supported")
+        _table(["node", "reason", "hint"], [list(p) for p in e.problems])
+        return
+    facts["model"] |= {"macs": total_macs(graph), "weight_bytes": weight_bytes(graph),
+                       "nodes": operations(graph)}
+    sides = {"inputs": _graph_ports(graph.inputs),
+             "outputs": _graph_ports(graph.outputs, graph.output_names)}
+    facts |= {k: [{"name": p.name, "shape": list(p.shape), "dtype": p.dtype} for p in ports]
+              for k, ports in sides.items()}
+    counts: dict[str, list[int]] = {}
+    for n in graph.nodes:
+        if n.op not in ("input", "const"):
+            row = counts.setdefault(n.op, [0, 0])
+            row[0] += 1
+            row[1] += ops.macs(n)
+    facts["operations"] = [{"op": op, "count": c, "macs": m} for op, (c, m) in
+                           sorted(counts.items(), key=lambda item: (-item[1][1], -item[1][0], item[0]))]
+    if html is not None:
+        from skive import passes, report
+        from skive.pipeline import PassManager
+
+        after, records = PassManager().run(graph, passes.EXACT, check="never")
+        page = report.render({"skive": skive.__version__, "model": facts["model"],
+                              "passes": [r.to_json() for r in records]}, graph, after)
+        _write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
+    if as_json:
+        _print_json(facts)
+        return
+    click.echo(f"{printable(model)}: {facts['model']['nodes']} operations, "
+               f"{count_text(facts['model']['macs'])} MACs, {bytes_text(facts['model']['weight_bytes'])} of weights")
+    _print_ports(sides)
+    _table(["operation", ">count", ">MACs"],
+           [[o["op"], str(o["count"]), count_text(o["macs"]) if o["macs"] else "-"] for o in facts["operations"]])
+
+
+def _print_ports(sides: Mapping[str, Sequence[TensorInfo]]) -> None:
+    for side, ports in sides.items():
+        for p in ports:
+            shape = "x".join("N" if d < 0 else str(d) for d in p.shape) or "scalar"
+            click.echo(f"  {side[:-1]:<7} {printable(p.name)}  {p.dtype} {shape}")
+
+
+def _inspect_artefact(folder: Path, html: str | None, as_json: bool) -> None:
+    from skive.runtime import MANIFEST, TensorInfo
+
+    documents = {}
+    for name in (MANIFEST, "report.json"):
+        try:
+            documents[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InvalidModelError(f"{folder} is not an artefact: it has no {name}") from None
+        except ValueError as e:
+            raise InvalidModelError(f"{folder / name} is damaged: {e}") from None
+    manifest, report = documents[MANIFEST], documents["report.json"]
+    if html is not None:
+        _write_file(html, lambda path: shutil.copyfile(folder / "report.html", path))
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
+    if as_json:
+        _print_json({"manifest": manifest, "report": report, "files": files})
+        return
+    try:
+        sides = {side: [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in manifest[side]]
+                 for side in ("inputs", "outputs")}
+        click.echo(f"{printable(str(folder))}: {printable(manifest['name'])}, skive {printable(manifest['skive'])}")
+        _print_ports(sides)
+        _print_summary(report)
+        _table(["file", ">bytes"], [[name, f"{size:,}"] for name, size in files.items()])
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InvalidModelError(f"{folder}: the manifest or the report is damaged: {e}") from None
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-p", "--passes", "pipeline", required=True, metavar="PASSES",
+              help="Names with options: fold-constants{max_bytes=4096},eliminate-dead. "
+                   "'' runs none, 'help' lists them.")
+@click.option("-o", "--output", metavar="FILE", help="Write the text form (and constants beside it).")
+@_shape_options
+@click.option("--dump-ir", metavar="DIR", help="Write the IR after every pass, and the differences.")
+@_CONFIG
+def opt(model: str, pipeline: str, output: str | None,
+        inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
+        example: str | None, dump_ir: str | None) -> None:
+    """Run PASSES over MODEL and print skive's text form.
+
+    \b
+    Examples:
+      skive opt kws.onnx -p fold-constants,eliminate-dead
+      skive opt kws.onnx -p fold-batchnorm --dump-ir steps/
+    """
+    from skive import passes, text  # noqa: F401 - importing `passes` registers them
+    from skive.pipeline import PASSES, PassManager, parse_pipeline
+
+    if pipeline == "help":
+        _table(["pass", "exact", "result"],
+               [[p.name, "yes" if p.exact else "no", p.doc] for p in PASSES.values()])
+        return
+    steps = parse_pipeline(pipeline)
+    graph = _open(model, **_requested(inputs, batch_max, example)).graph()
+    graph, _ = PassManager().run(graph, steps, dump_dir=dump_ir)
+    if output is None:
+        click.echo(text.print_graph(graph))
+    else:
+        text.save_text(graph, Path(output))
+
+
+@cli.command()
+@click.argument("artefact")
+@click.option("--rounds", type=click.IntRange(3, 100_000), help="Runs of every layer; about a second's worth by default.")
+@click.option("--html", metavar="FILE", help="Write the report with the measured times.")
+@_CONFIG
+@_JSON
+def profile(artefact: str, rounds: int | None, html: str | None, as_json: bool) -> None:
+    """Measure every layer of ARTEFACT.
+
+    Layers run one after the other, each timed by itself; the figures are medians over many rounds.
+
+    \b
+    Example:
+      skive profile kws/ --html kws.html
+    """
+    from skive import profiling
+
+    result = profiling.profile(_load(artefact), rounds=rounds)
+    if html is not None:
+        from skive import report
+
+        page = report.with_profile(Path(artefact), result)
+        _write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
+    if as_json:
+        _print_json(result)
+        return
+    _table([">#", "layer", "kernel", ">us", ">share", ">GMAC/s", ">GB/s"],
+           [[str(i), layer["name"] or layer["op"], layer["kernel"], f"{layer['us']:.2f}",
+             f"{100 * layer['share']:.1f} %",
+             f"{layer['gmac_per_s']:.1f}" if layer["macs"] else "-", f"{layer['gb_per_s']:.1f}"]
+            for i, layer in enumerate(result["layers"])])
+    click.echo(f"{result['rounds']} rounds; layers together {result['layers_us']:.1f} us, "
+               f"the whole network in one call {result['run_us']:.1f} us")
+
+
+@cli.command()
+@click.argument("subjects", nargs=-1, required=True, metavar="ARTEFACT|MODEL ...")
+@click.option("--threads", type=_THREADS, help="1 by default; for an artefact what it was compiled for.")
+@click.option("--seconds", type=click.FloatRange(0.1, 3600), default=3.0, show_default=True,
+              help="Measured time per engine and model.")
+@click.option("--against", default="", metavar="ENGINES", help="Of: onnxruntime,openvino.")
+@click.option("--target", default="host", show_default=True, help="Target that models are compiled for.")
+@_shape_options
+@_CONFIG
+@_JSON
+def bench(subjects: tuple[str, ...], threads: int | None, seconds: float, against: str, target: str,
+          inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
+          example: str | None, as_json: bool) -> None:
+    """Measure latency, alone or in turns with other engines.
+
+    Every engine runs in a process of its own; they take turns of a fraction of a second, so that a
+    drift of the machine meets all alike. A turn in which the process did not have its cores is
+    repeated. The ratio is the median over pairs of turns: above 1, skive is faster.
+
+    \b
+    Examples:
+      skive bench kws/
+      skive bench resnet50.onnx mobilenetv2.onnx --against onnxruntime,openvino --seconds 5
+    """
+    from skive import bench as benchmark
+
+    engines = [e for e in (part.strip() for part in against.split(",")) if e]
+    unknown = [e for e in engines if e not in benchmark.ENGINES or e == "skive"]
+    if unknown:
+        raise click.UsageError(f"--against: no engine {unknown[0]!r}; there are "
+                               + ", ".join(e for e in benchmark.ENGINES if e != "skive"))
+    with _progress() as progress:
+        result = benchmark.bench(subjects, engines=engines, threads=threads, seconds=seconds,
+                                 target=target, progress=progress,
+                                 **_requested(inputs, batch_max, example))
+    if as_json:
+        _print_json(result)
+        return
+    machine = result["machine"]
+    click.echo(printable(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores"))
+    _table(["model", "engine", "version", ">threads", ">median ms", ">min ms", ">spread", ">runs", ""],
+           [[r["model"], r["engine"], r["version"], str(r["threads"]), f"{r['median_ms']:.4f}",
+             f"{r['min_ms']:.4f}", f"{100 * r['spread']:.1f} %", str(r["runs"]), _remarks(r)]
+            for r in result["results"]])
+    for engine, ratio in result["ratio"].items():
+        click.echo(f"{engine} takes {ratio:.2f} x the time of skive"
+                   + (" (geometric mean)" if len(subjects) > 1 else ""))
+
+
+def _remarks(row: Mapping[str, Any]) -> str:
+    remarks = []
+    if row["agrees"] is False:
+        remarks.append(f"WRONG: off by {row['max_relative_error']:.2g} of the range")
+    if row["disturbed"]:
+        remarks.append("noisy machine")
+    return ", ".join(remarks)
+
+
+@cli.command()
+@_JSON
+def targets(as_json: bool) -> None:
+    """List the targets, which of them run here, and the C++ compiler found."""
+    from skive import _native, build
+    from skive.errors import ToolchainError
+    from skive.targets.base import TARGETS, resolve
+
+    features = set(_native.cpu_features())
+    host = resolve("host", sorted(features)).name
+    rows = [{"name": t.name, "runs_here": set(t.features) <= features, "host": t.name == host,
+             "needs": list(t.features), "doc": t.doc} for t in TARGETS.values()]
+    try:
+        command = build.compiler()
+        toolchain: dict[str, Any] = {"command": list(command), "version": build.compiler_version(command)}
+    except ToolchainError as e:
+        toolchain = {"command": None, "version": None, "error": str(e)}
+    if as_json:
+        _print_json({"targets": rows, "compiler": toolchain})
+        return
+    _table(["target", "runs here", "what"],
+           [[str(r["name"]), ("yes, `host`" if r["host"] else "yes") if r["runs_here"] else "no", str(r["doc"])]
+            for r in rows])
+    if toolchain["command"]:
+        click.echo(printable(f"compiler: {' '.join(toolchain['command'])} ({toolchain['version']})"))
+    else:
+        click.echo(printable(f"compiler: none; {toolchain['error']}"))
+
+
+def main() -> None:
+    """Runs the command line and ends the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a name must not fail to print
+    cli()
+
+
+if __name__ == "__main__":
+    main()
