@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["conv2d_block", "conv2d_scratch_bytes", "pack_bias", "pack_conv2d", "pack_depthwise"]
+__all__ = [
+    "conv2d_block",
+    "conv2d_scratch_bytes",
+    "pack_bias",
+    "pack_conv2d",
+    "pack_depthwise",
+    "pack_winograd",
+    "winograd_block",
+    "winograd_scratch_bytes",
+]
 
 Floats = NDArray[np.float32]
 
@@ -115,3 +124,57 @@ def pack_conv2d(weights_ohwi: np.ndarray, block: int) -> Floats:
     packed[: blocks.size] = blocks.ravel()
     packed[blocks.size : size] = rest.ravel()
     return packed
+
+
+# Points of winograd.h: 0, +-a, +-b and infinity.
+_WINOGRAD_A, _WINOGRAD_B = 0.625, 1.5
+_WINOGRAD_CHUNK_BYTES = 288 * 1024  # transformed input that winograd.h keeps in L2
+_WINOGRAD_LEAST_TILES = 16
+
+
+def _winograd_filter_transform() -> NDArray[np.float64]:
+    """G [6, 3] of F(4, 3): the filter as a polynomial at the six points, over their Lagrange norms."""
+    points = [0.0, _WINOGRAD_A, -_WINOGRAD_A, _WINOGRAD_B, -_WINOGRAD_B]
+    rows = []
+    for i, p in enumerate(points):
+        norm = np.prod([p - q for j, q in enumerate(points) if j != i])
+        rows.append([1.0 / norm, p / norm, p * p / norm])
+    return np.array([*rows, [0.0, 0.0, 1.0]])
+
+
+def winograd_block(out_channels: int, isa: str) -> int:
+    """Output channels per packed block (NB of `winograd2d`): a multiple of 4, four registers at most.
+
+    Few tiles share one pass over the weights, so the register tile is wide rather than high.
+    """
+    lanes = _BLOCK_VECTORS[isa]
+    most = 4 if isa == "avx512" else 2
+    return min(most * lanes, _round_up(out_channels, _CHANNEL_QUANTUM))
+
+
+def pack_winograd(weights_ohwi: np.ndarray, block: int) -> Floats:
+    """Packed weights of `winograd2d`, flat: [OC / block][36][IC][block], transformed in float64.
+
+    `weights_ohwi` is [OC, 3, 3, IC]; four times its size. Use it for 3x3 filters of stride 1 and
+    dilation 1 with at least 16 input and output channels and an output of at least 7x7.
+    """
+    channels, kh, kw, in_channels = weights_ohwi.shape
+    if (kh, kw) != (3, 3):
+        raise ValueError(f"winograd packs 3x3 filters, not {kh}x{kw}")
+    g = _winograd_filter_transform()
+    transformed = np.einsum("ia,oabc,jb->oijc", g, weights_ohwi.astype(np.float64), g, optimize=True)
+    return pack_conv2d(transformed.reshape(channels, 36, 1, in_channels), block)
+
+
+def winograd_scratch_bytes(
+    image: Sequence[int], pad: Sequence[int], out_channels: int, block: int, parts: int = 1
+) -> int:
+    """Upper bound of `winograd2d::scratch_bytes(parts)`; `image` is [N, H, W, C]."""
+    n, h, w, channels = image
+    tiles_h = -(-(h + pad[0] + pad[2] - 2) // 4)
+    tiles_w = -(-(w + pad[1] + pad[3] - 2) // 4)
+    in_row = _round_up(channels, 16) + 16
+    out_row = _round_up(min(out_channels, block), 16)
+    chunk = max(_WINOGRAD_LEAST_TILES, _WINOGRAD_CHUNK_BYTES // (36 * 4 * in_row))
+    tiles = min(n * tiles_h * tiles_w, chunk) + _TILE_ROWS
+    return 36 * 4 * (tiles * (in_row + out_row) + 32) * parts

@@ -50,7 +50,7 @@ template <class In, class Filter, class Strides = Stride<1, 1>, class Padding = 
 struct depthwise2d {
   static_assert(Filter::OC % In::C == 0, "output channels must be a multiple of the input channels");
   static constexpr int M = Filter::OC / In::C;  // channel multiplier
-  static constexpr size_t scratch_bytes = 0;
+  static constexpr size_t scratch_bytes(int = 1) { return 0; }
 
   // A signal along the height alone (W = 1) is the same memory as one along the width.
   static constexpr bool kTall = In::W == 1 && Filter::KW == 1 && Padding::Left == 0 &&

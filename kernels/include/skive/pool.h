@@ -66,7 +66,7 @@ struct AverageTaps {
 template <class In, class Filter, class Strides, class Padding = Pad<0, 0, 0, 0>,
           class Dilations = Dilation<1, 1>, int XS = In::C, int YS = In::C>
 struct max_pool2d {
-  static constexpr size_t scratch_bytes = 0;
+  static constexpr size_t scratch_bytes(int = 1) { return 0; }
   using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS>;
   static constexpr int OH = Nest::OH, OW = Nest::OW;
 
@@ -84,7 +84,7 @@ template <class In, class Filter, class Strides, class Padding = Pad<0, 0, 0, 0>
           class Counted = Pad<0, 0, 0, 0>, class Dilations = Dilation<1, 1>, int XS = In::C,
           int YS = In::C>
 struct avg_pool2d {
-  static constexpr size_t scratch_bytes = 0;
+  static constexpr size_t scratch_bytes(int = 1) { return 0; }
   using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS>;
   static constexpr int OH = Nest::OH, OW = Nest::OW;
 
@@ -117,7 +117,7 @@ struct GlobalMax {
 // Reduces each image to one pixel. Op: GlobalAverage or GlobalMax.
 template <class In, class Op, int XS = In::C>
 struct global_pool2d {
-  static constexpr size_t scratch_bytes = 0;
+  static constexpr size_t scratch_bytes(int = 1) { return 0; }
 
   // x [N, H, W, C] -> y [N, C]; the epilogue's pixel is the image's index.
   template <class E>
