@@ -9,6 +9,7 @@
 #ifndef SKIVE_TILE_H
 #define SKIVE_TILE_H
 
+#include "skive/shape.h"
 #include "skive/vec.h"
 
 #if defined(SKIVE_TARGET_AVX512)
@@ -27,15 +28,6 @@ constexpr int kChannelQuantum = 4;
 
 constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 constexpr int div_up(int n, int d) { return (n + d - 1) / d; }
-
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct CountTo : CountTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct CountTo<0, I...> {
-  using type = Indices<I...>;
-};
 
 template <int I, class T>
 struct Slot {
@@ -60,37 +52,37 @@ struct Tile {
   template <class>
   struct Row;
   template <int... V>
-  struct Row<Indices<V...>> : Slot<V, Lanes<V>>... {};
+  struct Row<Index<V...>> : Slot<V, Lanes<V>>... {};
   template <class>
   struct Registers;
   template <int... I>
-  struct Registers<Indices<I...>> : Slot<I, Lanes<I % kVectors>>... {};
+  struct Registers<Index<I...>> : Slot<I, Lanes<I % kVectors>>... {};
 
-  using EachVector = typename CountTo<kVectors>::type;
-  using EachPixel = typename CountTo<Pixels>::type;
-  using EachRegister = typename CountTo<Pixels * kVectors>::type;
+  using EachVector = Indices<kVectors>;
+  using EachPixel = Indices<Pixels>;
+  using EachRegister = Indices<Pixels * kVectors>;
   using Weights = Row<EachVector>;
   using Accumulators = Registers<EachRegister>;
 
   template <int... I>
-  static SKIVE_INLINE void start(Accumulators& acc, const float* bias, Indices<I...>) {
+  static SKIVE_INLINE void start(Accumulators& acc, const float* bias, Index<I...>) {
     ((slot<I>(acc) = Policy::template load_lanes<lanes(I % kVectors)>(bias + I % kVectors * kLanes)),
      ...);
   }
   template <int... V>
-  static SKIVE_INLINE void load_weights(Weights& w, const float* p, Indices<V...>) {
+  static SKIVE_INLINE void load_weights(Weights& w, const float* p, Index<V...>) {
     ((slot<V>(w) = Policy::template load_lanes<lanes(V)>(p + V * kLanes)), ...);
   }
   template <int P, int... V>
   static SKIVE_INLINE void step_pixel(Accumulators& acc, Weights& w, const float* x,
-                                      Indices<V...>) {
+                                      Index<V...>) {
     const auto b = Policy::template broadcast<lanes(0)>(x + Offsets::template at<P>());
     ((slot<P * kVectors + V>(acc) = Policy::multiply_add(
           slot<P * kVectors + V>(acc), Policy::template narrow<lanes(V)>(b), slot<V>(w))),
      ...);
   }
   template <int... P>
-  static SKIVE_INLINE void step(Accumulators& acc, const float* x, const float* w, Indices<P...>) {
+  static SKIVE_INLINE void step(Accumulators& acc, const float* x, const float* w, Index<P...>) {
     Weights row;
     load_weights(row, w, EachVector{});
     (step_pixel<P>(acc, row, x, EachVector{}), ...);
@@ -101,7 +93,7 @@ struct Tile {
   static SKIVE_INLINE void steps(Accumulators& acc, const float* x, const float* w) {
     if constexpr (Steps > 0) {
       step(acc, x, w, EachPixel{});
-      steps<Steps - 1>(acc, x + 1, w + kRow);
+      steps<Steps - 1>(acc, Policy::opaque(x + 1), w + kRow);
     }
   }
 
@@ -115,7 +107,7 @@ struct Tile {
   static SKIVE_INLINE void run(Accumulators& acc, const float* x, const float* w) {
     constexpr int U = unroll(Length);
     const float* const end = x + Length / U * U;
-    for (; x != end; x += U, w += U * kRow) steps<U>(acc, x, w);
+    for (; x != end; x += U, w += U * kRow) steps<U>(acc, Policy::opaque(x), w);
     steps<Length % U>(acc, x, w);
   }
 
@@ -126,7 +118,7 @@ struct Tile {
   }
   // Calls emit(pixel, first channel, Vec) for every finished vector.
   template <class Emit, int... I>
-  static SKIVE_INLINE void finish(Accumulators& acc, const Emit& emit, Indices<I...>) {
+  static SKIVE_INLINE void finish(Accumulators& acc, const Emit& emit, Index<I...>) {
     (emit_one<I>(acc, emit), ...);
   }
 };

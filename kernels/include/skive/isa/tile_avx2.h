@@ -32,6 +32,13 @@ struct F32Tile {
     if constexpr (L == 8) return {_mm256_set1_ps(*p)};
     else return {_mm_set1_ps(*p)};
   }
+  // The same pointer, of which the compiler knows nothing. Overlapping windows read the same element
+  // for several pixels at several steps; compilers would keep those in registers that the
+  // accumulators need.
+  static SKIVE_INLINE const float* opaque(const float* p) {
+    __asm__("" : "+r"(p));
+    return p;
+  }
   // The first L of the lanes of a wider register.
   template <int L, int From>
   static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) {

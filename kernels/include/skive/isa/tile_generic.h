@@ -23,6 +23,8 @@ struct F32Tile {
   static SKIVE_INLINE Lanes<L> load_lanes(const float* p) { return {load<L>(p)}; }
   template <int L>
   static SKIVE_INLINE Lanes<L> broadcast(const float* p) { return {splat<L>(*p)}; }
+  // Where a target's compiler keeps too much in registers across steps, its file hides the pointer.
+  static SKIVE_INLINE const float* opaque(const float* p) { return p; }
   // The first L of the lanes of a wider register.
   template <int L, int From>
   static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) {
