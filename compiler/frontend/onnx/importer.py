@@ -15,7 +15,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from skive import ops
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
-from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, load_model, tensor_array
+from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, elem_name, load_model, sparse_array, tensor_array
 from skive.frontend.onnx.table import ROWS, Call, Decline, OptionalValue, SequenceValue, Unsupported, Value
 from skive.ir import Graph, Node, constant, topological
 
@@ -26,7 +26,8 @@ class _Unknown:
 
 UNKNOWN = _Unknown()
 Scope: TypeAlias = "ChainMap[str, Value | _Unknown]"
-MAX_DEPTH = 64  # nested subgraphs and functions
+MAX_DEPTH = 32  # nested subgraphs and functions
+MAX_STEPS = 250_000  # nodes imported or built: a small file may describe a very long program
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,22 @@ class Importer:
         self.inputs: list[Node] = []
         self.batched: set[Node] = set()
         self.depth = 0
+        self.steps = 0
+
+    def step(self) -> None:
+        """Counts one node; InvalidModelError when the program grows beyond all reason."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise InvalidModelError(f"the model unrolls to more than {MAX_STEPS} operations")
 
     def run(self) -> Imported:
         """The graph and its outputs; UnsupportedOpError with every problem if there is one."""
         graph = self.model.graph
         scope: Scope = ChainMap()
         known = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+        unknown = set(self.fixed) - {i.name for i in graph.input}
+        if unknown:
+            raise ShapeError(f"the model has no input {sorted(unknown)[0]!r} that could be fixed")
         for info in graph.input:
             if info.name in self.fixed:
                 scope[info.name] = self.fixed_input(info.name, self.fixed[info.name], info.type)
@@ -113,6 +124,10 @@ class Importer:
             raise UnsupportedOpError(self.problems, tuple(self.to_fix))
         flat: list[Node] = []
         flat_names: list[str] = []
+        for info, value in zip(graph.output, outputs):
+            elem = info.type.tensor_type.elem_type
+            if isinstance(value, Node) and elem and DTYPES.get(elem) is not value.dtype:
+                raise InvalidModelError(f"the output {info.name!r} is declared {elem_name(elem)} but computed as {value.dtype.value}")
         for name, value in zip(names, outputs):
             leaves = list(tensors_in(value))
             flat += leaves
@@ -167,7 +182,7 @@ class Importer:
             return tuple(int(d) for d in given)
         shape = []
         for i, d in enumerate(dims):
-            if d.HasField("dim_value"):
+            if d.HasField("dim_value") and d.dim_value >= 0:
                 shape.append(d.dim_value)
             elif d.dim_param in self.shapes:
                 shape.append(int(np.asarray(self.shapes[d.dim_param]).reshape(())))
@@ -193,6 +208,8 @@ class Importer:
         for t in graph.initializer:
             if t.name not in scope.maps[0]:
                 scope[t.name] = self.initializer(t)
+        for t in graph.sparse_initializer:
+            scope[t.values.name] = constant(sparse_array(t, self.folder), name=t.values.name, origin=t.values.name)
         for node in graph.node:
             self.node(node, env)
         self.depth -= 1
@@ -213,6 +230,7 @@ class Importer:
     def node(self, node: NodeProto, env: Env) -> None:
         """Adds the outputs of `node` to the scope of `env`."""
         scope, refs, opsets = env.scope, env.refs, env.opsets
+        self.step()
         domain = normal_domain(node.domain)
         outputs = list(node.output)
         origin = node.name or f"{node.op_type}:{next((o for o in outputs if o), '')}"
@@ -226,9 +244,9 @@ class Importer:
         except SkiveError as e:
             if isinstance(e, UnsupportedOpError) or getattr(e, "located", False):
                 raise
-            located = type(e)(f"{origin} ({node.op_type}): {e}")
-            located.located = True
-            raise located from None
+            raise located(e, origin, node.op_type) from None
+        except Exception as e:  # a damaged model may break any row anywhere
+            raise located(InvalidModelError(f"{type(e).__name__}: {first_line(e)}"), origin, node.op_type) from e
         for name, value in zip(outputs, [*results, *[None] * len(outputs)]):
             if name:
                 scope[name] = UNKNOWN if value is None else value
@@ -294,6 +312,17 @@ class Importer:
         return [scope.get(o) for o in function.output]
 
 
+def located(error: SkiveError, origin: str, op_type: str) -> SkiveError:
+    """`error` with the name of the ONNX node in front; marked, so that outer nodes leave it alone."""
+    result = type(error)(f"{origin} ({op_type}): {error}")
+    result.located = True  # type: ignore[attr-defined]
+    return result
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [""])[0]
+
+
 def not_supported(op_type: str, domain: str, opset: int) -> Unsupported:
     return Unsupported(f"operator {domain + '.' if domain else ''}{op_type} (opset {opset}) is not supported")
 
@@ -345,13 +374,6 @@ def type_proto(value: Value | None) -> TypeProto:
     if not isinstance(value, Node):
         return TypeProto()
     return onnx.helper.make_tensor_type_proto(ELEM_TYPES[value.dtype], value.shape)
-
-
-def elem_name(elem: int) -> str:
-    try:
-        return onnx.TensorProto.DataType.Name(elem).lower()
-    except ValueError:
-        return f"number {elem}"
 
 
 def shape_text(dims: Any) -> str:

@@ -1,18 +1,28 @@
-"""Model files: reading one without trusting it, and its hash."""
+"""Model files: reading one without trusting it, checking its structure, and its hash.
+
+Nothing here believes a number in the file: sizes are compared with what is there before anything
+is allocated, and external data is read only from regular files inside the model's own folder.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
-from typing import Any
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, numpy_helper
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import AttributeProto, GraphProto, ModelProto, SparseTensorProto, TensorProto
 
-from skive.errors import InvalidModelError
+from skive.errors import InvalidModelError, ShapeError
 from skive.types import MAX_ELEMENTS, DType
+
+IR_VERSIONS = range(3, 15)  # 14 is that of onnx 1.23
+MAX_OPSET = 28
+MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit; larger models keep their weights outside
+MAX_NESTING = 32  # subgraphs inside subgraphs
 
 DTYPES: dict[int, DType] = {
     TensorProto.FLOAT: DType.f32, TensorProto.DOUBLE: DType.f64, TensorProto.FLOAT16: DType.f16,
@@ -20,31 +30,266 @@ DTYPES: dict[int, DType] = {
     TensorProto.INT64: DType.i64, TensorProto.UINT8: DType.u8, TensorProto.UINT16: DType.u16,
     TensorProto.UINT32: DType.u32, TensorProto.UINT64: DType.u64, TensorProto.BOOL: DType.bool}
 ELEM_TYPES = {d: e for e, d in DTYPES.items()}
+# The field that holds the elements when they are not raw bytes, by element type.
+FIELDS = {DType.f32: "float_data", DType.f64: "double_data", DType.i64: "int64_data", DType.u32: "uint64_data",
+          DType.u64: "uint64_data"}
+
+
+def elem_name(elem: int) -> str:
+    """The name of an ONNX element type in a message."""
+    try:
+        return TensorProto.DataType.Name(elem).lower()
+    except ValueError:
+        return f"number {elem}"
+
+
+# ------------------------------------------------------------------------------------------ reading
 
 
 def load_model(model: str | Path | ModelProto) -> tuple[ModelProto, Path | None]:
-    """The model and the folder of its external data; InvalidModelError if it is not an ONNX model."""
+    """A structurally sound model and the folder of its external data (None for a model in memory).
+
+    InvalidModelError, with one line, for everything that is not such a model.
+    """
     if isinstance(model, ModelProto):
-        return model, None
-    path = Path(model)
+        proto, folder, what = model, None, "the model"
+    else:
+        path = Path(model)
+        proto, folder, what = parse(read(path), str(path)), path.parent, str(path)
     try:
+        check(proto)
+    except (InvalidModelError, ShapeError) as e:
+        raise type(e)(f"{what}: {e}") from None
+    except (UnicodeDecodeError, ValueError) as e:  # a string in the file that is not text
+        raise InvalidModelError(f"{what}: damaged: {str(e).splitlines()[0]}") from None
+    return proto, folder
+
+
+def read(path: Path) -> bytes:
+    """The bytes of a model file; InvalidModelError if there is no such file or it is of another kind."""
+    try:
+        if not path.exists():
+            raise InvalidModelError(f"{path}: no such file")
+        if not path.is_file():
+            raise InvalidModelError(f"{path}: not a file")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InvalidModelError(f"{path}: larger than 2 GiB; save the weights as external data")
         data = path.read_bytes()
     except OSError as e:
         raise InvalidModelError(f"{path}: {e.strerror or e}") from None
+    except ValueError as e:  # a path with a zero byte
+        raise InvalidModelError(f"{str(path)!r}: {e}") from None
+    if not data:
+        raise InvalidModelError(f"{path}: the file is empty")
+    if data[:4] == b"PK\x03\x04":
+        raise InvalidModelError(f"{path}: a zip archive, not an ONNX model; skive takes an ONNX file, "
+                                "a .pt2 exported program or a module, never a pickled checkpoint")
+    if data[0] == 0x80 and data[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        raise InvalidModelError(f"{path}: a pickle file, which could run any code; skive takes an ONNX file, "
+                                "a .pt2 exported program or a module")
+    return data
+
+
+def parse(data: bytes, what: str) -> ModelProto:
+    """The protobuf message in `data`; InvalidModelError if it is damaged."""
     proto = ModelProto()
     try:
         proto.ParseFromString(data)
-    except DecodeError:
-        raise InvalidModelError(f"{path}: not an ONNX model, or a damaged one") from None
-    return proto, path.parent
+    except (DecodeError, RecursionError):
+        raise InvalidModelError(f"{what}: not an ONNX model, or a damaged one") from None
+    return proto
+
+
+# ----------------------------------------------------------------------------------------- checking
+
+
+def check(model: ModelProto) -> None:
+    """Raises InvalidModelError or ShapeError unless versions, names, order and tensors are sound."""
+    if not model.HasField("graph") or not (model.graph.node or model.graph.output):
+        raise InvalidModelError("not an ONNX model: it has no graph")
+    if model.ir_version not in IR_VERSIONS:
+        raise InvalidModelError(f"IR version {model.ir_version} is not one of {IR_VERSIONS[0]} to {IR_VERSIONS[-1]}")
+    if not model.opset_import:
+        raise InvalidModelError("no opset is imported")
+    domains: set[str] = set()
+    for opset in model.opset_import:
+        domain = "" if opset.domain == "ai.onnx" else opset.domain
+        if domain in domains:
+            raise InvalidModelError(f"the domain {domain!r} is imported twice")
+        domains.add(domain)
+        if opset.version < 1 or (domain == "" and opset.version > MAX_OPSET):
+            raise InvalidModelError(f"opset {opset.version} of the domain {domain!r} is not one of 1 to {MAX_OPSET}")
+    functions = [(f.domain, f.name) for f in model.functions]
+    if len(set(functions)) < len(functions):
+        raise InvalidModelError("a function is defined twice")
+    pending: list[tuple[GraphProto, frozenset[str], int]] = [(model.graph, frozenset(), 0)]
+    while pending:
+        graph, outer, depth = pending.pop()
+        if depth > MAX_NESTING:
+            raise InvalidModelError(f"subgraphs are nested more than {MAX_NESTING} deep")
+        known = check_names(graph, outer)
+        for tensor in graph.initializer:
+            check_tensor(tensor)
+        for node in graph.node:
+            for a in node.attribute:
+                pending += [(g, known, depth + 1) for g in subgraphs(a)]
+    for tensor in attribute_tensors(model):
+        check_tensor(tensor)
+
+
+def check_names(graph: GraphProto, outer: frozenset[str]) -> frozenset[str]:
+    """Every name a node of `graph` may read; InvalidModelError for repeated, missing or late ones."""
+    inputs = [i.name for i in graph.input]
+    weights = [t.name for t in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
+    for kind, names in (("input", inputs), ("initialiser", weights)):
+        seen: set[str] = set()
+        for name in names:
+            if not name:
+                raise InvalidModelError(f"an {kind} has no name")
+            if name in seen:
+                raise InvalidModelError(f"the {kind} {name!r} is there twice")
+            seen.add(name)
+    made = {*inputs, *weights}
+    later = {o for n in graph.node for o in n.output if o}
+    for node in graph.node:
+        label = node.name or f"{node.op_type}:{next(iter(node.output), '')}"
+        for name in node.input:
+            if name and name not in made and name not in outer:
+                why = ("only by a later node or by itself: the nodes are out of order or form a cycle"
+                       if name in later else "by nothing: an initialiser or an input is missing")
+                raise InvalidModelError(f"{label}: tensor {name!r} is produced {why}")
+        for name in node.output:
+            if name and name in made:
+                raise InvalidModelError(f"{label}: tensor {name!r} is produced twice")
+            made.add(name)
+    for o in graph.output:
+        if o.name not in made and o.name not in outer:
+            raise InvalidModelError(f"the output {o.name!r} is produced by nothing")
+    return outer | made
+
+
+def subgraphs(a: AttributeProto) -> list[GraphProto]:
+    return [*([a.g] if a.HasField("g") else []), *a.graphs]
+
+
+def attribute_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor attribute of the model's graphs and functions."""
+    pending = [list(model.graph.node), *(list(f.node) for f in model.functions)]
+    while pending:
+        for node in pending.pop():
+            for a in node.attribute:
+                if a.HasField("t"):
+                    yield a.t
+                yield from a.tensors
+                pending += [list(g.node) for g in subgraphs(a)]
+
+
+def element_count(dims: list[int], name: str) -> int:
+    """The number of elements; ShapeError for a negative dimension or an impossible product."""
+    if any(d < 0 for d in dims):
+        raise ShapeError(f"{name}: shape {list(dims)} has a negative dimension")
+    if math.prod(max(d, 1) for d in dims) > MAX_ELEMENTS:
+        raise ShapeError(f"{name}: shape {list(dims)} has more than 2^40 elements")
+    return math.prod(dims)
+
+
+def check_tensor(tensor: TensorProto) -> None:
+    """InvalidModelError if the stored data is not exactly what the shape needs."""
+    count = element_count(list(tensor.dims), tensor.name or "a tensor")
+    dtype = DTYPES.get(tensor.data_type)
+    if dtype is None or tensor.data_location == TensorProto.EXTERNAL:
+        return  # reported where it is used; external data is measured when it is read
+    stored = len(tensor.raw_data) // dtype.bytes if tensor.HasField("raw_data") else len(
+        getattr(tensor, FIELDS.get(dtype, "int32_data")))
+    if stored != count or (tensor.HasField("raw_data") and len(tensor.raw_data) % dtype.bytes):
+        raise InvalidModelError(f"{tensor.name or 'a tensor'}: shape {list(tensor.dims)} of {dtype.value} needs {count} "
+                                f"elements, but {stored} are stored")
+
+
+# ------------------------------------------------------------------------------------------ tensors
 
 
 def tensor_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
-    """The value of an initialiser or tensor attribute."""
-    return numpy_helper.to_array(tensor, base_dir=str(folder or ""))
+    """The value of a tensor whose element type is in DTYPES; InvalidModelError if its data is not there."""
+    dtype = DTYPES[tensor.data_type]
+    shape = tuple(tensor.dims)
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return np.frombuffer(external_bytes(tensor, folder), dtype.numpy.newbyteorder("<")).reshape(shape)
+    check_tensor(tensor)
+    if tensor.HasField("raw_data"):
+        return np.frombuffer(tensor.raw_data, dtype.numpy.newbyteorder("<")).astype(dtype.numpy, copy=False).reshape(shape)
+    values = getattr(tensor, FIELDS.get(dtype, "int32_data"))
+    if dtype is DType.f16:  # stored as bit patterns
+        return np.array(values, np.int32).astype(np.uint16).view(np.float16).reshape(shape)
+    wide = {DType.u32: np.uint64, DType.u64: np.uint64}.get(dtype, np.int32 if dtype not in FIELDS else dtype.numpy)
+    return np.array(values, wide).astype(dtype.numpy).reshape(shape)
+
+
+def external_bytes(tensor: TensorProto, folder: Path | None) -> bytes:
+    """The data of a tensor in another file, which must lie in the folder of the model."""
+    entries = {e.key: e.value for e in tensor.external_data}
+    location = entries.get("location", "")
+    name = tensor.name or "a tensor"
+    if folder is None:
+        raise InvalidModelError(f"{name}: its data is in the file {location!r}; give the path of the model instead of "
+                                "the model in memory")
+    posix, windows = PurePosixPath(location), PureWindowsPath(location)
+    if not location or "\0" in location or posix.is_absolute() or windows.drive or windows.root or ".." in (
+            *posix.parts, *windows.parts):
+        raise InvalidModelError(f"{name}: external data {location!r} must be a file in the folder of the model")
+    root = Path(os.path.realpath(folder))
+    path = Path(os.path.realpath(root / location))
+    if not path.is_relative_to(root):
+        raise InvalidModelError(f"{name}: external data {location!r} is a link that leaves the folder of the model")
+    if not path.is_file():
+        raise InvalidModelError(f"{name}: external data {location!r} is missing")
+    needed = element_count(list(tensor.dims), name) * DTYPES[tensor.data_type].bytes
+    try:
+        offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(needed)))
+    except ValueError:
+        raise InvalidModelError(f"{name}: offset or length of its external data is not a number") from None
+    if offset < 0 or length != needed or offset + length > path.stat().st_size:
+        raise InvalidModelError(f"{name}: {needed} bytes at {offset} (declared {length}) do not fit {location!r} of "
+                                f"{path.stat().st_size} bytes")
+    try:
+        with path.open("rb") as f:
+            f.seek(offset)
+            return f.read(length)
+    except OSError as e:
+        raise InvalidModelError(f"{name}: {location}: {e.strerror or e}") from None
+
+
+def sparse_array(tensor: SparseTensorProto, folder: Path | None) -> np.ndarray:
+    """A sparse initialiser as a dense array; InvalidModelError if its indices are outside."""
+    name = tensor.values.name
+    values, indices = tensor_array(tensor.values, folder), tensor_array(tensor.indices, folder)
+    count = element_count(list(tensor.dims), name)
+    if count > 1 << 28:
+        raise ShapeError(f"{name}: a sparse tensor of {count} elements is too large to be made dense")
+    shape = tuple(tensor.dims)
+    if indices.ndim == 2 and indices.shape == (values.size, len(shape)):
+        if (indices < 0).any() or (indices >= np.array(shape)).any():
+            raise InvalidModelError(f"{name}: an index is outside {list(shape)}")
+        indices = np.ravel_multi_index(tuple(indices.T), shape)
+    if indices.shape != (values.size,) or (indices < 0).any() or (indices >= count).any():
+        raise InvalidModelError(f"{name}: the indices do not fit {list(shape)}")
+    dense = np.zeros(count, values.dtype)
+    dense[indices] = values.reshape(-1)
+    return dense.reshape(shape)
 
 
 def model_sha256(model: str | Path | ModelProto) -> str:
-    """SHA-256 (hexadecimal) of the model."""
-    proto, _ = load_model(model)
-    return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
+    """SHA-256 (hexadecimal) of the model file, or of the model in memory, and of its external data."""
+    if isinstance(model, ModelProto):
+        proto, folder = load_model(model)
+        try:
+            digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
+        except (EncodeError, ValueError) as e:
+            raise InvalidModelError(f"the model: {str(e).splitlines()[0]}") from None
+    else:
+        digest = hashlib.sha256(read(Path(model)))
+        proto, folder = load_model(model)
+    for tensor in (*proto.graph.initializer, *attribute_tensors(proto)):
+        if tensor.data_location == TensorProto.EXTERNAL and tensor.data_type in DTYPES:
+            digest.update(external_bytes(tensor, folder))
+    return digest.hexdigest()

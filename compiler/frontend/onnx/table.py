@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FOLD_BYTES = 1 << 22
 # Multiply-accumulates that folding may spend on one node.
 FOLD_MACS = 1 << 30
+# Elements of a constant that an attribute or a shape calls for, such as a window or a Fourier matrix.
+MAX_CONSTANT = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,16 @@ def folded(node: Node) -> Node:
     limit = max(FOLD_BYTES, sum(i.type.bytes for i in node.inputs))
     if not all(i.is_const for i in node.inputs) or node.type.bytes > limit or ops.macs(node) > FOLD_MACS:
         return node
+    if "pad" in node.attrs and padded_bytes(node) > limit * 16:
+        return node
     return constant(ops.evaluate(node, [i.value for i in node.inputs]), origin=node.origin)
+
+
+def padded_bytes(node: Node) -> int:
+    """The memory that evaluating a window operation needs for its padded operand."""
+    n, h, w, ch = node.inputs[0].shape
+    top, left, bottom, right = node.attrs["pad"]
+    return n * (h + top + bottom) * (w + left + right) * ch * node.dtype.bytes
 
 
 @dataclass
@@ -185,10 +196,20 @@ class Call:
         nodes = [o if isinstance(o, Node) else self.lit(o, like[0].dtype) for o in operands]
         if ops.op_of(op).kind not in ("movement", "index") and op != "cast" and any(n.dtype is DType.f16 for n in nodes):
             raise Unsupported("float16 arithmetic", "convert the model to float32")
+        self.importer.step()
         node = folded(ops.make(op, *nodes, origin=self.origin, **attrs))
         if node not in nodes:
             self.created.append(node)
         return node
+
+    def room(self, elements: int, what: str) -> None:
+        """InvalidModelError if a constant that an attribute asks for is absurdly large."""
+        if elements > MAX_CONSTANT:
+            raise InvalidModelError(f"{what} of {elements} elements")
+
+    def full(self, shape: Sequence[int], value: float | int | bool, dtype: DType) -> Node:
+        """A tensor of equal elements; a large one is made when the model runs."""
+        return self.expand(self.lit(value, dtype), shape)
 
     def lit(self, value: Any, dtype: DType | np.dtype | type | None = None) -> Node:
         """A constant."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from functools import reduce
 
-import numpy as np
-
 from skive.errors import InvalidModelError
 from skive.frontend.onnx.load import DTYPES
 from skive.frontend.onnx.table import Call, Unsupported, onnx_op
@@ -172,4 +170,4 @@ def dropout(c: Call) -> list[Node]:
         if ratio != 0:
             raise Unsupported("Dropout in training mode draws random numbers", "export the model for inference")
     x = c[0]
-    return [x, c.lit(np.ones(x.shape, np.bool_))] if c.wants(1) else [x]
+    return [x, c.full(x.shape, True, DType.bool)] if c.wants(1) else [x]

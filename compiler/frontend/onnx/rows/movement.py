@@ -111,6 +111,8 @@ def split(c: Call) -> list[Node]:
     sizes = c.ints_or_attr(1, "split")
     if sizes is None:
         count = int(c.attr("num_outputs", len(c.outputs)))
+        if count != len(c.outputs) or count < 1:
+            raise InvalidModelError(f"num_outputs is {count} for {len(c.outputs)} outputs")
         chunk = -(-x.shape[axis] // count)
         sizes = [max(0, min(chunk, x.shape[axis] - i * chunk)) for i in range(count)]
     if min(sizes, default=0) < 0 or sum(sizes) != x.shape[axis]:

@@ -27,6 +27,7 @@ def recurrent(c: Call) -> list[Node]:
         raise InvalidModelError(f"weights {w.type} and {r.type} for {ways} directions")
     if "clip" in c.attrs or c.attr("input_forget", 0) or c.has(7) and c.op_type != "LSTM":
         raise Unsupported(f"{c.op_type} with clip or input_forget")
+    c.room(batch * steps * hidden, "the result")
     lengths = np.full(batch, steps)
     if c.has(4):
         lengths = c.const(4, "sequence_lens").astype(np.int64)
@@ -47,8 +48,8 @@ def one_way(c: Call, x: Node, way: int, backward: bool, lengths: np.ndarray, lay
     gates = GATES[c.op_type]
     w, r = c.index(c[1], 0, way), c.index(c[2], 0, way)
     bias = (c.reshape(c.index(c[3], 0, way), (2, gates * hidden)) if c.has(3)
-            else c.lit(np.zeros((2, gates * hidden)), x.dtype))
-    zeros = c.lit(np.zeros((batch, hidden)), x.dtype)
+            else c.full((2, gates * hidden), 0, x.dtype))
+    zeros = c.full((batch, hidden), 0, x.dtype)
     start = [initial(c, i, way, layout, zeros) for i in ((5, 6) if c.op_type == "LSTM" else (5,))]
     ragged = bool((lengths != steps).any())
     if backward:

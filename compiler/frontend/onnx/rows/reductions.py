@@ -32,7 +32,7 @@ def plain(c: Call) -> Node:
         return x
     if c.op_type in ("ReduceMax", "ReduceMin") and any(x.shape[a] == 0 for a in axes):
         shape = [1 if i in axes else d for i, d in enumerate(x.shape) if keep or i not in axes]
-        return c.lit(np.full(shape, extreme(x.dtype, c.op_type == "ReduceMin"), x.dtype.numpy))
+        return c.full(shape, extreme(x.dtype, c.op_type == "ReduceMin"), x.dtype)
     return c.make(PLAIN[c.op_type], x, axes=axes, keep=keep)
 
 
@@ -97,6 +97,7 @@ def hardmax(c: Call) -> Node:
     axis = checked_axis(int(c.attr("axis", -1 if c.opset >= 13 else 1)), x.type.rank)
     flat = x if c.opset >= 13 else c.reshape(x, (math.prod(x.shape[:axis]), math.prod(x.shape[axis:])))
     axis = axis if c.opset >= 13 else 1
+    c.room(flat.shape[axis], "an axis")
     steps = np.arange(flat.shape[axis]).reshape([-1 if i == axis else 1 for i in range(flat.type.rank)])
     best = c.make("equal", c.make("argmax", flat, axis=axis, keep=True), c.lit(steps, np.int64))
     return c.reshape(c.cast(best, x.dtype), x.shape)

@@ -133,6 +133,7 @@ def resize(c: Call) -> Node:
             continue
         if x.shape[a] == 0:
             raise InvalidModelError(f"resize of {x.type}")
+        c.room(shape[a] * (1 if mode == "nearest" else x.shape[a]), "an interpolation matrix")
         position = source_positions(transform, x.shape[a], shape[a], factor[a], roi[a])
         if transform == "tf_crop_and_resize":
             outside.append(((position < 0) | (position > x.shape[a] - 1)).reshape(
@@ -164,6 +165,8 @@ def grid_sample(c: Call) -> Node:
     padding, align = c.attr("padding_mode", "zeros"), bool(c.attr("align_corners", 0))
     sizes = x.shape[2:]
     n = len(sizes)
+    if not 1 <= n <= 3:
+        raise Unsupported(f"GridSample over {n} axes")
     if grid.type.rank != x.type.rank or grid.shape[-1] != n or grid.shape[0] != x.shape[0]:
         raise InvalidModelError(f"grid {grid.type} for {x.type}")
     if grid.dtype is not x.dtype:
@@ -301,7 +304,7 @@ def max_unpool(c: Call) -> Node:
              for i, (d, s, k) in enumerate(zip(x.shape[2:], stride, kernel))]
     out = list(c.ints(2, "output_shape")) if c.has(2) else [*x.shape[:2], *inner]
     # The indices count in the tensor that was pooled; a larger output_shape has it in its corner.
-    flat = c.lit(np.zeros(math.prod([*x.shape[:2], *inner])), x.dtype)
+    flat = c.full([math.prod([*x.shape[:2], *inner])], 0, x.dtype)
     y = c.make("scatter_elements", flat, c.reshape(c.cast(indices, DType.i64), (x.type.size,)), c.reshape(x, (x.type.size,)), axis=0)
     y = c.reshape(y, (*x.shape[:2], *inner))
     grow = [o - d for o, d in zip(out, y.shape)]

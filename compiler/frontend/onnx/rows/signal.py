@@ -22,6 +22,7 @@ def fourier(size: int, bins: int, inverse: bool) -> tuple[np.ndarray, np.ndarray
 
 def transform(c: Call, x: Node, size: int, bins: int, inverse: bool) -> Node:
     """[..., size, 1 or 2] (real, or real and imaginary) to [..., bins, 2]."""
+    c.room(size * bins, "a Fourier matrix")
     real, imaginary = fourier(size, bins, inverse)
     last = x.type.rank - 1
     re = c.index(x, last, 0)
@@ -76,6 +77,7 @@ def stft(c: Call) -> Node:
     if step < 1 or not 1 <= size <= x.shape[1]:
         raise InvalidModelError(f"frames of {size}, {step} apart, of {x.type}")
     frames = (x.shape[1] - size) // step + 1
+    c.room(frames * size, "a table of frames")
     index = np.arange(frames)[:, None] * step + np.arange(size)
     y = c.make("gather", x, c.lit(index, np.int64), axis=1)  # [N, frames, size, 1 or 2]
     if window is not None:
@@ -89,6 +91,7 @@ def window(c: Call) -> Node:
     to = int(c.attr("output_datatype", 1))
     if to not in DTYPES or size < 0:
         raise Unsupported("the element type that a window has is not supported")
+    c.room(size, "a window")
     span = size if c.attr("periodic", 1) else size - 1
     angle = 2 * np.pi * np.arange(size) / max(span, 1)
     cosines = {"HannWindow": (0.5, 0.5, 0.0), "HammingWindow": (25 / 46, 21 / 46, 0.0),
@@ -106,6 +109,8 @@ def mel_weight_matrix(c: Call) -> Node:
         raise Unsupported("the element type that MelWeightMatrix produces is not supported")
     if bands < 1 or size < 1 or rate < 1:
         raise InvalidModelError(f"{bands} mel bands of a DFT of {size} at {rate} Hz")
+
+    c.room(bands * (size // 2 + 1), "a mel matrix")
 
     def mel(hertz: float) -> float:
         return 2595 * math.log10(1 + hertz / 700)

@@ -169,6 +169,7 @@ def split_to_sequence(c: Call) -> Value:
     x = c[0]
     axis = checked_axis(int(c.attr("axis", 0)), x.type.rank)
     size = x.shape[axis]
+    c.room(size, "a sequence")
     keep = True
     if not c.has(1):
         sizes, keep = [1] * size, bool(c.attr("keepdims", 1))
@@ -241,6 +242,7 @@ def eye_like(c: Call) -> Node:
     to = int(c.attr("dtype", 0))
     if to and to not in DTYPES:
         raise Unsupported("the element type that EyeLike produces is not supported")
+    c.room(x.type.size, "an identity matrix")
     return c.lit(np.eye(*x.shape, k=int(c.attr("k", 0))), DTYPES[to] if to else x.dtype)
 
 
@@ -250,8 +252,7 @@ def range_(c: Call) -> Node:
     if delta == 0:
         raise InvalidModelError("a range with a step of 0")
     count = max(0, int(np.ceil((float(limit) - float(start)) / float(delta))))
-    if count > 1 << 28:
-        raise InvalidModelError(f"a range of {count} elements")
+    c.room(count, "a range")
     dtype = c[0].dtype.numpy
     return c.lit((start + np.arange(count).astype(dtype) * delta).astype(dtype))
 
@@ -295,6 +296,7 @@ def one_hot(c: Call) -> Node:
     depth = int(c.const(1, "depth").reshape(-1)[0])
     if depth < 0 or values.shape != (2,):
         raise InvalidModelError(f"one-hot vectors of depth {depth} and values {values.type}")
+    c.room(depth, "a one-hot axis")
     axis = checked_axis(int(c.attr("axis", -1)), indices.type.rank + 1)
     i = c.cast(indices, DType.i64)
     i = c.make("where", c.make("less", i, 0), c.make("add", i, depth), i)
@@ -310,5 +312,6 @@ def trilu(c: Call) -> Node:
     if x.type.rank < 2:
         raise InvalidModelError(f"Trilu of {x.type}")
     k = max(-x.shape[-2] - 1, min(k, x.shape[-1] + 1))
+    c.room(x.shape[-2] * x.shape[-1], "a triangle")
     ones = np.ones(x.shape[-2:], np.bool_)
     return c.make("where", c.lit(np.triu(ones, k) if c.attr("upper", 1) else np.tril(ones, k)), x, c.lit(0, x.dtype))

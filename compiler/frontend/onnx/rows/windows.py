@@ -181,7 +181,7 @@ def conv_transpose(c: Call) -> Node:
     if any(grow):
         y = c.make("pad", y, before=(0, 0, *grow), after=(0,) * (n + 2))
     if b is not None:
-        y = c.make("add", y, c.reshape(b, (-1 if False else b.shape[0], *[1] * n)))
+        y = c.make("add", y, c.reshape(b, (b.shape[0], *[1] * n)))
     return y
 
 
@@ -297,6 +297,7 @@ def average_pool(c: Call) -> Node:
         return pooled(c, "avg_pool2d", x, kernel, stride, dilation, before, [max(0, e) for e in exact], count_pad=count_pad)
     total = window_sum(c, x, kernel, stride, dilation, before, exact, out)
     # How many elements each window averages: the image's own, or those of the declared padding too.
+    c.room(math.prod(out) + max(o * k for o, k in zip(out, kernel)), "a table of counts")
     counts = np.ones((1,) * n)
     for i in range(n):
         low, high = (-before[i], x.shape[2 + i] + after[i]) if count_pad else (0, x.shape[2 + i])
