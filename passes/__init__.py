@@ -10,20 +10,29 @@ from skive.passes.fold_batchnorm import fold_batchnorm
 from skive.passes.fold_constants import fold_constants
 from skive.passes.fold_padding import fold_padding
 from skive.passes.fuse_elementwise import fuse_elementwise
+from skive.passes.merge_linear import merge_linear
+from skive.passes.recognise_patterns import recognise_patterns
+from skive.passes.sink_reshapes import sink_reshapes
 from skive.passes.sink_transposes import sink_transposes
 from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
-           "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "optimize", "sink_transposes"]
+           "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "merge_linear", "optimize",
+           "recognise_patterns", "sink_reshapes", "sink_transposes"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
 CANONICAL: list[str] = [
     "fold-constants",
+    "eliminate-common",
+    "recognise-patterns",
     "sink-transposes",
     "eliminate-identity",
+    "recognise-patterns",  # again: in channels-last order, and with bounds spelled as clip
     "fold-padding",
     "fold-batchnorm",
+    "merge-linear",
+    "sink-reshapes",
     "fold-constants",
     "eliminate-identity",
     "eliminate-common",

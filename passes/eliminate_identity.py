@@ -56,7 +56,7 @@ def whole_slice(m: Match) -> Node | None:
     return _same_shape(m) if forward else None
 
 
-@rule(op("slice", op("slice", Var("x"), name="inner", exclusive=True)))
+@rule(op("slice", op("slice", Var("x"), name="inner")))
 def slice_of_slice(m: Match) -> Node | None:
     a, b = m["inner"].attrs, m.root.attrs
     if 0 in m.root.shape:

@@ -1,0 +1,70 @@
+"""`sink-reshapes`: reshapes move behind elementwise operations, so that these meet their producers.
+
+A 1-D convolution is a 2-D one between two reshapes; without this pass its activation and residual
+addition would stay outside its epilogue. A reshape moves no data, so nothing is lost either way.
+"""
+
+from __future__ import annotations
+
+from skive import ops
+from skive.ir import Graph, Node, constant
+from skive.pipeline import pass_
+from skive.rewrite import Match, op, rewrite, rule
+
+ELEMENTWISE = "|".join(n for n, o in ops.OPS.items() if o.kind == "elementwise")
+
+
+def _unit_axes_only(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return [d for d in a if d != 1] == [d for d in b if d != 1]
+
+
+def reshaped_operand(node: Node, shape: tuple[int, ...], target: tuple[int, ...]) -> Node | None:
+    """`node`, which broadcasts to `shape`, so that it broadcasts alike to the reshaped `target`."""
+    if node.type.size == 1:
+        new: tuple[int, ...] = ()
+    elif node.shape == shape:
+        new = target
+    elif _unit_axes_only(shape, target):
+        full = (1,) * (len(shape) - len(node.shape)) + node.shape
+        wide = iter([d for d, s in zip(full, shape) if s != 1])
+        new = tuple(1 if t == 1 else next(wide) for t in target)
+    elif shape and target and node.shape[-1:] == shape[-1:] == target[-1:] and node.type.size == shape[-1]:
+        new = shape[-1:]
+    else:
+        return None
+    if new == node.shape:
+        return node
+    if node.is_const:
+        return constant(node.value.reshape(new), name=node.name, origin=node.origin)
+    return ops.make("reshape", node, shape=new, origin=node.origin)
+
+
+@rule(op(ELEMENTWISE, where=lambda n: any(i.op == "reshape" and i.shape == n.shape for i in n.inputs)))
+def behind_elementwise(m: Match) -> Node | None:
+    root = m.root
+    # An operand that a kernel computes leads; a reshaped input or a view gains nothing.
+    leads = [i.inputs[0] for i in root.inputs if i.op == "reshape" and i.shape == root.shape
+             and (ops.op_of(i.inputs[0].op).epilogue is not None or ops.op_of(i.inputs[0].op).kind == "elementwise")]
+    for lead in leads:
+        inputs = []
+        for i in root.inputs:
+            same = i.op == "reshape" and i.shape == root.shape and i.inputs[0].shape == lead.shape
+            inputs.append(i.inputs[0] if same else reshaped_operand(i, root.shape, lead.shape))
+        if any(i is None for i in inputs):
+            continue
+        moved = ops.make(root.op, *inputs, origin=root.origin, label=root.name, **root.attrs)  # type: ignore[arg-type]
+        if moved.shape == lead.shape:
+            return ops.make("reshape", moved, shape=root.shape, origin=root.origin)
+    return None
+
+
+@rule(op("reshape", op("reshape", name="inner")))
+def reshape_of_reshape(m: Match) -> Node | None:
+    x = m["inner"].inputs[0]
+    return x if x.shape == m.root.shape else ops.make("reshape", x, shape=m.root.shape, origin=m.root.origin)
+
+
+@pass_("sink-reshapes", exact=True)
+def sink_reshapes(graph: Graph, options: object) -> Graph:
+    """Reshapes of what a kernel or an elementwise operation computes, behind the elementwise users."""
+    return rewrite(graph, [reshape_of_reshape, behind_elementwise])
