@@ -1,0 +1,434 @@
+"""The PyTorch front end: `torch.export`, then PyTorch's own translation to ONNX, then the ONNX importer.
+
+One table of operators serves both kinds of model. The way through ONNX keeps whole what export
+alone would take apart (an LSTM stays one node), and follows PyTorch's operators as they grow. The
+older tracing exporter is never used: it records one path through `forward` and drops the branches
+that the example inputs did not take, without a word.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+from skive.frontend import Source
+from skive.ir import Graph
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+    from torch.export import ExportedProgram
+
+Example = "tuple[Any, ...] | Mapping[str, Any] | None"
+OPSET = 20  # of the ONNX model in between: the newest that PyTorch 2.9 translates to without conversion
+REFUSED_TYPES = ("float16", "bfloat16", "float64", "complex64", "complex128")
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise SkiveError("this model needs PyTorch; install it with pip install 'skive-compiler[torch]'") from None
+    return torch
+
+
+def open_module(model: Any, example_inputs: Any, *, request: str, batch_max: int | None) -> Source:
+    """The Source of a `torch.nn.Module` in evaluation mode, or of an `ExportedProgram`.
+
+    `example_inputs` (a tuple, or a dict by the names of `forward`) fixes shapes and element types.
+    InvalidModelError if the module is in training mode, is a TorchScript module, has weights of
+    another type than float32, or if `forward` fails; UnsupportedOpError if it branches on values.
+    """
+    torch = _torch()
+    if isinstance(model, torch.export.ExportedProgram):
+        args, kwargs = model.example_inputs or ((), {})
+        shapes = _shapes(model, example_inputs)
+        return _source(model, "model", None, request, batch_max, lambda: _runner(model, args, kwargs), shapes)
+    name = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InvalidModelError(f"{name} is a TorchScript module; give the torch.nn.Module it was made from")
+    for path, part in model.named_modules():
+        if part.training:
+            raise InvalidModelError(f"{path or name} is in training mode; call .eval() on the model before compiling it")
+    for path, weight in model.named_parameters():
+        _check_type(f"parameter {path}", weight)
+    if example_inputs is None:
+        raise InvalidModelError(f"{name}: example_inputs is missing; give a tuple of tensors, or a dict by the names of "
+                                "forward's parameters")
+    args, kwargs = _arguments(model, example_inputs)
+    program = _export(model, args, kwargs, batch_max)
+    return _source(program, name, None, request, batch_max, lambda: _eager(model, args, kwargs))
+
+
+def open_exported(path: Path, *, request: str, batch_max: int | None) -> Source:
+    """The Source of a `.pt2` file; InvalidModelError if it is damaged or carries anything executable."""
+    torch = _torch()
+    refuse_code(path)
+    with _quiet():
+        try:
+            program = torch.export.load(path)
+        except Exception as e:  # noqa: BLE001 - torch raises what it likes for a damaged archive
+            raise InvalidModelError(f"{path}: not an exported program that this PyTorch reads: {_first_line(e)}") from None
+    args, kwargs = program.example_inputs or ((), {})
+    return _source(program, path.stem, str(path), request, batch_max, lambda: _runner(program, args, kwargs))
+
+
+def open_callable(spec: str, example_inputs: Any, shapes: Mapping[str, Sequence[int]], *, request: str,
+                  batch_max: int | None) -> Source:
+    """The Source of the module that `package.module:callable` returns.
+
+    Without `example_inputs`, float32 inputs of the given `shapes` (by the names of `forward`).
+    """
+    torch = _torch()
+    where, _, attribute = spec.partition(":")
+    if str(Path.cwd()) not in sys.path:  # what `python -m` does
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        target = importlib.import_module(where)
+        for part in attribute.split("."):
+            target = getattr(target, part)
+        model = target if isinstance(target, torch.nn.Module) else target()
+    except Exception as e:  # noqa: BLE001 - the user's code
+        raise InvalidModelError(f"{spec}: {type(e).__name__}: {_first_line(e)}") from None
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidModelError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
+    if example_inputs is None and shapes:
+        generator = torch.Generator().manual_seed(0)
+        example_inputs = {k: torch.randn(tuple(v), generator=generator) for k, v in shapes.items()}
+    source = open_module(model, example_inputs, request=request, batch_max=batch_max)
+    return Source(attribute.rpartition(".")[2], None, source.sha256, source.request, source.graph, source.oracle)
+
+
+# ------------------------------------------------------------------------------------------- inputs
+
+
+def _arguments(model: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example_inputs` as the arguments of `forward`: tensors on the CPU, of element types skive has."""
+    torch = _torch()
+
+    def tensor(name: str, value: Any) -> Any:
+        if isinstance(value, (np.ndarray, np.generic)):
+            value = torch.from_numpy(np.array(value))
+        if isinstance(value, torch.Tensor):
+            _check_type(name, value)
+            return value.detach().cpu()
+        return value
+
+    if isinstance(example, Mapping):
+        try:
+            bound = inspect.signature(model.forward).bind(**example)
+        except TypeError as e:
+            raise InvalidModelError(f"{type(model).__name__}: example_inputs: {e}") from None
+        args = tuple(tensor(f"input {i}", v) for i, v in enumerate(bound.args))
+        return args, {k: tensor(f"input {k}", v) for k, v in bound.kwargs.items()}
+    if not isinstance(example, (tuple, list)):
+        raise InvalidModelError(f"example_inputs is {type(example).__name__}; give a tuple of tensors or a dict")
+    return tuple(tensor(f"input {i}", v) for i, v in enumerate(example)), {}
+
+
+def _check_type(name: str, value: Any) -> None:
+    kind = str(value.dtype).removeprefix("torch.")
+    if kind in REFUSED_TYPES:
+        raise InvalidModelError(f"{name} is {kind}; convert the model and its inputs with .float()")
+
+
+def _shapes(program: ExportedProgram, example: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes by input name that `example_inputs` gives to a program with symbolic dimensions."""
+    names = list(program.graph_signature.user_inputs)
+    given = example if isinstance(example, Mapping) else dict(zip(names, example or (), strict=False))
+    return {str(k): tuple(v.shape) for k, v in given.items() if hasattr(v, "shape")}
+
+
+def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """`model` as a function of arrays, which take the places of the tensors among the arguments."""
+    torch = _torch()
+    from torch.utils import _pytree as pytree
+
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        values = iter(inputs)
+        filled = [torch.from_numpy(np.array(next(values))) if isinstance(v, torch.Tensor) else v for v in leaves]
+        new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
+        with torch.no_grad():
+            result = model(*new_args, **new_kwargs)
+        return [v.detach().cpu().numpy() for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
+
+    return run
+
+
+def _runner(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _eager(program.module(), args, kwargs)
+
+
+# ------------------------------------------------------------------------------------------- export
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the warnings and log lines of export; what matters is raised."""
+    loggers = [logging.getLogger(n) for n in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [g.level for g in loggers]
+    for g in loggers:
+        g.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for g, level in zip(loggers, levels, strict=True):
+            g.setLevel(level)
+
+
+def _export(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch_max: int | None) -> ExportedProgram:
+    """`torch.export` of a module, with a symbolic dimension 0 of every input if `batch_max` is given."""
+    torch = _torch()
+    dynamic = None
+    if batch_max is not None:
+        from torch.utils import _pytree as pytree
+
+        batch = torch.export.Dim("batch", max=max(2, batch_max))
+
+        def twice(v: Any) -> Any:  # export takes a dimension of size 1 for a constant
+            return torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.dim() and v.shape[0] == 1 else v
+
+        args, kwargs = pytree.tree_map(twice, (args, kwargs))
+        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        dynamic = pytree.tree_map(lambda v: {0: batch} if isinstance(v, torch.Tensor) and v.dim() else None, dict(bound))
+    with _quiet():
+        try:
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+        except Exception as e:  # noqa: BLE001 - whatever forward and torch.export raise
+            raise _export_error(e, type(model).__name__) from None
+
+
+def _export_error(error: Exception, name: str) -> SkiveError:
+    """What went wrong in `forward`, at which line of the user's source."""
+    torch_folder = os.path.dirname(_torch().__file__) + os.sep
+    frames = [f for f in traceback.extract_tb(error.__traceback__)
+              if not f.filename.startswith((torch_folder, "<")) and f.filename != __file__]
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {(frames[-1].line or '').strip()}" if frames else name
+    text = str(error)
+    if type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text or ".item()" in text:
+        return UnsupportedOpError([(where, "forward decides on the values of a tensor",
+                                    "use torch.where, or compute both branches and give each as an output")])
+    return InvalidModelError(f"{where}: {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+# ----------------------------------------------------------------------------------------- to graph
+
+
+def _source(program: ExportedProgram, name: str, path: str | None, request: str, batch_max: int | None,
+            make_run: Callable[[], Any], shapes: Mapping[str, tuple[int, ...]] = {}) -> Source:  # noqa: B006
+    def graph() -> Graph:
+        from skive.frontend.onnx import import_onnx
+
+        return import_onnx(to_onnx(program), input_shapes=dict(shapes), batch_max=batch_max)
+
+    def oracle(inputs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+        return make_run()(inputs)
+
+    return Source(name, path, _sha256(program), request, graph, oracle)
+
+
+def _sha256(program: ExportedProgram) -> str:
+    """SHA-256 of the program: its code, signature, weights and constants."""
+    torch = _torch()
+    h = hashlib.sha256()
+    for path, part in program.graph_module.named_modules():
+        if hasattr(part, "code"):
+            h.update(f"{path}\n{part.code}\n".encode())
+    h.update(repr(program.graph_signature).encode())
+    for key, value in sorted([*program.state_dict.items(), *program.constants.items()], key=lambda kv: kv[0]):
+        h.update(f"{key} {type(value).__name__}".encode())
+        if isinstance(value, torch.Tensor):
+            array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            h.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            h.update(array.data)
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        h.update(f"{node.name} {getattr(value, 'dtype', '')} {getattr(value, 'shape', '')}\n".encode())
+    return h.hexdigest()
+
+
+def _refuse_state(program: ExportedProgram) -> None:
+    """UnsupportedOpError, with every buffer and input that `forward` writes to."""
+    changed = [*program.graph_signature.buffers_to_mutate.values(), *program.graph_signature.user_inputs_to_mutate.values()]
+    if changed:
+        raise UnsupportedOpError([(str(c), "forward writes to this tensor",
+                                   "pass state in as an input and return its new value as an output") for c in changed])
+
+
+def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
+    """The ONNX model of an exported program, in memory.
+
+    Inputs have the names of `forward`'s parameters; outputs are called `output`, `output_0` ... or
+    by their path in the dicts, lists and tuples that `forward` returns; a node is called by the
+    path of its module and its ONNX operator.
+    """
+    torch = _torch()
+    try:
+        import onnxscript  # noqa: F401 - torch.onnx translates with it
+    except ImportError:
+        raise SkiveError("a PyTorch model needs onnxscript; install it with pip install 'skive-compiler[torch]'") from None
+    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+        _refuse_state(program.run_decompositions({}))
+        try:
+            translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=_output_names(program),
+                                           optimize=True, verbose=False)
+        except torch.onnx.OnnxExporterError as e:
+            raise _translation_error(program, e) from None
+        model = translated.model_proto
+    _name_nodes(model)
+    return model
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """One name per output tensor: the path in the structure that `forward` returns."""
+    from torch.utils import _pytree as pytree
+
+    spec = program.call_spec.out_spec
+    leaves = list(range(spec.num_leaves))
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, spec))
+    taken = {str(i) for i in program.graph_signature.user_inputs}
+    names = []
+    for path, _ in paths:
+        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        name = ".".join(parts)
+        if not name or name[0].isdigit():
+            name = "_".join(["output", *filter(None, [name])])
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _name_nodes(model: onnx.ModelProto) -> None:
+    """Calls each node by the path of its torch module and its operator, `layer1.0.conv1/Conv`."""
+    counts: dict[str, int] = {}
+    for node in model.graph.node:
+        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
+        try:
+            modules = [s for s in ast.literal_eval(scopes)[:-1] if isinstance(s, str) and s]
+        except (ValueError, SyntaxError):
+            modules = []
+        name = f"{modules[-1]}/{node.op_type}" if modules else node.op_type
+        counts[name] = counts.get(name, 0) + 1
+        node.name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
+
+
+def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError:
+    """Every operator of the program that PyTorch cannot translate, or else the first complaint."""
+    problems: dict[str, tuple[str, str, str]] = {}
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        known = ONNXRegistry.from_torchlib(OPSET)
+        decomposed = program.run_decompositions()
+        for node in decomposed.graph.nodes:
+            target = node.target
+            if node.op == "call_function" and hasattr(target, "_schema") and not known.is_registered(target):
+                stack = [s for s, _ in (node.meta.get("nn_module_stack") or {}).values() if s]
+                problems[str(target)] = (stack[-1] if stack else node.name, f"{target} has no ONNX equivalent",
+                                         "replace it by operations of torch that have one")
+    except Exception:  # noqa: BLE001 - private parts of torch, read only to say more
+        problems = {}
+    if problems:
+        return UnsupportedOpError(list(problems.values()))
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return UnsupportedOpError([("model", f"PyTorch cannot translate it to ONNX: {_first_line(cause)}", "")])
+
+
+# ----------------------------------------------------------------------------------------- security
+
+# Operators that a file may call: those of torch and its Python arithmetic, no function of a module.
+_TARGET = re.compile(r"(torch\.ops\.[a-z_]+(\.[A-Za-z_]\w*){1,2}|_operator\.[a-z_]+|math\.[a-z]+|torch\.sym_\w+|#\w*)")
+# Size expressions: symbols s0, u1, numbers, arithmetic and sympy's integer functions.
+_EXPRESSION = re.compile(r"(?:[su]\d+|zu?f?\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ModularIndexing|IntTrueDiv|oo|int_oo|"
+                         r"True|False|And|Or|Not|Eq|Ne|Ge|Le|Gt|Lt|\d+|[-+*/%<>=&|~,() ])*")
+
+
+def refuse_code(path: Path) -> None:
+    """InvalidModelError unless reading the `.pt2` archive with torch runs nothing that the file brings.
+
+    `torch.export.load` unpickles tensors and objects, evaluates size expressions as Python and calls
+    whatever function of torch the graph names; a model from elsewhere may use each to run commands.
+    """
+    def refuse(why: str) -> InvalidModelError:
+        return InvalidModelError(f"{path}: {why}; export the model again with torch.export.save")
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {n.partition("/")[2]: n for n in archive.namelist()}
+            documents = {n: json.loads(archive.read(full)) for n, full in members.items() if n.endswith(".json")}
+            samples = {n: archive.read(full) for n, full in members.items() if n.startswith("data/sample_inputs/")}
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
+        raise InvalidModelError(f"{path}: not a .pt2 archive, or a damaged one: {_first_line(e)}") from None
+    if not any(n.startswith("models/") for n in members):
+        raise refuse("an archive without an exported program (weights alone, TorchScript and older formats are not read)")
+    for n in members:
+        if n.startswith("data/aotinductor/") or n in ("version", "serialized_state_dict.pt"):
+            raise refuse(f"the archive holds {n}, which is compiled code or an old format")
+        if n.startswith(("data/weights/", "data/constants/")) and n.endswith((".pt", ".pkl")):
+            raise refuse(f"{n} is a pickle")
+    for n, document in documents.items():
+        for key, value in _pairs(document):
+            if key == "use_pickle" and value:
+                raise refuse(f"{n} stores tensors as pickles")
+            if key == "path_name" and str(value).startswith(("custom_obj_", "opaque_obj_")):
+                raise refuse(f"{n} stores objects as pickles")
+            if key == "target" and isinstance(value, str) and not _TARGET.fullmatch(value):
+                raise refuse(f"{n} calls {value[:80]!r}")
+            if key == "expr_str" and not _EXPRESSION.fullmatch(str(value)):
+                raise refuse(f"{n} holds the expression {str(value)[:80]!r}")
+            if key == "guards_code" and value:
+                raise refuse(f"{n} holds Python source")
+            if key in ("__enum__", "fqn") and key == "__enum__":
+                raise refuse(f"{n} names a Python class")
+    torch = _torch()
+    for n, data in samples.items():
+        try:
+            torch.load(io.BytesIO(data), weights_only=True)
+        except Exception:  # noqa: BLE001 - the restricted unpickler's refusals
+            raise refuse(f"{n} holds more than tensors") from None
+
+
+def _pairs(document: Any) -> Iterator[tuple[str, Any]]:
+    """Every (key, value) of a JSON document, at any depth; JSON inside strings is opened too."""
+    stack = [document]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            for key, value in item.items():
+                yield key, value
+                stack.append(value)
+        elif isinstance(item, list):
+            stack.extend(item)
+        elif isinstance(item, str) and item[:1] in "[{" and item[:1]:
+            with contextlib.suppress(ValueError):
+                stack.append(json.loads(item))
