@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProt
 from skive import ops
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
+from skive.frontend.onnx.batch import check_separable
 from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, elem_name, load_model, sparse_array, tensor_array
 from skive.frontend.onnx.table import ROWS, Call, Decline, OptionalValue, SequenceValue, Unsupported, Value
 from skive.ir import Graph, Node, constant, topological
@@ -392,8 +393,20 @@ def import_onnx(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, np
     """The IR graph of an ONNX model: static shapes, constants folded, images channels-last inside.
 
     `fixed_inputs` turns graph inputs into constants; `input_shapes` gives the shape of inputs (by
-    name) or the value of symbolic dimensions (by theirs). Raises InvalidModelError for a damaged
-    model, ShapeError for an unknown or impossible shape, UnsupportedOpError with all its problems.
+    name) or the value of symbolic dimensions (by theirs). With `batch_max` the unknown first
+    dimensions are the batch: the graph describes one sample, and it is proved that samples do not
+    mix. Raises InvalidModelError for a damaged model, ShapeError for an unknown or impossible shape
+    or a model that mixes samples, UnsupportedOpError with all problems of the model at once.
     """
     proto, folder = load_model(model)
-    return Importer(proto, folder, fixed_inputs, input_shapes).run().graph
+    if batch_max is None:
+        return Importer(proto, folder, fixed_inputs, input_shapes).run().graph
+    if batch_max < 1:
+        raise ShapeError(f"a batch of at most {batch_max} samples")
+    one = Importer(proto, folder, fixed_inputs, input_shapes, batch=1).run().graph
+    try:
+        two = Importer(proto, folder, fixed_inputs, input_shapes, batch=2).run().graph
+    except ShapeError as e:
+        raise ShapeError(f"{e}: the model does not take a batch of 2; compile for a fixed batch") from None
+    check_separable(one, two)
+    return replace(one, batch_max=batch_max)
