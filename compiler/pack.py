@@ -29,6 +29,7 @@ _DEPTHWISE_BLOCK = 16  # channels per block of depthwise.h
 _ALIGNMENT = 16  # floats: packed arrays that follow one another stay 64-byte aligned
 _CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
 _CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
+_CLASH = 1024  # floats: pixels that are a multiple of it apart share one set of the L1 cache
 _TILE_ROWS = 24  # most output rows of a register tile
 _BLOCK_VECTORS = {"avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
 
@@ -76,23 +77,38 @@ def conv2d_block(out_channels: int, isa: str) -> int:
 
 
 def conv2d_scratch_bytes(
-    image: Sequence[int], attrs: Mapping[str, Any], kernel: Sequence[int], parts: int = 1
+    image: Sequence[int],
+    attrs: Mapping[str, Any],
+    kernel: Sequence[int],
+    parts: int = 1,
+    pixel_stride: int | None = None,
 ) -> int:
-    """Upper bound of `conv2d::scratch_bytes(parts)`: 0 for a convolution without padding.
+    """Upper bound of `conv2d::scratch_bytes(parts)`; mostly 0 without padding.
 
     `image` is [N, H, W, C]; `attrs` has "stride", "pad" (top, left, bottom, right), "dilation" and
-    optionally "groups"; `kernel` is (KH, KW).
+    optionally "groups"; `kernel` is (KH, KW); `pixel_stride` is XS, C by default.
     """
+    n, h, w, channels = image
     pad = attrs["pad"]
-    if not any(pad):
-        return 0
     (sh, sw), (dh, dw) = attrs["stride"], attrs["dilation"]
     reach_h, reach_w = dh * (kernel[0] - 1) + 1, dw * (kernel[1] - 1) + 1
-    oh = (image[1] + pad[0] + pad[2] - reach_h) // sh + 1
-    ow = (image[2] + pad[1] + pad[3] - reach_w) // sw + 1
-    if image[1] == 1 and kernel[0] == 1 and oh == 1:  # one dimension: the kernel turns it into rows
+    oh = (h + pad[0] + pad[2] - reach_h) // sh + 1
+    ow = (w + pad[1] + pad[3] - reach_w) // sw + 1
+    run = channels // attrs.get("groups", 1)  # floats read at one tap
+    stride = pixel_stride or channels
+    if (kernel[0], kernel[1], sh, sw) == (1, 1, 1, 1) and not any(pad):  # a matrix product
+        h, w, oh, ow, n = n * h * w, 1, n * oh * ow, 1, 1
+    elif oh == ow == 1 and not any(pad):  # the window covers the image, perhaps
+        stride *= h * w
+        run *= kernel[0] * kernel[1]
+        oh, reach_h, reach_w = n, 1, 1
+    elif h == 1 and kernel[0] == 1 and oh == 1:  # one dimension: its only axis becomes the rows
         sh, sw, reach_h, reach_w, oh, ow = sw, sh, reach_w, reach_h, ow, oh
-    row = ((ow - 1) * sw + reach_w) * (image[3] // attrs.get("groups", 1)) * 4
+    step = sh if ow == 1 else sw
+    clash = any(s * step % _CLASH == 0 for s in (stride, run))
+    if not any(pad) and not clash:
+        return 0
+    row = ((ow - 1) * sw + reach_w) * (run + 16 * clash) * 4
     strip = ((min(oh, _TILE_ROWS) - 1) * sh + reach_h) * row
     everything = ((oh - 1) * sh + reach_h) * row
     return _round_up(min(everything, max(_CHUNK_BYTES, strip)), 64) * parts

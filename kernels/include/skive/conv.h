@@ -10,8 +10,8 @@
 // (kh, kw, ic) that starts at the bias, whatever the tile or the number of parts.
 //
 // Padding: the rows of a chunk are copied into a scratch buffer with their border of zeros, which
-// costs one pass over data that is about to be read from there OC/16 * KH * KW times. Nothing is copied
-// without padding.
+// costs one pass over data that is about to be read from there OC/16 * KH * KW times. Without padding
+// nothing is copied, except where the pixels of a tile would fight over one set of the L1 cache.
 #ifndef SKIVE_CONV_H
 #define SKIVE_CONV_H
 
@@ -151,17 +151,28 @@ struct conv2d {
   static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes));
   static constexpr int kStrips = div_up(shape.oh, tile.rows);  // per image, tile.rows rows each
 
+  // A tile walks its pixels in steps of kPitch floats. If that is a multiple of 4 KiB, all of them fall
+  // into one set of an 8-way L1 cache and evict each other at every step; such rows are copied with
+  // a cache line between the pixels.
+  static constexpr ptrdiff_t kPitch =
+      shape.ow > 1 ? shape.sw * (shape.copy ? shape.run : shape.pixel) : shape.sh * shape.row;
+  static constexpr bool kConflict = kPitch % 1024 == 0 && tile.rows * tile.columns > 7;
+  static constexpr bool kCopy = shape.copy || kConflict;
+  // The copy of a 1x1 window leaves out what its strides skip.
+  static constexpr bool kGather = kConflict && !shape.copy && shape.kh == 1 && shape.kw == 1;
+  static constexpr int kStrideH = kGather ? 1 : shape.sh, kStrideW = kGather ? 1 : shape.sw;
+
   // The rows that tiles read: x itself, or the scratch copy with its border.
-  static constexpr int kCopiedColumns = (shape.ow - 1) * shape.sw + (shape.kw - 1) * shape.dw + 1;
-  static constexpr ptrdiff_t kPixel = shape.copy ? shape.run : shape.pixel;
-  static constexpr ptrdiff_t kRow = shape.copy ? kCopiedColumns * kPixel : shape.row;
+  static constexpr int kCopiedColumns = (shape.ow - 1) * kStrideW + (shape.kw - 1) * shape.dw + 1;
+  static constexpr ptrdiff_t kPixel = kCopy ? shape.run + (kConflict ? 16 : 0) : shape.pixel;
+  static constexpr ptrdiff_t kRow = kCopy ? kCopiedColumns * kPixel : shape.row;
   // Taps of a filter row that lie side by side are one run.
   static constexpr bool kMerged = kPixel == shape.run && shape.dw == 1;
   static constexpr int kTaps = kMerged ? 1 : shape.kw;
   static constexpr int kRun = kMerged ? shape.kw * shape.run : shape.run;
 
   static constexpr int rows_read(int output_rows) {
-    return (output_rows - 1) * shape.sh + (shape.kh - 1) * shape.dh + 1;
+    return (output_rows - 1) * kStrideH + (shape.kh - 1) * shape.dh + 1;
   }
   // Strips whose input stays in L2 while all blocks of weights pass by.
   static constexpr int chunk_strips() {
@@ -172,7 +183,7 @@ struct conv2d {
   }
   static constexpr int kChunk = chunk_strips();
   static constexpr ptrdiff_t kCopyFloats =
-      shape.copy ? (rows_read(kChunk * tile.rows < shape.oh ? kChunk * tile.rows : shape.oh) * kRow +
+      kCopy ? (rows_read(kChunk * tile.rows < shape.oh ? kChunk * tile.rows : shape.oh) * kRow +
                     15) / 16 * 16
                  : 0;
 
@@ -185,7 +196,7 @@ struct conv2d {
   struct Offsets {
     template <int P>
     static constexpr ptrdiff_t at() {
-      return P / Columns * shape.sh * kRow + P % Columns * shape.sw * kPixel;
+      return P / Columns * kStrideH * kRow + P % Columns * kStrideW * kPixel;
     }
   };
 
@@ -215,12 +226,12 @@ struct conv2d {
                                          ptrdiff_t pixel, int channel, const E& epilogue) {
     constexpr int kRest = shape.ow % tile.columns;
     for (int c = 0; c < shape.ow - kRest; c += tile.columns) {
-      compute_tile<Rows, tile.columns, Channels>(x + c * shape.sw * kPixel, w, bias, y, pixel + c,
+      compute_tile<Rows, tile.columns, Channels>(x + c * kStrideW * kPixel, w, bias, y, pixel + c,
                                                  channel, epilogue);
     }
     if constexpr (kRest != 0) {
       constexpr int c = shape.ow - kRest;
-      compute_tile<Rows, kRest, Channels>(x + c * shape.sw * kPixel, w, bias, y, pixel + c, channel,
+      compute_tile<Rows, kRest, Channels>(x + c * kStrideW * kPixel, w, bias, y, pixel + c, channel,
                                           epilogue);
     }
   }
@@ -235,7 +246,7 @@ struct conv2d {
     const int full = end * tile.rows <= shape.oh ? end : end - 1;
     for (int s = begin; s < full; ++s) {
       compute_strip<tile.rows, Channels>(x, w, bias, y, pixel, channel, epilogue);
-      x += tile.rows * shape.sh * kRow;
+      x += tile.rows * kStrideH * kRow;
       pixel += tile.rows * shape.ow;
     }
     if constexpr (kRestRows != 0) {
@@ -245,27 +256,33 @@ struct conv2d {
     }
   }
 
-  // Copies input rows [begin, begin + count) of an image with their border of zeros.
+  // Copies input rows [begin, begin + count) of an image with their border of zeros; of a gathered
+  // image only the rows and pixels that are read count.
   static SKIVE_NOINLINE void copy_rows(const float* x, float* to, int begin, int count) {
+    constexpr int kHeight = kGather ? shape.oh : shape.h, kWidth = kGather ? shape.ow : shape.w;
+    constexpr ptrdiff_t kFromRow = shape.row * (kGather ? shape.sh : 1);
+    constexpr ptrdiff_t kFromPixel = shape.pixel * (kGather ? shape.sw : 1);
+    // The image's columns that the copy holds: the last window may end before the image does, and a
+    // border may be wider than the copy.
+    constexpr int kLeft = shape.left < kCopiedColumns ? shape.left : kCopiedColumns;
+    constexpr int kRoom = kCopiedColumns - kLeft;
+    constexpr int kInside = kRoom < kWidth ? kRoom : kWidth;
     for (int r = begin; r < begin + count; ++r, to += kRow) {
-      if (r < 0 || r >= shape.h) {
+      if (r < 0 || r >= kHeight) {
         zero_floats(to, kRow);
         continue;
       }
-      constexpr int kRight = kCopiedColumns - shape.left;  // may end inside the image
-      constexpr int kInside = kRight < shape.w ? kRight : shape.w;
-      zero_floats(to, shape.left * kPixel);
-      const float* from = x + r * shape.row;
-      float* inside = to + shape.left * kPixel;
-      if constexpr (shape.pixel == kPixel) {
-        constexpr int n = kInside > 0 ? kInside * static_cast<int>(kPixel) : 0;
-        copy_floats<n>(inside, from);
+      zero_floats(to, kLeft * kPixel);
+      const float* const from = x + r * kFromRow;
+      float* const inside = to + kLeft * kPixel;
+      if constexpr (kFromPixel == kPixel) {
+        copy_floats<kInside * static_cast<int>(kPixel)>(inside, from);
       } else {
         for (int c = 0; c < kInside; ++c) {
-          copy_floats<shape.run>(inside + c * kPixel, from + c * shape.pixel);
+          copy_floats<shape.run>(inside + c * kPixel, from + c * kFromPixel);
         }
       }
-      if constexpr (kRight > kInside) zero_floats(inside + kInside * kPixel, (kRight - kInside) * kPixel);
+      zero_floats(inside + kInside * kPixel, (kRoom - kInside) * kPixel);
     }
   }
 
@@ -286,9 +303,9 @@ struct conv2d {
       const int image = s / kStrips, begin = s % kStrips;
       int end = begin + kChunk < kStrips ? begin + kChunk : kStrips;
       if (end - begin > s1 - s) end = begin + (s1 - s);
-      const int first = begin * tile.rows * shape.sh - shape.top;
+      const int first = begin * tile.rows * kStrideH - shape.top;
       const float* from = rows;
-      if constexpr (!shape.copy) {
+      if constexpr (!kCopy) {
         from = x + image * shape.image + first * shape.row;
       } else {
         const int last = end * tile.rows < shape.oh ? end * tile.rows : shape.oh;

@@ -13,16 +13,24 @@ struct F32Tile {
   static constexpr int kRegisters = 16;
   static constexpr int kInFlight = 8;
 
-  // L lanes: always 4.
+  // L lanes: always 4. A vector type of GNU C++, which every target has: SIMD where there is some,
+  // four scalars otherwise. Unlike an array it stays in registers and compiles fast.
   template <int L>
   struct Lanes {
-    Vec<L> v;
+    typedef float Register __attribute__((vector_size(L * sizeof(float))));
+    Register v;
   };
 
   template <int L>
-  static SKIVE_INLINE Lanes<L> load_lanes(const float* p) { return {load<L>(p)}; }
+  static SKIVE_INLINE Lanes<L> load_lanes(const float* p) {
+    Lanes<L> r;
+    __builtin_memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
   template <int L>
-  static SKIVE_INLINE Lanes<L> broadcast(const float* p) { return {splat<L>(*p)}; }
+  static SKIVE_INLINE Lanes<L> broadcast(const float* p) {
+    return {typename Lanes<L>::Register{*p, *p, *p, *p}};
+  }
   // Where a target's compiler keeps too much in registers across steps, its file hides the pointer.
   static SKIVE_INLINE const float* opaque(const float* p) { return p; }
   // The first L of the lanes of a wider register.
@@ -34,12 +42,12 @@ struct F32Tile {
   // acc + x * w
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
-    return {fma(x.v, w.v, acc.v)};
+    return {x.v * w.v + acc.v};
   }
   template <int N, int L>
   static SKIVE_INLINE Vec<N> finish(Lanes<L> a) {
     Vec<N> r;
-    for (int i = 0; i < N; ++i) r.v[i] = a.v.v[i];
+    for (int i = 0; i < N; ++i) r.v[i] = a.v[i];
     return r;
   }
 };
