@@ -345,8 +345,8 @@ def _orders(n: int) -> list[tuple[int, ...]]:
     return [(0,)] if n == 1 else [(0, 1), (1, 0)] if n == 2 else []
 
 
-RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *NORMS, norm_scale, norm_shift, *ACTIVATIONS, square, positive_axis, matmul_by_constant,
-                     scaled_dot_product, space_to_depth]
+RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *NORMS, norm_scale, norm_shift, *ACTIVATIONS, square, positive_axis,
+                     matmul_by_constant, scaled_dot_product, space_to_depth]
 
 
 @pass_("recognise-patterns", exact=True)
