@@ -21,6 +21,7 @@
 //   template <int N = kLanes> struct Vec;        N active lanes; inactive lanes are unspecified
 //   load<N>(const float*), store(float*, Vec<N>) exactly N floats, any alignment
 //   splat<N>(float), zero<N>()
+//   in_register(a): a itself, loaded once even where the compiler would repeat the load
 //   operators + - * / and unary -, fma(a, b, c) = a * b + c
 //   vmin, vmax (ordered as the instruction: second operand if either is NaN)
 //   Mask<N> = a < b etc. through less(a, b), equal(a, b); select(mask, yes, no)

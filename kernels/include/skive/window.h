@@ -109,6 +109,51 @@ struct Window {
     }
   }
 
+  // Input columns under a tile of T output columns.
+  static constexpr int span(int t) { return (t - 1) * Strides::W + (KW - 1) * Dilations::W + 1; }
+  template <int T>
+  using EachColumn = Indices<span(T)>;
+
+  static constexpr bool reads(int t, int kw, int j) {
+    return t * Strides::W + kw * Dilations::W == j;
+  }
+  static constexpr bool any_reads(int columns, int j) {
+    for (int t = 0; t < columns; ++t)
+      for (int kw = 0; kw < KW; ++kw)
+        if (reads(t, kw, j)) return true;
+    return false;
+  }
+
+  // Input column J of the tile, loaded once for all the taps that read it.
+  template <int N, int T, int J, class Row, class Op>
+  static SKIVE_INLINE void column(Vec<N> (&acc)[T], const float* x, const Row& taps, const Op& op) {
+    if constexpr (any_reads(T, J)) {
+      const Vec<N> v = in_register(load<N>(x + ptrdiff_t{J} * XS));
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+#pragma GCC unroll 64
+        for (int kw = 0; kw < KW; ++kw)
+          if (reads(t, kw, J)) acc[t] = op.step(acc[t], v, taps, kw);
+    }
+  }
+  template <int N, int T, class Row, class Op, int... J>
+  static SKIVE_INLINE void inner_columns(Vec<N> (&acc)[T], const float* x, const Row& taps,
+                                         const Op& op, Index<J...>) {
+    (column<N, T, J>(acc, x, taps, op), ...);
+  }
+
+  // The same for a tile whose first input column is IW0; columns outside the image vanish.
+  template <int N, int T, int IW0, int J, class Row, class Op>
+  static SKIVE_INLINE void edge_column_of_tile(Vec<N> (&acc)[T], const float* x, const Row& taps,
+                                               const Op& op) {
+    if constexpr (IW0 + J >= 0 && IW0 + J < In::W) column<N, T, J>(acc, x, taps, op);
+  }
+  template <int N, int T, int IW0, class Row, class Op, int... J>
+  static SKIVE_INLINE void edge_columns(Vec<N> (&acc)[T], const float* x, const Row& taps,
+                                        const Op& op, Index<J...>) {
+    (edge_column_of_tile<N, T, IW0, J>(acc, x, taps, op), ...);
+  }
+
   // T columns from `ow`, all taps inside the image.
   template <int N, int T, class Op, class E>
   static SKIVE_INLINE void inner_tile(const Line& line, int ow, const Op& op, const E& epilogue) {
@@ -116,37 +161,24 @@ struct Window {
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) acc[t] = op.template first<N>(line.c);
     const float* x = line.x + ptrdiff_t{ow * Strides::W - Padding::Left} * XS;
-    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep) {
-      const auto taps = op.template row<N>(line.c, kh);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t)
-#pragma GCC unroll 64
-        for (int kw = 0; kw < KW; ++kw)
-          acc[t] = op.step(acc[t], load<N>(x + (t * Strides::W + kw * Dilations::W) * XS), taps, kw);
-    }
+    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep)
+      inner_columns<N, T>(acc, x, op.template row<N>(line.c, kh), op, EachColumn<T>{});
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
       store(line.y + (ow + t) * ptrdiff_t{YS},
             epilogue(op.last(acc[t], line.oh, ow + t, true), line.pixel + ow + t, line.c));
   }
 
-  // T columns from compile-time column OW0; taps outside the image vanish at compile time.
+  // T columns from compile-time column OW0, of which some taps lie outside the image.
   template <int N, int OW0, int T, class Op, class E>
   static SKIVE_INLINE void edge_tile(const Line& line, const Op& op, const E& epilogue) {
+    constexpr int iw0 = OW0 * Strides::W - Padding::Left;
     Vec<N> acc[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) acc[t] = op.template first<N>(line.c);
-    const float* x = line.x;
-    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep) {
-      const auto taps = op.template row<N>(line.c, kh);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t)
-#pragma GCC unroll 64
-        for (int kw = 0; kw < KW; ++kw) {
-          const int iw = (OW0 + t) * Strides::W - Padding::Left + kw * Dilations::W;
-          if (iw >= 0 && iw < In::W) acc[t] = op.step(acc[t], load<N>(x + iw * XS), taps, kw);
-        }
-    }
+    const float* x = line.x + ptrdiff_t{iw0} * XS;
+    for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep)
+      edge_columns<N, T, iw0>(acc, x, op.template row<N>(line.c, kh), op, EachColumn<T>{});
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const bool inner = OW0 + t >= kInnerBegin && OW0 + t < kInnerEnd;

@@ -44,6 +44,13 @@ SKIVE_INLINE Vec<N> splat(float x) { return {_mm256_set1_ps(x)}; }
 template <int N = kLanes>
 SKIVE_INLINE Vec<N> zero() { return {_mm256_setzero_ps()}; }
 
+// The value in a register: the compiler must not turn its uses into loads of their own.
+template <int N>
+SKIVE_INLINE Vec<N> in_register(Vec<N> a) {
+  __asm__("" : "+x"(a.v));
+  return a;
+}
+
 template <int N> SKIVE_INLINE Vec<N> operator+(Vec<N> a, Vec<N> b) { return {_mm256_add_ps(a.v, b.v)}; }
 template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a, Vec<N> b) { return {_mm256_sub_ps(a.v, b.v)}; }
 template <int N> SKIVE_INLINE Vec<N> operator*(Vec<N> a, Vec<N> b) { return {_mm256_mul_ps(a.v, b.v)}; }

@@ -52,6 +52,13 @@ SKIVE_INLINE Vec<N> splat(float x) { return {_mm512_set1_ps(x)}; }
 template <int N = kLanes>
 SKIVE_INLINE Vec<N> zero() { return {_mm512_setzero_ps()}; }
 
+// The value in a register: the compiler must not turn its uses into loads of their own.
+template <int N>
+SKIVE_INLINE Vec<N> in_register(Vec<N> a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
+
 template <int N> SKIVE_INLINE Vec<N> operator+(Vec<N> a, Vec<N> b) { return {_mm512_add_ps(a.v, b.v)}; }
 template <int N> SKIVE_INLINE Vec<N> operator-(Vec<N> a, Vec<N> b) { return {_mm512_sub_ps(a.v, b.v)}; }
 template <int N> SKIVE_INLINE Vec<N> operator*(Vec<N> a, Vec<N> b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -39,6 +39,10 @@ SKIVE_INLINE Vec<N> splat(float x) { return each<N>([&](int) { return x; }); }
 template <int N = kLanes>
 SKIVE_INLINE Vec<N> zero() { return splat<N>(0.0f); }
 
+// Where instruction sets keep the compiler from turning each use into a load; here it may choose.
+template <int N>
+SKIVE_INLINE Vec<N> in_register(Vec<N> a) { return a; }
+
 template <int N> SKIVE_INLINE Vec<N> operator+(Vec<N> a, Vec<N> b) {
   return each<N>([&](int i) { return a.v[i] + b.v[i]; });
 }
