@@ -39,12 +39,17 @@ def reshaped_operand(node: Node, shape: tuple[int, ...], target: tuple[int, ...]
     return ops.make("reshape", node, shape=new, origin=node.origin)
 
 
+def _leads(node: Node) -> list[Node]:
+    """What the operands of `node` reshape, where a kernel or an elementwise operation computes it: a
+    reshaped input or a view gains nothing from standing directly before `node`."""
+    sources = [i.inputs[0] for i in node.inputs if i.op == "reshape" and i.shape == node.shape]
+    return [i for i in sources if ops.op_of(i.op).epilogue is not None or ops.op_of(i.op).kind == "elementwise"]
+
+
 @rule(op(ELEMENTWISE, where=lambda n: any(i.op == "reshape" and i.shape == n.shape for i in n.inputs)))
 def behind_elementwise(m: Match) -> Node | None:
     root = m.root
-    # An operand that a kernel computes leads; a reshaped input or a view gains nothing.
-    leads = [i.inputs[0] for i in root.inputs if i.op == "reshape" and i.shape == root.shape
-             and (ops.op_of(i.inputs[0].op).epilogue is not None or ops.op_of(i.inputs[0].op).kind == "elementwise")]
+    leads = _leads(root)
     for lead in leads:
         inputs = []
         for i in root.inputs:
@@ -53,9 +58,33 @@ def behind_elementwise(m: Match) -> Node | None:
         if any(i is None for i in inputs):
             continue
         moved = ops.make(root.op, *inputs, origin=root.origin, label=root.name, **root.attrs)  # type: ignore[arg-type]
-        if moved.shape == lead.shape:
+        # Fewer computed operands stand behind a reshape than before: two operands of different
+        # shapes cannot take turns for ever.
+        if moved.shape == lead.shape and len(_leads(moved)) < len(leads):
             return ops.make("reshape", moved, shape=root.shape, origin=root.origin)
     return None
+
+
+@rule(op(ELEMENTWISE, where=lambda n: any(i.op in ("reshape", "transpose") for i in n.inputs)))
+def before_movement(m: Match) -> Node | None:
+    """f(transpose(kernel(x))) = transpose(f(kernel(x))) for an f of one tensor, so that f joins the kernel."""
+    root = m.root
+    data = [i for i in root.inputs if i.type.size != 1 or not i.is_const]
+    if len(data) != 1 or data[0].shape != root.shape:
+        return None
+    chain: list[Node] = []
+    source = data[0]
+    while source.op in ("reshape", "transpose") and m.only_use(source):
+        chain.append(source)
+        source = source.inputs[0]
+    if not chain or not m.only_use(source) or ops.op_of(source.op).epilogue is None or source.dtype is not root.dtype:
+        return None
+    # Constants of one element may carry axes: only their value counts.
+    operands = [source if i is data[0] else constant(i.value.reshape(()), origin=i.origin) for i in root.inputs]
+    node = ops.make(root.op, *operands, origin=root.origin, label=root.name, **root.attrs)
+    for movement in reversed(chain):
+        node = ops.make(movement.op, node, origin=movement.origin, **movement.attrs)
+    return node
 
 
 @rule(op("reshape", op("reshape", name="inner")))
@@ -67,4 +96,4 @@ def reshape_of_reshape(m: Match) -> Node | None:
 @pass_("sink-reshapes", exact=True)
 def sink_reshapes(graph: Graph, options: object) -> Graph:
     """Reshapes of what a kernel or an elementwise operation computes, behind the elementwise users."""
-    return rewrite(graph, [reshape_of_reshape, behind_elementwise])
+    return rewrite(graph, [reshape_of_reshape, before_movement, behind_elementwise])
