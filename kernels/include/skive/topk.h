@@ -1,44 +1,69 @@
-// The K largest or smallest elements of each row, sorted; the lower index comes first among equals.
+// The K largest or smallest elements of each row, sorted; the lower index first among equals.
 #ifndef SKIVE_TOPK_H
 #define SKIVE_TOPK_H
 
-#include "skive/isa.h"
+#include "skive/math.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
 
-struct TopkValue {
-  template <class T> static SKIVE_INLINE T of(const T* row, ptrdiff_t i) { return row[i]; }
-};
-struct TopkIndex {
-  template <class T> static SKIVE_INLINE int64_t of(const T*, ptrdiff_t i) { return i; }
-};
-
-// x [Rows, N] -> y [Rows, K]: the values or the indices, as What says. Sorted insertion into a list
-// of K positions: linear in N for the small K of a classifier. NaN ranks as the largest.
-template <class T, class R, class What, int Rows, int N, int K, bool Largest>
+// x [Outer, N] -> values and indices [Outer, K]; either may be null. NaN counts as the largest value.
+// A heap of the K best seen so far, worst on top: N log K steps in the worst case, and about N when
+// the row is not sorted against it.
+template <class T, ptrdiff_t Outer, ptrdiff_t N, ptrdiff_t K, bool Largest>
 struct topk {
-  static void run(const T* x, R* y, Part part) {
-    for (ptrdiff_t r = part_begin(Rows, part), end = part_end(Rows, part); r < end; ++r) {
-      const T* row = x + r * N;
-      int best[K];
-      int kept = 0;
-      for (int i = 0; i < N; ++i) {
-        if (kept == K && !before(row[i], row[best[K - 1]])) continue;
-        int at = kept < K ? kept++ : K - 1;
-        for (; at > 0 && before(row[i], row[best[at - 1]]); --at) best[at] = best[at - 1];
-        best[at] = i;
+  static_assert(K <= N, "k is at most the length of the row");
+  static constexpr size_t scratch_bytes(int parts = 1) {
+    return static_cast<size_t>((K * sizeof(int64_t) + 63) / 64 * 64) * static_cast<size_t>(parts);
+  }
+
+  static void run(const T* x, T* values, int64_t* indices, void* scratch, Part part) {
+    if constexpr (K > 0) {
+      int64_t* const heap = reinterpret_cast<int64_t*>(static_cast<char*>(scratch) + part.index * scratch_bytes());
+      for (ptrdiff_t r = part_begin(Outer, part), end = part_end(Outer, part); r < end; ++r) {
+        const T* row = x + r * N;
+        for (ptrdiff_t i = 0; i < K; ++i) heap[i] = i;
+        for (ptrdiff_t i = K / 2; i-- > 0;) sink(row, heap, i, K);
+        for (ptrdiff_t i = K; i < N; ++i) {
+          if (before(row, i, heap[0])) {
+            heap[0] = i;
+            sink(row, heap, 0, K);
+          }
+        }
+        for (ptrdiff_t last = K - 1; last >= 0; --last) {  // the worst of the rest goes last
+          const int64_t worst = heap[0];
+          heap[0] = heap[last];
+          sink(row, heap, 0, last);
+          if (values) values[r * K + last] = row[worst];
+          if (indices) indices[r * K + last] = worst;
+        }
       }
-      for (int k = 0; k < K; ++k) y[r * K + k] = What::of(row, best[k]);
     }
   }
 
  private:
-  // Strictly ahead of: equal elements keep the order in which they come.
-  static SKIVE_INLINE bool before(T a, T b) {
-    if (a != a) return Largest && b == b;
-    if (b != b) return !Largest;
+  // Element i of the row is better than element j.
+  static SKIVE_INLINE bool before(const T* row, int64_t i, int64_t j) {
+    const T a = row[i], b = row[j];
+    if (is_nan(a) || is_nan(b)) {
+      if (is_nan(a) == is_nan(b)) return i < j;
+      return is_nan(a) == Largest;
+    }
+    if (a == b) return i < j;
     return Largest ? a > b : a < b;
+  }
+  // Restores the heap below position i of n: each parent is worse than its children.
+  static SKIVE_INLINE void sink(const T* row, int64_t* heap, ptrdiff_t i, ptrdiff_t n) {
+    for (;;) {
+      ptrdiff_t child = 2 * i + 1;
+      if (child >= n) return;
+      if (child + 1 < n && before(row, heap[child], heap[child + 1])) ++child;
+      if (!before(row, heap[i], heap[child])) return;
+      const int64_t t = heap[i];
+      heap[i] = heap[child];
+      heap[child] = t;
+      i = child;
+    }
   }
 };
 

@@ -1,0 +1,141 @@
+// Normalisations: of rows (layer_norm, rms_norm) and of groups of channels of an NHWC image
+// (group_norm; one channel per group is instance normalisation). float32, several partial sums.
+#ifndef SKIVE_NORM_H
+#define SKIVE_NORM_H
+
+#include "skive/row.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+// y = (x - mean) / sqrt(variance + eps) * scale + bias for each of Rows rows of N floats; scale and
+// bias [N], bias may be null. The variance is that of the differences, read from cache.
+template <ptrdiff_t Rows, ptrdiff_t N>
+struct layer_norm {
+  static void run(const float* x, const float* scale, const float* bias, float* y, Part part, float eps) {
+    const ptrdiff_t begin = part_begin(Rows, part), end = part_end(Rows, part);
+    if constexpr (N > 0) {
+      if (bias) {
+        for (ptrdiff_t r = begin; r < end; ++r) row<true>(x + r * N, scale, bias, y + r * N, eps);
+      } else {
+        for (ptrdiff_t r = begin; r < end; ++r) row<false>(x + r * N, scale, bias, y + r * N, eps);
+      }
+    }
+  }
+
+ private:
+  template <bool Bias>
+  static SKIVE_INLINE void row(const float* x, const float* scale, const float* bias, float* y, float eps) {
+    const float mean =
+        sum_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); }) / N;
+    const float square = sum_row<N>([&](ptrdiff_t i, auto lanes) {
+      constexpr int n = decltype(lanes)::count;
+      const Vec<n> d = load<n>(x + i) - splat<n>(mean);
+      return d * d;
+    });
+    const float factor = 1.0f / sqrt_(square / N + eps);
+    each_vector<N>([&](ptrdiff_t i, auto lanes) {
+      constexpr int n = decltype(lanes)::count;
+      const Vec<n> v = (load<n>(x + i) - splat<n>(mean)) * splat<n>(factor);
+      if constexpr (Bias) store(y + i, fma(v, load<n>(scale + i), load<n>(bias + i)));
+      else store(y + i, v * load<n>(scale + i));
+    });
+  }
+};
+
+// y = x / sqrt(mean(x^2) + eps) * scale.
+template <ptrdiff_t Rows, ptrdiff_t N>
+struct rms_norm {
+  static void run(const float* x, const float* scale, float* y, Part part, float eps) {
+    if constexpr (N > 0) {
+      for (ptrdiff_t r = part_begin(Rows, part), end = part_end(Rows, part); r < end; ++r)
+        row(x + r * N, scale, y + r * N, eps);
+    }
+  }
+
+ private:
+  static SKIVE_INLINE void row(const float* x, const float* scale, float* y, float eps) {
+    const float square = sum_row<N>([&](ptrdiff_t i, auto lanes) {
+      const auto v = load<decltype(lanes)::count>(x + i);
+      return v * v;
+    });
+    const float factor = 1.0f / sqrt_(square / N + eps);
+    each_vector<N>([&](ptrdiff_t i, auto lanes) {
+      constexpr int n = decltype(lanes)::count;
+      store(y + i, load<n>(x + i) * splat<n>(factor) * load<n>(scale + i));
+    });
+  }
+};
+
+// x, y [Images, Pixels, C]; each of Groups groups of C / Groups neighbouring channels is normalised
+// over its channels and all pixels of its image; scale and bias [C].
+template <ptrdiff_t Images, ptrdiff_t Pixels, ptrdiff_t C, ptrdiff_t Groups>
+struct group_norm {
+  static_assert(C % Groups == 0, "groups divide the channels");
+  static constexpr ptrdiff_t width = C / Groups;
+  static constexpr ptrdiff_t slice = (2 * C + 15) / 16 * 16;  // floats: a factor and an offset per channel
+  static constexpr size_t scratch_bytes(int parts = 1) {
+    return static_cast<size_t>(slice) * sizeof(float) * static_cast<size_t>(parts);
+  }
+
+  static void run(const float* x, const float* scale, const float* bias, float* y, void* scratch, Part part, float eps) {
+    float* const a = static_cast<float*>(scratch) + part.index * slice;
+    float* const b = a + C;
+    for (ptrdiff_t n = part_begin(Images, part), end = part_end(Images, part); n < end; ++n) {
+      const float* image = x + n * Pixels * C;
+      channel_sums(image, a, [](auto v, ptrdiff_t) { return v; });
+      share(a, [](float sum) { return sum / (Pixels * width); });  // a: mean
+      channel_sums(image, b, [&](auto v, ptrdiff_t c) {
+        const auto d = v - load<decltype(v)::lanes>(a + c);
+        return d * d;
+      });
+      share(b, [&](float square) { return 1.0f / sqrt_(square / (Pixels * width) + eps); });
+      each_vector<C>([&](ptrdiff_t c, auto lanes) {
+        constexpr int l = decltype(lanes)::count;
+        const Vec<l> factor = load<l>(b + c) * load<l>(scale + c);
+        store(b + c, load<l>(bias + c) - load<l>(a + c) * factor);
+        store(a + c, factor);
+      });
+      for (ptrdiff_t p = 0; p < Pixels; ++p) {
+        const float* from = image + p * C;
+        float* to = y + (n * Pixels + p) * C;
+        each_vector<C>([&](ptrdiff_t c, auto lanes) {
+          constexpr int l = decltype(lanes)::count;
+          store(to + c, fma(load<l>(from + c), load<l>(a + c), load<l>(b + c)));
+        });
+      }
+    }
+  }
+
+ private:
+  // sums[c] = sum over pixels of f(x[p, c], c): blocks of 64 pixels, then the sum of those.
+  template <class F>
+  static SKIVE_INLINE void channel_sums(const float* x, float* sums, const F& f) {
+    each_vector<C>([&](ptrdiff_t c, auto lanes) {
+      constexpr int l = decltype(lanes)::count;
+      Vec<l> total = zero<l>();
+      for (ptrdiff_t p = 0; p < Pixels;) {
+        Vec<l> block = zero<l>();
+        const ptrdiff_t end = p + 64 < Pixels ? p + 64 : Pixels;
+        for (; p < end; ++p) block = block + f(load<l>(x + p * C + c), c);
+        total = total + block;
+      }
+      store(sums + c, total);
+    });
+  }
+  // Replaces each group's channels by f(their sum).
+  template <class F>
+  static SKIVE_INLINE void share(float* v, const F& f) {
+    for (ptrdiff_t g = 0; g < Groups; ++g) {
+      float sum = 0;
+      for (ptrdiff_t k = 0; k < width; ++k) sum += v[g * width + k];
+      const float r = f(sum);
+      for (ptrdiff_t k = 0; k < width; ++k) v[g * width + k] = r;
+    }
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_NORM_H
