@@ -7,19 +7,11 @@ there. Everything heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import math
-import os
 import shutil
-import signal
 import sys
-import tempfile
-import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,219 +20,27 @@ import click
 import numpy as np
 
 import skive
+from skive.console import (
+    Commands,
+    OneLine,
+    bytes_text,
+    count_text,
+    fail,
+    print_json,
+    print_table,
+    printable,
+    progress_bar,
+    write_file,
+)
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 
 if TYPE_CHECKING:
-    from skive.api import Progress
     from skive.frontend import Source
     from skive.runtime import Module, TensorInfo
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # `skive run --json` prints the values of an output of at most this many elements.
 _PRINTED_VALUES = 64
-
-
-# ------------------------------------------------------------------------------------ what is said
-
-
-def printable(text: str) -> str:
-    """`text` on one line, with control, bidirectional and other invisible characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def describe(error: SkiveError) -> str:
-    """The message of `error` on one line."""
-    if isinstance(error, UnsupportedOpError) and len(error.problems) > 1:
-        places = (f"{node}: {reason}" + (f"; {hint}" if hint else "")
-                  for node, reason, hint in error.problems)
-        return printable(f"{len(error.problems)} places are not supported: " + " | ".join(places))
-    return printable(" ".join(str(error).split("\n  ")))
-
-
-def bytes_text(n: float) -> str:
-    """`n` bytes in the unit that leaves one to three digits before the point."""
-    for unit in ("B", "KB", "MB"):
-        if n < 1024:
-            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}" if n < 999 else f"{n:.0f} {unit}"
-        n /= 1024
-    return f"{n:.3g} GB"
-
-
-def count_text(n: float) -> str:
-    """`n` with a decimal suffix: 4.09 G."""
-    for unit in ("", " K", " M"):
-        if n < 1000:
-            return f"{n:.0f}" if not unit else f"{n:.3g}{unit}"
-        n /= 1000
-    return f"{n:.3g} G"
-
-
-def _finite(value: Any) -> Any:
-    """`value` as JSON data: NumPy scalars unwrapped, what is not finite becomes null."""
-    if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, np.ndarray):
-        return _finite(value.tolist())
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(_finite(document), indent=1, allow_nan=False))
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; a column whose name starts with `>` is aligned to the right."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for c in columns:
-        table.add_column(Text(c.lstrip(">")), justify="right" if c.startswith(">") else "left",
-                         overflow="fold", no_wrap=c.startswith(">"))
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    # A pipe has no width: nothing is cut there.
-    width = None if sys.stdout.isatty() else 10_000
-    Console(file=sys.stdout, width=width, highlight=False).print(table)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
-    """A callable that shows (step, fraction) as a bar on standard error, if that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda step, fraction: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    with Progress(TextColumn("{task.description:<10}"), BarColumn(), TimeElapsedColumn(),
-                  console=Console(stderr=True), transient=True) as bars:
-        bar = bars.add_task("start", total=1.0)
-        yield lambda step, fraction: bars.update(bar, description=step, completed=fraction)
-
-
-class _OneLine(logging.Handler):
-    """Warnings of the compiler as lines `warning: ...` on standard error."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"{record.levelname.lower()}: {printable(record.getMessage())}", err=True)
-
-
-# --------------------------------------------------------------------------------- how it ends
-
-
-def _descendants() -> list[int]:
-    """Process ids of the children of this process, and of theirs."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            # "pid (command) state ppid ...": the command may hold spaces and parentheses.
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, ValueError, IndexError):
-            continue  # it ended meanwhile
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    found, todo = [], [os.getpid()]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def _end_descendants() -> None:
-    """Ends compilers and bench workers for as long as this process lives: a pool of threads may
-    start one more before it learns that it is no longer wanted."""
-    while True:
-        for pid in _descendants():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Within the block, SIGINT and SIGTERM end the child processes and raise KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: Any) -> None:
-        for s in before:
-            signal.signal(s, signal.SIG_IGN)  # cleaning up is not interrupted
-        threading.Thread(target=_end_descendants, daemon=True).start()
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            if signal.getsignal(s) is interrupt:
-                signal.signal(s, handler)
-
-
-def _fail(message: str) -> int:
-    with contextlib.suppress(OSError, ValueError):
-        click.echo(f"error: {message}", err=True)
-    return 1
-
-
-def _guarded(call: Callable[[], Any]) -> int:
-    """The exit status of `call`, whose errors are told in one line."""
-    try:
-        with _interruptible():
-            status = call()
-            sys.stdout.flush()
-        return status if isinstance(status, int) else 0
-    except click.exceptions.Exit as e:
-        return e.exit_code
-    except click.UsageError as e:
-        e.show()
-        return 2
-    except click.ClickException as e:
-        return _fail(printable(e.format_message()))
-    except (KeyboardInterrupt, click.Abort):
-        return _fail("interrupted")
-    except BrokenPipeError:
-        # The reader has gone. What is still buffered must not fail once more at exit.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except SkiveError as e:
-        if os.environ.get("SKIVE_DEBUG"):
-            traceback.print_exc()
-        return _fail(describe(e))
-    except MemoryError:
-        return _fail("out of memory")
-    except OSError as e:
-        if os.environ.get("SKIVE_DEBUG"):
-            traceback.print_exc()
-        place = f"{e.filename}: " if e.filename else ""
-        return _fail(printable(f"{place}{e.strerror or e}"))
-    except Exception as e:  # noqa: BLE001 - a traceback is not an answer
-        if os.environ.get("SKIVE_DEBUG"):
-            traceback.print_exc()
-            return _fail(printable(f"internal: {type(e).__name__}: {e}"))
-        return _fail(printable(f"internal: {type(e).__name__}: {e}; please report it "
-                               "(SKIVE_DEBUG=1 shows where it happened)"))
-
-
-class _Commands(click.Group):
-    """A group whose every error ends as the contract says."""
-
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None,
-             complete_var: str | None = None, standalone_mode: bool = True,
-             windows_expand_args: bool = True, **extra: Any) -> Any:
-        if not os.environ.get("SKIVE_DEBUG"):
-            warnings.simplefilter("ignore")  # of other packages, for developers
-        sys.exit(_guarded(lambda: super(_Commands, self).main(
-            args, prog_name or "skive", complete_var, standalone_mode=False, **extra)))
 
 
 # ------------------------------------------------------------------------------------- what is read
@@ -363,7 +163,8 @@ def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) ->
         elif len(ports) == len(arrays) == 1:
             a = next(iter(arrays.values()))
         else:
-            raise ShapeError(f"input {port.name!r} is missing; the file has {', '.join(arrays) or 'nothing'}")
+            hint = "; choose one as FILE.npz:KEY" if len(ports) == 1 and arrays else ""
+            raise ShapeError(f"input {port.name!r} is missing; the file has {', '.join(arrays) or 'nothing'}{hint}")
         want = np.dtype(port.dtype)
         if a.dtype != want:
             if not np.can_cast(a.dtype, want, "same_kind"):
@@ -423,32 +224,10 @@ def _graph_ports(nodes: Sequence[Any], names: Sequence[str] | None = None) -> li
             for n, name in zip(nodes, names or [n.name for n in nodes], strict=True)]
 
 
-def _write_file(path: str, write: Callable[[Path], Any]) -> None:
-    """Has `write` fill a temporary file beside `path`, then moves it there: whole or not at all."""
-    target = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(dir=target.absolute().parent, prefix=f".{target.name}.",
-                                        suffix=target.suffix)
-        os.close(handle)
-    except OSError as e:
-        raise SkiveError(f"cannot write {path}: {e.strerror}") from None
-    temporary = Path(name)
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    except OSError as e:
-        raise SkiveError(f"cannot write {path}: {e.strerror or e}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # --------------------------------------------------------------------------------------- commands
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(skive.__version__, prog_name="skive", message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile neural networks ahead of time into small, fast native code.
@@ -461,8 +240,8 @@ def cli() -> None:
     Set SKIVE_DEBUG=1 to see the traceback of an error.
     """
     log = logging.getLogger("skive")
-    if not any(isinstance(h, _OneLine) for h in log.handlers):
-        log.addHandler(_OneLine(logging.WARNING))
+    if not any(isinstance(h, OneLine) for h in log.handlers):
+        log.addHandler(OneLine(logging.WARNING))
         log.propagate = False
 
 
@@ -513,7 +292,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         arrays = fit_arrays(read_arrays(calibrate), ports)
         data = [a[:p.shape[0]] if p.shape else a for a, p in zip(arrays, ports, strict=True)]
     limited = max_ram is not None or max_flash is not None
-    with _progress() as progress:
+    with progress_bar() as progress:
         # With a limit nothing may appear at `output` before the limit is known to be kept.
         module = skive.compile(model, output=None if limited else output, name=name, target=target,
                                threads=threads, verify=not no_verify, strict=strict,
@@ -531,7 +310,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         with write_folder(Path(output)) as temporary:
             shutil.copytree(module.folder, temporary, dirs_exist_ok=True)
     if as_json:
-        _print_json({"artefact": output, **report})
+        print_json({"artefact": output, **report})
     else:
         click.echo(printable(f"{model} -> {output}"))
         _print_summary(report)
@@ -603,13 +382,13 @@ def run(artefact: str, input_file: str, output: str | None, as_json: bool) -> No
             with path.open("wb") as f:  # a file object: savez would add .npz to the name
                 np.savez(f, **joined)
 
-        _write_file(output, write)
+        write_file(output, write)
     summary = {"calls": len(seconds), "median_ms": float(np.median(seconds)) * 1e3,
                "outputs": [_statistics(k, v) for k, v in joined.items()]}
     if as_json:
-        _print_json(summary)
+        print_json(summary)
         return
-    _table(["output", "shape", "dtype", ">min", ">mean", ">max"],
+    print_table(["output", "shape", "dtype", ">min", ">mean", ">max"],
            [[o["name"], str(o["shape"]), o["dtype"],
              *("-" if o[k] is None else f"{o[k]:.6g}" for k in ("min", "mean", "max"))]
             for o in summary["outputs"]])
@@ -652,11 +431,11 @@ def verify(artefact: str, against: str, data: str | None, as_json: bool) -> int:
     fields = {k: getattr(verdict, k) for k in ("reference", "samples", "max_abs_error",
                                                "relative_error", "sqnr_db", "passed", "worst_node")}
     if as_json:
-        _print_json(fields)
+        print_json(fields)
     elif verdict.passed:
         click.echo(printable(f"{artefact} agrees with {against}: {_verdict_text(fields)}"))
     if not verdict.passed:
-        return _fail(printable(f"{artefact} differs from {against} by {verdict.relative_error:.2g} "
+        return fail(printable(f"{artefact} differs from {against} by {verdict.relative_error:.2g} "
                                "of the output's range"))
     return 0
 
@@ -697,10 +476,10 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
     except UnsupportedOpError as e:
         facts["unsupported"] = [{"node": n, "reason": r, "hint": h} for n, r, h in e.problems]
         if as_json:
-            _print_json(facts)
+            print_json(facts)
             return
         click.echo(f"{printable(model)}: {len(e.problems)} places are not supported")
-        _table(["node", "reason", "hint"], [list(p) for p in e.problems])
+        print_table(["node", "reason", "hint"], [list(p) for p in e.problems])
         return
     facts["model"] |= {"macs": total_macs(graph), "weight_bytes": weight_bytes(graph),
                        "nodes": operations(graph)}
@@ -723,14 +502,14 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
         after, records = PassManager().run(graph, passes.EXACT, check="never")
         page = report.render({"skive": skive.__version__, "model": facts["model"],
                               "passes": [r.to_json() for r in records]}, graph, after)
-        _write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
+        write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     click.echo(f"{printable(model)}: {facts['model']['nodes']} operations, "
                f"{count_text(facts['model']['macs'])} MACs, {bytes_text(facts['model']['weight_bytes'])} of weights")
     _print_ports(sides)
-    _table(["operation", ">count", ">MACs"],
+    print_table(["operation", ">count", ">MACs"],
            [[o["op"], str(o["count"]), count_text(o["macs"]) if o["macs"] else "-"] for o in facts["operations"]])
 
 
@@ -754,10 +533,10 @@ def _inspect_artefact(folder: Path, html: str | None, as_json: bool) -> None:
             raise InvalidModelError(f"{folder / name} is damaged: {e}") from None
     manifest, report = documents[MANIFEST], documents["report.json"]
     if html is not None:
-        _write_file(html, lambda path: shutil.copyfile(folder / "report.html", path))
+        write_file(html, lambda path: shutil.copyfile(folder / "report.html", path))
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
     if as_json:
-        _print_json({"manifest": manifest, "report": report, "files": files})
+        print_json({"manifest": manifest, "report": report, "files": files})
         return
     try:
         sides = {side: [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in manifest[side]]
@@ -765,7 +544,7 @@ def _inspect_artefact(folder: Path, html: str | None, as_json: bool) -> None:
         click.echo(f"{printable(str(folder))}: {printable(manifest['name'])}, skive {printable(manifest['skive'])}")
         _print_ports(sides)
         _print_summary(report)
-        _table(["file", ">bytes"], [[name, f"{size:,}"] for name, size in files.items()])
+        print_table(["file", ">bytes"], [[name, f"{size:,}"] for name, size in files.items()])
     except (KeyError, TypeError, AttributeError) as e:
         raise InvalidModelError(f"{folder}: the manifest or the report is damaged: {e}") from None
 
@@ -793,7 +572,7 @@ def opt(model: str, pipeline: str, output: str | None,
     from skive.pipeline import PASSES, PassManager, parse_pipeline
 
     if pipeline == "help":
-        _table(["pass", "exact", "result"],
+        print_table(["pass", "exact", "result"],
                [[p.name, "yes" if p.exact else "no", p.doc] for p in PASSES.values()])
         return
     steps = parse_pipeline(pipeline)
@@ -807,7 +586,7 @@ def opt(model: str, pipeline: str, output: str | None,
 
 @cli.command()
 @click.argument("artefact")
-@click.option("--rounds", type=click.IntRange(3, 100_000), help="Runs of every layer; about a second's worth by default.")
+@click.option("--rounds", type=click.IntRange(3, 100_000), help="Runs of every layer; by default a second is filled.")
 @click.option("--html", metavar="FILE", help="Write the report with the measured times.")
 @_CONFIG
 @_JSON
@@ -827,11 +606,11 @@ def profile(artefact: str, rounds: int | None, html: str | None, as_json: bool) 
         from skive import report
 
         page = report.with_profile(Path(artefact), result)
-        _write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
+        write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _table([">#", "layer", "kernel", ">us", ">share", ">GMAC/s", ">GB/s"],
+    print_table([">#", "layer", "kernel", ">us", ">share", ">GMAC/s", ">GB/s"],
            [[str(i), layer["name"] or layer["op"], layer["kernel"], f"{layer['us']:.2f}",
              f"{100 * layer['share']:.1f} %",
              f"{layer['gmac_per_s']:.1f}" if layer["macs"] else "-", f"{layer['gb_per_s']:.1f}"]
@@ -871,16 +650,16 @@ def bench(subjects: tuple[str, ...], threads: int | None, seconds: float, agains
     if unknown:
         raise click.UsageError(f"--against: no engine {unknown[0]!r}; there are "
                                + ", ".join(e for e in benchmark.ENGINES if e != "skive"))
-    with _progress() as progress:
+    with progress_bar() as progress:
         result = benchmark.bench(subjects, engines=engines, threads=threads, seconds=seconds,
                                  target=target, progress=progress,
                                  **_requested(inputs, batch_max, example))
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     machine = result["machine"]
     click.echo(printable(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores"))
-    _table(["model", "engine", "version", ">threads", ">median ms", ">min ms", ">spread", ">runs", ""],
+    print_table(["model", "engine", "version", ">threads", ">median ms", ">min ms", ">spread", ">runs", ""],
            [[r["model"], r["engine"], r["version"], str(r["threads"]), f"{r['median_ms']:.4f}",
              f"{r['min_ms']:.4f}", f"{100 * r['spread']:.1f} %", str(r["runs"]), _remarks(r)]
             for r in result["results"]])
@@ -916,9 +695,9 @@ def targets(as_json: bool) -> None:
     except ToolchainError as e:
         toolchain = {"command": None, "version": None, "error": str(e)}
     if as_json:
-        _print_json({"targets": rows, "compiler": toolchain})
+        print_json({"targets": rows, "compiler": toolchain})
         return
-    _table(["target", "runs here", "what"],
+    print_table(["target", "runs here", "what"],
            [[str(r["name"]), ("yes, `host`" if r["host"] else "yes") if r["runs_here"] else "no", str(r["doc"])]
             for r in rows])
     if toolchain["command"]:

@@ -57,7 +57,8 @@ def profile(module: Module, *, rounds: int | None = None) -> dict[str, Any]:
     try:
         run, run_layer = library[f"{name}_run"], library[f"{name}_run_layer"]
     except AttributeError:
-        raise InvalidModelError(f"{module.folder}: the library has no {name}_run_layer; compile the model again") from None
+        raise InvalidModelError(f"{module.folder}: the library has no {name}_run_layer; "
+                                "compile the model again") from None
     pointer = ctypes.POINTER(ctypes.c_void_p)
     run.argtypes = [pointer, pointer, ctypes.c_void_p]
     run_layer.argtypes = [ctypes.c_int, pointer, pointer, ctypes.c_void_p]
