@@ -250,7 +250,7 @@ def _apply(node: Node, rules: Sequence[Rule], uses: _Uses) -> Node | None:
             if result.type != node.type:
                 raise InvalidModelError(f"{node.label()}: rule {r.name} replaced {node.type} by {result.type}")
             log.info("%s: %s", node.label(), r.name)
-            if result.origin or result.op == "input":
-                return result
+            if result.origin or result in uses:
+                return result  # named already, or a node that others read: a copy would double it
             return replace(result, origin=node.origin, name=result.name or node.name)
     return None
