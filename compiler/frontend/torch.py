@@ -28,16 +28,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+from skive.errors import InvalidModelError, SkiveError, UnsupportedOpError
 from skive.frontend import Source
 from skive.ir import Graph
 
 if TYPE_CHECKING:
     import onnx
-    import torch
     from torch.export import ExportedProgram
 
-Example = "tuple[Any, ...] | Mapping[str, Any] | None"
+Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 OPSET = 20  # of the ONNX model in between: the newest that PyTorch 2.9 translates to without conversion
 REFUSED_TYPES = ("float16", "bfloat16", "float64", "complex64", "complex128")
 
@@ -67,12 +66,12 @@ def open_module(model: Any, example_inputs: Any, *, request: str, batch_max: int
         raise InvalidModelError(f"{name} is a TorchScript module; give the torch.nn.Module it was made from")
     for path, part in model.named_modules():
         if part.training:
-            raise InvalidModelError(f"{path or name} is in training mode; call .eval() on the model before compiling it")
+            raise InvalidModelError(f"{path or name} is in training mode; call .eval() on the model first")
     for path, weight in model.named_parameters():
         _check_type(f"parameter {path}", weight)
     if example_inputs is None:
-        raise InvalidModelError(f"{name}: example_inputs is missing; give a tuple of tensors, or a dict by the names of "
-                                "forward's parameters")
+        raise InvalidModelError(f"{name}: example_inputs is missing; give a tuple of tensors, "
+                                "or a dict by the names of forward's parameters")
     args, kwargs = _arguments(model, example_inputs)
     program = _export(model, args, kwargs, batch_max)
     return _source(program, name, None, request, batch_max, lambda: _eager(model, args, kwargs))
@@ -86,7 +85,7 @@ def open_exported(path: Path, *, request: str, batch_max: int | None) -> Source:
         try:
             program = torch.export.load(path)
         except Exception as e:  # noqa: BLE001 - torch raises what it likes for a damaged archive
-            raise InvalidModelError(f"{path}: not an exported program that this PyTorch reads: {_first_line(e)}") from None
+            raise InvalidModelError(f"{path}: this PyTorch cannot read the program: {_first_line(e)}") from None
     args, kwargs = program.example_inputs or ((), {})
     return _source(program, path.stem, str(path), request, batch_max, lambda: _runner(program, args, kwargs))
 
@@ -157,7 +156,7 @@ def _shapes(program: ExportedProgram, example: Any) -> dict[str, tuple[int, ...]
     return {str(k): tuple(v.shape) for k, v in given.items() if hasattr(v, "shape")}
 
 
-def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
     """`model` as a function of arrays, which take the places of the tensors among the arguments."""
     torch = _torch()
     from torch.utils import _pytree as pytree
@@ -175,8 +174,8 @@ def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callabl
     return run
 
 
-def _runner(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _eager(program.module(), args, kwargs)
+def _runner(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+    return _eager(program.module(check_guards=False), args, kwargs)
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -184,13 +183,15 @@ def _runner(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, A
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the warnings and log lines of export; what matters is raised."""
+    """Silences the warnings, log lines and graph listings of export; what matters is raised."""
     loggers = [logging.getLogger(n) for n in ("torch", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [g.level for g in loggers]
     for g in loggers:
         g.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        nowhere = io.StringIO()
+        with (warnings.catch_warnings(), contextlib.redirect_stdout(nowhere),
+              contextlib.redirect_stderr(nowhere)):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -211,8 +212,8 @@ def _export(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch_max
             return torch.cat([v, v]) if isinstance(v, torch.Tensor) and v.dim() and v.shape[0] == 1 else v
 
         args, kwargs = pytree.tree_map(twice, (args, kwargs))
-        bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        dynamic = pytree.tree_map(lambda v: {0: batch} if isinstance(v, torch.Tensor) and v.dim() else None, dict(bound))
+        bound = dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+        dynamic = pytree.tree_map(lambda v: {0: batch} if isinstance(v, torch.Tensor) and v.dim() else None, bound)
     with _quiet():
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -225,8 +226,10 @@ def _export_error(error: Exception, name: str) -> SkiveError:
     torch_folder = os.path.dirname(_torch().__file__) + os.sep
     frames = [f for f in traceback.extract_tb(error.__traceback__)
               if not f.filename.startswith((torch_folder, "<")) and f.filename != __file__]
-    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}: {(frames[-1].line or '').strip()}" if frames else name
-    text = str(error)
+    where, text = name, str(error)
+    if frames:
+        last = frames[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}: {(last.line or '').strip().rstrip(':')}"
     if type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text or ".item()" in text:
         return UnsupportedOpError([(where, "forward decides on the values of a tensor",
                                     "use torch.where, or compute both branches and give each as an output")])
@@ -241,7 +244,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _source(program: ExportedProgram, name: str, path: str | None, request: str, batch_max: int | None,
-            make_run: Callable[[], Any], shapes: Mapping[str, tuple[int, ...]] = {}) -> Source:  # noqa: B006
+            make_run: Callable[[], Run], shapes: Mapping[str, tuple[int, ...]] = {}) -> Source:  # noqa: B006
     def graph() -> Graph:
         from skive.frontend.onnx import import_onnx
 
@@ -275,7 +278,8 @@ def _sha256(program: ExportedProgram) -> str:
 
 def _refuse_state(program: ExportedProgram) -> None:
     """UnsupportedOpError, with every buffer and input that `forward` writes to."""
-    changed = [*program.graph_signature.buffers_to_mutate.values(), *program.graph_signature.user_inputs_to_mutate.values()]
+    signature = program.graph_signature
+    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
     if changed:
         raise UnsupportedOpError([(str(c), "forward writes to this tensor",
                                    "pass state in as an input and return its new value as an output") for c in changed])
@@ -292,29 +296,32 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     try:
         import onnxscript  # noqa: F401 - torch.onnx translates with it
     except ImportError:
-        raise SkiveError("a PyTorch model needs onnxscript; install it with pip install 'skive-compiler[torch]'") from None
-    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+        raise SkiveError("a PyTorch model needs onnxscript; pip install 'skive-compiler[torch]'") from None
+    names = _output_names(program)
+    with _quiet():
         _refuse_state(program.run_decompositions({}))
         try:
-            translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=_output_names(program),
+            translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=names,
                                            optimize=True, verbose=False)
         except torch.onnx.OnnxExporterError as e:
             raise _translation_error(program, e) from None
         model = translated.model_proto
+    _name_inputs(model, {str(i) for i in program.graph_signature.user_inputs})
     _name_nodes(model)
     return model
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
-    """One name per output tensor: the path in the structure that `forward` returns."""
+    """One name per output tensor: the path in the structure that `forward` returns; None is skipped."""
     from torch.utils import _pytree as pytree
 
     spec = program.call_spec.out_spec
     leaves = list(range(spec.num_leaves))
     paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, spec))
     taken = {str(i) for i in program.graph_signature.user_inputs}
-    names = []
-    for path, _ in paths:
+    names, problems = [], []
+    results = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
+    for (path, _), result in zip(paths, results, strict=True):
         parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
         name = ".".join(parts)
         if not name or name[0].isdigit():
@@ -322,8 +329,30 @@ def _output_names(program: ExportedProgram) -> list[str]:
         while name in taken:
             name += "_out"
         taken.add(name)
+        if getattr(result, "value", result) is None:
+            continue
+        if type(result).__name__ != "TensorArgument":
+            problems.append((name, f"forward returns {getattr(result, 'value', result)!r}, which is not a tensor",
+                             "return tensors or None"))
         names.append(name)
+    if problems:
+        raise UnsupportedOpError(problems)
     return names
+
+
+def _name_inputs(model: onnx.ModelProto, names: set[str]) -> None:
+    """Gives an input that is also an output its own name back; the translation calls it `x_orig`."""
+    graph = model.graph
+    used = {i.name for i in graph.input} | {o for n in graph.node for o in n.output}
+    for formal in graph.input:
+        old, new = formal.name, formal.name.removesuffix("_orig")
+        if old in names or new not in names or new in used:
+            continue
+        formal.name = new
+        for node in graph.node:
+            for i, operand in enumerate(node.input):
+                if operand == old:
+                    node.input[i] = new
 
 
 def _name_nodes(model: onnx.ModelProto) -> None:
@@ -366,11 +395,16 @@ def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError
 
 # ----------------------------------------------------------------------------------------- security
 
-# Operators that a file may call: those of torch and its Python arithmetic, no function of a module.
-_TARGET = re.compile(r"(torch\.ops\.[a-z_]+(\.[A-Za-z_]\w*){1,2}|_operator\.[a-z_]+|math\.[a-z]+|torch\.sym_\w+|#\w*)")
-# Size expressions: symbols s0, u1, numbers, arithmetic and sympy's integer functions.
-_EXPRESSION = re.compile(r"(?:[su]\d+|zu?f?\d+|Max|Min|Mod|PythonMod|FloorDiv|CeilDiv|ModularIndexing|IntTrueDiv|oo|int_oo|"
-                         r"True|False|And|Or|Not|Eq|Ne|Ge|Le|Gt|Lt|\d+|[-+*/%<>=&|~,() ])*")
+# Operators that a file may call: those of ATen, torch's control flow and Python's arithmetic.
+_TARGET = re.compile(
+    r"torch\.ops\.(aten|prims|higher_order)(\.(_?[A-Za-z]\w*|__i?(and|or|xor|lshift|rshift)__)){1,2}"
+    r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pos|pow|getitem|eq|ne|ge|gt|le|lt|and_|or_|not_)"
+    r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_[a-z]+|#\w*")
+# Size expressions: symbols, numbers, arithmetic, and the functions of sympy that export writes.
+_EXPRESSION = re.compile(
+    r"(Symbol\('[a-z]+\d+'(, (positive|integer)=True)*\)|[a-z]{1,3}\d+|Integer|Rational|Add|Mul|Pow|Max|Min|Mod"
+    r"|PythonMod|FloorDiv|CeilDiv|ModularIndexing|IntTrueDiv|oo|int_oo|True|False|And|Or|Not|Eq|Ne|Ge|Le|Gt|Lt"
+    r"|\d+|[-+*/%<>=&|~,() ])*")
 
 
 def refuse_code(path: Path) -> None:
@@ -390,7 +424,7 @@ def refuse_code(path: Path) -> None:
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
         raise InvalidModelError(f"{path}: not a .pt2 archive, or a damaged one: {_first_line(e)}") from None
     if not any(n.startswith("models/") for n in members):
-        raise refuse("an archive without an exported program (weights alone, TorchScript and older formats are not read)")
+        raise refuse("an archive without an exported program")
     for n in members:
         if n.startswith("data/aotinductor/") or n in ("version", "serialized_state_dict.pt"):
             raise refuse(f"the archive holds {n}, which is compiled code or an old format")
@@ -406,9 +440,7 @@ def refuse_code(path: Path) -> None:
                 raise refuse(f"{n} calls {value[:80]!r}")
             if key == "expr_str" and not _EXPRESSION.fullmatch(str(value)):
                 raise refuse(f"{n} holds the expression {str(value)[:80]!r}")
-            if key == "guards_code" and value:
-                raise refuse(f"{n} holds Python source")
-            if key in ("__enum__", "fqn") and key == "__enum__":
+            if key == "__enum__":
                 raise refuse(f"{n} names a Python class")
     torch = _torch()
     for n, data in samples.items():
@@ -429,6 +461,6 @@ def _pairs(document: Any) -> Iterator[tuple[str, Any]]:
                 stack.append(value)
         elif isinstance(item, list):
             stack.extend(item)
-        elif isinstance(item, str) and item[:1] in "[{" and item[:1]:
+        elif isinstance(item, str) and item.startswith(("[", "{")):
             with contextlib.suppress(ValueError):
                 stack.append(json.loads(item))
