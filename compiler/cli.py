@@ -174,6 +174,8 @@ def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) ->
         if a.shape != shape:
             if shape and a.shape == shape[1:]:
                 a = a[None]
+            if shape and a.ndim and [d for d in a.shape[1:] if d != 1] == [d for d in shape[1:] if d != 1]:
+                a = a.reshape(len(a), *shape[1:])  # only axes of length 1 differ, such as one channel
             if not shape or a.ndim != len(shape) or a.shape[1:] != shape[1:] \
                     or (shape[0] > 0 and (len(a) < shape[0] or len(a) % shape[0])):
                 raise ShapeError(f"input {port.name!r} is {list(a.shape)}, not {list(shape)}")
