@@ -30,7 +30,7 @@ _ALIGNMENT = 16  # floats: packed arrays that follow one another stay 64-byte al
 _CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
 _CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
 _CLASH = 1024  # floats: pixels that are a multiple of it apart share one set of the L1 cache
-_TILE_ROWS = 24  # most output rows of a register tile
+_TILE_ROWS = 14  # most output rows of a register tile
 _BLOCK_VECTORS = {"avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
 
 
@@ -194,3 +194,35 @@ def winograd_scratch_bytes(
     chunk = max(_WINOGRAD_LEAST_TILES, _WINOGRAD_CHUNK_BYTES // (36 * 4 * in_row))
     tiles = min(n * tiles_h * tiles_w, chunk) + _TILE_ROWS
     return 36 * 4 * (tiles * (in_row + out_row) + 32) * parts
+
+
+def _panel_block(columns: int, isa: str) -> int:
+    """panel_block of matmul.h."""
+    lanes = _BLOCK_VECTORS[isa]
+    return _round_up(columns, _CHANNEL_QUANTUM) if columns <= 3 * lanes else 2 * lanes
+
+
+def _panel_floats(k: int, n: int, block: int) -> int:
+    """pack_panel::floats of matmul.h."""
+    last = n - ((n + block - 1) // block - 1) * block
+    return _round_up(k * (n - last + _round_up(last, _CHANNEL_QUANTUM)), 16)
+
+
+def matmul_scratch_bytes(batch: int, m: int, k: int, n: int, trans_a: bool, isa: str) -> int:
+    """matmul::scratch_bytes() of matmul.h for one part."""
+    if m <= 4:
+        return 0
+    block = _panel_block(n, isa)
+    columns = 256 * 1024 // 4 // max(k, 1) // block * block
+    if batch < 4:
+        columns = min(columns, _round_up(-(-n // 4), block))
+    columns = min(max(columns, block), n)
+    return 4 * (_panel_floats(k, columns, block) + _round_up(columns + block, 16) + (_round_up(m * k, 16) if trans_a else 0))
+
+
+def attention_scratch_bytes(queries: int, keys: int, width: int, value_width: int, isa: str) -> int:
+    """attention::scratch_bytes() of attention.h for one part."""
+    rows = min(max(128 * 1024 // 4 // keys // 8 * 8, 8), 64, queries)
+    lanes = _BLOCK_VECTORS[isa]
+    return 4 * (_panel_floats(width, keys, _panel_block(keys, isa)) + _panel_floats(keys, value_width, _panel_block(value_width, isa))
+                + _round_up(rows * keys, 16) + _round_up(max(keys, value_width) + 3 * lanes, 16) + _round_up(rows, 16))

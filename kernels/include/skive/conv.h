@@ -77,7 +77,7 @@ template <class Policy>
 constexpr int max_pixels(int vectors) {
   // One register per accumulator and weight, one for the input.
   const int n = (Policy::kRegisters - 1 - vectors) / vectors;
-  return n < 1 ? 1 : n > 24 ? 24 : n;
+  return n < 1 ? 1 : n > 14 ? 14 : n;
 }
 
 // The cheapest tile for an oh x ow image. Tiles of several rows take whole columns, so that at most

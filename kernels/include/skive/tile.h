@@ -76,10 +76,18 @@ struct Tile {
   template <int P, int... V>
   static SKIVE_INLINE void step_pixel(Accumulators& acc, Weights& w, const float* x,
                                       Index<V...>) {
-    const auto b = Policy::template broadcast<lanes(0)>(x + Offsets::template at<P>());
-    ((slot<P * kVectors + V>(acc) = Policy::multiply_add(
-          slot<P * kVectors + V>(acc), Policy::template narrow<lanes(V)>(b), slot<V>(w))),
-     ...);
+    const float* const p = x + Offsets::template at<P>();
+    // A broadcast of its own pays from two full registers of channels on.
+    if constexpr (kRow <= kLanes * 3 / 2) {
+      ((slot<P * kVectors + V>(acc) =
+            Policy::multiply_add_broadcast(slot<P * kVectors + V>(acc), p, slot<V>(w))),
+       ...);
+    } else {
+      const auto b = Policy::template broadcast<lanes(0)>(p);
+      ((slot<P * kVectors + V>(acc) = Policy::multiply_add(
+            slot<P * kVectors + V>(acc), Policy::template narrow<lanes(V)>(b), slot<V>(w))),
+       ...);
+    }
   }
   template <int... P>
   static SKIVE_INLINE void step(Accumulators& acc, const float* x, const float* w, Index<P...>) {

@@ -11,7 +11,7 @@ struct F32Tile {
   using Element = float;
   static constexpr int kRegisters = 16;
   // Independent multiply-adds that hide the latency of one (4 cycles, 2 per cycle).
-  static constexpr int kInFlight = 8;
+  static constexpr int kInFlight = 11;
 
   template <int W, class = void> struct Register { using type = __m256; };
   template <class T> struct Register<4, T> { using type = __m128; };
@@ -45,11 +45,22 @@ struct F32Tile {
     if constexpr (L == From) return a;
     else return {_mm256_castps256_ps128(a.v)};
   }
-  // acc + x * w
+  // acc + x * w. g++ gets the instruction that overwrites its accumulator: given the choice it often
+  // overwrites `x`, lets the accumulators wander, and copies them back at the end of a loop.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
+#if defined(__GNUC__) && !defined(__clang__)
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc.v) : "x"(x.v), "x"(w.v));
+    return acc;
+#else
     if constexpr (L == 8) return {_mm256_fmadd_ps(x.v, w.v, acc.v)};
     else return {_mm_fmadd_ps(x.v, w.v, acc.v)};
+#endif
+  }
+  // acc + *x * w, for an input element that is used once.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const float* x, Lanes<L> w) {
+    return multiply_add(acc, broadcast<L>(x), w);
   }
   template <int N, int L>
   static SKIVE_INLINE Vec<N> finish(Lanes<L> a) {

@@ -12,7 +12,7 @@ struct F32Tile {
   static constexpr int kRegisters = 32;
   // Independent multiply-adds that must be in flight to hide the latency of one (4 cycles, 1 per
   // cycle).
-  static constexpr int kInFlight = 4;
+  static constexpr int kInFlight = 5;
 
   // L lanes, a multiple of 4, in the narrowest register that holds them: Zen 4 runs two 256-bit
   // multiply-adds in the time of one 512-bit one.
@@ -54,12 +54,30 @@ struct F32Tile {
     else if constexpr (L == 8) return {_mm512_castps512_ps256(a.v)};
     else return {_mm512_castps512_ps128(a.v)};
   }
-  // acc + x * w
+  // acc + x * w. g++ gets the instruction that overwrites its accumulator: given the choice it often
+  // overwrites `x`, lets the accumulators wander, and copies them back at the end of a loop.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
+#if defined(__GNUC__) && !defined(__clang__)
+    __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
+    return acc;
+#else
     if constexpr (L > 8) return {_mm512_fmadd_ps(x.v, w.v, acc.v)};
     else if constexpr (L == 8) return {_mm256_fmadd_ps(x.v, w.v, acc.v)};
     else return {_mm_fmadd_ps(x.v, w.v, acc.v)};
+#endif
+  }
+  // acc + *x * w, for an input element that is used once.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const float* x, Lanes<L> w) {
+#if defined(__GNUC__) && !defined(__clang__)
+    if constexpr (L > 8) __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
+    else if constexpr (L == 8) __asm__("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
+    else __asm__("vfmadd231ps %2%{1to4%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
+    return acc;
+#else
+    return multiply_add(acc, broadcast<L>(x), w);
+#endif
   }
   template <int N, int L>
   static SKIVE_INLINE Vec<N> finish(Lanes<L> a) {

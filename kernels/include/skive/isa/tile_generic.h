@@ -44,6 +44,11 @@ struct F32Tile {
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
     return {x.v * w.v + acc.v};
   }
+  // acc + *x * w, for an input element that is used once.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const float* x, Lanes<L> w) {
+    return multiply_add(acc, broadcast<L>(x), w);
+  }
   template <int N, int L>
   static SKIVE_INLINE Vec<N> finish(Lanes<L> a) {
     Vec<N> r;
