@@ -18,7 +18,7 @@ from skive import expr as expressions
 from skive import ops, pack
 from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node, constant, rebuilt
-from skive.plan import Access, Arg, Block, Call, Fn, FnStep, Plan, Port, WeightPool, place
+from skive.plan import Access, Arg, Block, Call, Fn, FnStep, Plan, Port, WeightPool, aligned, place
 from skive.targets.base import Target
 from skive.types import DType
 
@@ -120,18 +120,6 @@ def _without_epilogue(node: Node) -> Node:
     return ops.make("map", base, *node.inputs[count:], origin=node.origin, label=node.name, fn=node.attrs["epilogue"])
 
 
-def _legalise_reduce(node: Node) -> Node:
-    """Reduced axes made neighbours: a transposition puts them last when they are not."""
-    x = node.inputs[0]
-    axes = tuple(sorted(a % x.type.rank for a in node.attrs["axes"]))
-    if not axes or all(b - a == 1 or all(x.shape[i] == 1 for i in range(a + 1, b)) for a, b in zip(axes, axes[1:], strict=False)):
-        return node
-    kept = [i for i in range(x.type.rank) if i not in axes]
-    moved = ops.make("transpose", x, origin=node.origin, perm=(*kept, *axes))
-    reduced = ops.make(node.op, moved, origin=node.origin, axes=tuple(range(len(kept), x.type.rank)), keep=False)
-    return ops.make("reshape", reduced, origin=node.origin, label=node.name, shape=node.shape)
-
-
 def legalise(graph: Graph) -> Graph:
     """The same function in terms that the kernels take."""
 
@@ -141,8 +129,6 @@ def legalise(graph: Graph) -> Graph:
             return constant(ops.evaluate(node, [i.value for i in inputs]), name=node.name, origin=node.origin)
         if node.attrs.get("epilogue") and not _epilogue_ok(node):
             return _without_epilogue(node)
-        if node.op.startswith("reduce_"):
-            return _legalise_reduce(node)
         if node.op in ("softmax", "log_softmax") and node.type.size and node.dtype is not F32:
             wide = ops.make("cast", node.inputs[0], origin=node.origin, to=F32)
             return ops.make("cast", ops.make(node.op, wide, origin=node.origin, axis=node.attrs["axis"]), to=node.dtype)
@@ -270,14 +256,21 @@ class Lowering:
         return (View(Root("weights", array.nbytes, offset=self.weights.add(array))),
                 Arg(name, DType.of(array.dtype).ctype, ""))
 
-    def scratch(self, name: str, nbytes: int) -> tuple[View, Arg]:
-        """Memory that lives during one call only."""
+    def temporary(self, name: str, nbytes: int) -> tuple[View, Arg]:
+        """Memory that lives from the first to the last call that names it."""
         return View(self._new_root("arena", nbytes)), Arg(name, "unsigned char", "", const=False)
 
     def call(self, node: Node, kernel: str, header: str, template: Sequence[object], order: Sequence[str],
-             args: Sequence[tuple[View, Arg]], fn: Fn | None = None, parallel: bool = True) -> None:
-        """Appends one kernel call that computes (a part of) `node`."""
+             args: Sequence[tuple[View, Arg]], fn: Fn | None = None, parallel: bool = True, scratch: int = 0) -> None:
+        """Appends one kernel call that computes (a part of) `node`.
+
+        `scratch`: bytes of working memory; the argument called `scratch` in `order`, null if 0.
+        """
         index = len(self.calls)
+        if scratch:
+            args = [*args, (View(self._new_root("arena", scratch)), Arg("scratch", "unsigned char", "", const=False))]
+        else:
+            order = ["nullptr" if o == "scratch" else o for o in order]
         moved = 0
         for view, _ in args:
             moved += view.root.bytes
@@ -286,7 +279,7 @@ class Lowering:
                 view.root.block.last = max(view.root.block.last, index)
         self._pending.append(([(v.root, v.offset, a) for v, a in args], index))
         self.calls.append(Call(kernel, header, tuple(map(str, template)), tuple(order), (), fn, node.label(), node.op,
-                               ops.macs(node), moved, parallel))
+                               ops.macs(node), moved, parallel, scratch))
 
     def finish(self) -> Plan:
         """Places the blocks and resolves every argument."""
@@ -412,21 +405,24 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
         return
     fn, extra = ctx.epilogue(node)
     order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
+
+    def run(kernel: str, header: str, template: list[object], weights: np.ndarray, bias: np.ndarray, scratch: int = 0) -> None:
+        ctx.call(node, kernel, header, template, order, [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias),
+                                                         ctx.write("y", node), *extra], fn, scratch=scratch)
+
     if groups == c and oc % c == 0 and groups > 1:
-        packed, bias = pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c)
-        ctx.call(node, "depthwise2d", "depthwise.h", tags, [o if o != "scratch" else "nullptr" for o in order],
-                 [ctx.read("x", x), ctx.packed("w", packed), ctx.packed("bias", bias), ctx.write("y", node), *extra], fn)
-        return
-    block = pack.conv2d_block(oc // groups, ctx.target.name)
-    kernel = "conv2d" if groups == 1 else "grouped_conv2d"
-    template = [*tags, block] if groups == 1 else [*tags, groups, block]
-    packed = np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)])
-    bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
-    nbytes = pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads)
-    scratch = [ctx.scratch("scratch", nbytes)] if nbytes else []
-    order = [o if o != "scratch" or scratch else "nullptr" for o in order]
-    ctx.call(node, kernel, "conv.h", template, order,
-             [ctx.read("x", x), ctx.packed("w", packed), ctx.packed("bias", bias), ctx.write("y", node), *scratch, *extra], fn)
+        run("depthwise2d", "depthwise.h", tags, *pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c))
+    elif ctx.target.winograd_pays(node):
+        block = pack.winograd_block(oc, ctx.target.name)
+        run("winograd2d", "winograd.h", [tags[0], tags[1], tags[3], block], pack.pack_winograd(w.value, block),
+            pack.pack_bias(_bias(node, oc), block),
+            pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads))
+    else:
+        block = pack.conv2d_block(oc // groups, ctx.target.name)
+        kernel, template = ("conv2d", [*tags, block]) if groups == 1 else ("grouped_conv2d", [*tags, groups, block])
+        run(kernel, "conv.h", template, np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
+            np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)]),
+            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads))
 
 
 def _plain_conv(ctx: Lowering, node: Node, kernel: str, template: list[object]) -> None:
@@ -519,6 +515,10 @@ def broadcast_strides(shape: Sequence[int], to: Sequence[int]) -> tuple[int, ...
     """Strides in elements that walk a dense tensor of `shape` over the broadcast shape `to`."""
     padded = (1,) * (len(to) - len(shape)) + tuple(shape)
     return tuple(0 if p == 1 else s for p, s in zip(padded, row_strides(padded), strict=True))
+
+
+def _bool(value: bool) -> str:
+    return "true" if value else "false"
 
 
 def _tag(name: str, numbers: Sequence[object]) -> str:
@@ -655,31 +655,35 @@ def _gather_elements(ctx: Lowering, node: Node) -> None:
 def _gather_nd(ctx: Lowering, node: Node) -> None:
     x, index = node.inputs
     b, q = node.attrs["batch_dims"], index.shape[-1]
-    template = [x.dtype.ctype, index.dtype.ctype, math.prod(x.shape[:b]), math.prod(index.shape[b:-1]),
-                _tag("Shape", x.shape[b:b + q]), math.prod(x.shape[b + q:])]
+    template = [x.dtype.ctype, index.dtype.ctype, math.prod(x.shape[:b]), _tag("Shape", x.shape[b:b + q]),
+                math.prod(index.shape[b:-1]), math.prod(x.shape[b + q:])]
     ctx.call(node, "gather_nd", "gather.h", template, ["x", "i", "y", "part"],
              [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+
+
+_SCATTER = {"none": "Replace", "add": "Add", "mul": "Mul", "min": "Minimum", "max": "Maximum"}
 
 
 @lowers("scatter_elements", "scatter_nd")
 def _scatter(ctx: Lowering, node: Node) -> None:
     x, index, updates = node.inputs
-    template: list[object] = [x.dtype.ctype, index.dtype.ctype, f"Scatter{node.attrs['reduction'].capitalize()}"]
+    template: list[object] = [x.dtype.ctype, index.dtype.ctype]
     if node.op == "scatter_elements":
         template += [_tag("Shape", x.shape), _tag("Shape", index.shape), node.attrs["axis"] % x.type.rank]
     else:
         q = index.shape[-1]
-        template += [math.prod(index.shape[:-1]), _tag("Shape", x.shape[:q]), math.prod(x.shape[q:])]
-    ctx.call(node, node.op, "gather.h", template, ["x", "i", "u", "y"],
-             [ctx.read("x", x), ctx.read("i", index), ctx.read("u", updates), ctx.write("y", node)], parallel=False)
+        template += [_tag("Shape", x.shape[:q]), math.prod(index.shape[:-1]), math.prod(x.shape[q:])]
+    ctx.call(node, node.op, "gather.h", [*template, _SCATTER[node.attrs["reduction"]]], ["x", "i", "u", "y", "part"],
+             [ctx.read("x", x), ctx.read("i", index), ctx.read("u", updates), ctx.write("y", node)])
 
 
 @lowers("topk_values", "topk_indices")
 def _topk(ctx: Lowering, node: Node) -> None:
-    x = node.inputs[0]
-    template = [x.dtype.ctype, node.dtype.ctype, "TopkValue" if node.op == "topk_values" else "TopkIndex",
-                x.type.size // x.shape[-1], x.shape[-1], node.attrs["k"], "true" if node.attrs["largest"] else "false"]
-    ctx.call(node, "topk", "topk.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+    x, k = node.inputs[0], node.attrs["k"]
+    template = [x.dtype.ctype, x.type.size // x.shape[-1], x.shape[-1], k, _bool(node.attrs["largest"])]
+    results = ["y", "nullptr"] if node.op == "topk_values" else ["nullptr", "y"]
+    ctx.call(node, "topk", "topk.h", template, ["x", *results, "scratch", "part"], [ctx.read("x", x), ctx.write("y", node)],
+             scratch=aligned(8 * k) * ctx.threads)
 
 
 # -- recurrence
@@ -693,7 +697,7 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
     gates = [f"{a.capitalize()}Gate" for a in node.attrs["activations"]]
     template: list[object] = [t, b, i, h, *gates]
     if node.op == "gru":
-        template.append("true" if node.attrs["reset_after"] else "false")
+        template.append(_bool(node.attrs["reset_after"]))
     args = [ctx.read("x", x), _transposed(ctx, node, "w", w), _transposed(ctx, node, "r", r), ctx.read("bias", node.inputs[3]),
             ctx.read("h0", node.inputs[4])]
     order = ["x", "w", "r", "bias", "h0"]
@@ -705,17 +709,15 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
         order.append("peep" if len(node.inputs) > 6 else "nullptr")
     args.append(ctx.write("y", node))
     order.append("y")
-    if node.op != "rnn":
-        args.append(ctx.scratch("scratch", 4 * h * (4 if node.op == "lstm" else 5) * ctx.threads))
-        order.append("scratch")
-    ctx.call(node, node.op, "rnn.h", template, [*order, "part"], args)
+    scratch = {"lstm": 4, "gru": 5, "rnn": 0}[node.op] * 4 * h * ctx.threads
+    ctx.call(node, node.op, "rnn.h", template, [*order, *(["scratch"] if scratch else []), "part"], args, scratch=scratch)
 
 
 def _transposed(ctx: Lowering, node: Node, name: str, w: Node) -> tuple[View, Arg]:
     """A matrix with its axes swapped: packed if constant, else by a call into scratch."""
     if w.is_const:
         return ctx.packed(name, np.ascontiguousarray(w.value.T))
-    view, _ = ctx.scratch(name, w.type.bytes)
+    view, _ = ctx.temporary(name, w.type.bytes)
     ctx.call(node, "transpose", "transpose.h", [w.dtype.ctype, _tag("Shape", w.shape), "Perm<1, 0>"], ["y", "x", "part"],
              [ctx.read("x", w), (view, Arg("y", w.dtype.ctype, "", const=False))])
     return view, Arg(name, w.dtype.ctype, "")
@@ -724,16 +726,115 @@ def _transposed(ctx: Lowering, node: Node, name: str, w: Node) -> tuple[View, Ar
 # -- reductions
 
 
-def _outer_reduce_inner(x: Node, axes: Sequence[int]) -> tuple[int, int, int]:
-    """Neighbouring reduced axes as [outer, reduce, inner]."""
-    wide = [a % x.type.rank for a in axes if x.shape[a] != 1] or [axes[0] % x.type.rank]
-    first, last = min(wide), max(wide)
-    return math.prod(x.shape[:first]), math.prod(x.shape[first:last + 1]), math.prod(x.shape[last + 1:])
+def _outer_axis_inner(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
+    axis %= max(len(shape), 1)
+    return math.prod(shape[:axis]), shape[axis] if shape else 1, math.prod(shape[axis + 1:])
 
 
-@lowers("reduce_mean", "reduce_max")
+_REDUCE = {"reduce_sum": "Sum", "reduce_mean": "Mean", "reduce_max": "Max", "reduce_min": "Min", "reduce_prod": "Prod"}
+_PLAIN = Fn((), (Access("value"),), True, True)  # an epilogue that changes nothing
+
+
+@lowers(*_REDUCE)
 def _reduce(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
-    outer, n, inner = _outer_reduce_inner(x, node.attrs["axes"])
-    ctx.call(node, "global_pool2d", "pool.h", [_image((outer, 1, n, inner)), "GlobalAverage" if node.op == "reduce_mean" else "GlobalMax"],
-             ["x", "y", "nullptr", "part", "fn"], [ctx.read("x", x), ctx.write("y", node)], Fn((), (Access("value"),), True, True))
+    axes = {a % x.type.rank for a in node.attrs["axes"]}
+    strides = row_strides(x.shape)
+    kept = [i for i in range(x.type.rank) if i not in axes]
+    reduced = sorted(axes)
+    # The mean over the middle of [outer, n, inner] is a pooling window: vectors run over inner.
+    if node.op == "reduce_mean" and x.dtype is F32 and reduced and reduced[-1] - reduced[0] == len(reduced) - 1:
+        outer, n, inner = (math.prod(x.shape[:reduced[0]]), math.prod(x.shape[i] for i in reduced), math.prod(x.shape[reduced[-1] + 1:]))
+        if inner > 1 and outer and n:
+            ctx.call(node, "global_pool2d", "pool.h", [_image((outer, 1, n, inner)), "GlobalAverage"],
+                     ["x", "y", "nullptr", "part", "fn"], [ctx.read("x", x), ctx.write("y", node)], _PLAIN)
+            return
+    template: list[object] = [_REDUCE[node.op], x.dtype.ctype]
+    for group in (kept, reduced):
+        dims, (walk,) = collapse([x.shape[i] for i in group], [[strides[i] for i in group]])
+        template += [_tag("Shape", dims), _tag("Strides", walk)]
+    ctx.call(node, "reduce", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+@lowers("argmax", "argmin")
+def _arg(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    template = [x.dtype.ctype, *_outer_axis_inner(x.shape, node.attrs["axis"]), _bool(node.op == "argmax"), _bool(node.attrs["last"])]
+    ctx.call(node, "arg_extremum", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+@lowers("cumsum", "cumprod")
+def _scan(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    template = ["Sum" if node.op == "cumsum" else "Prod", x.dtype.ctype, *_outer_axis_inner(x.shape, node.attrs["axis"]),
+                _bool(node.attrs["exclusive"]), _bool(node.attrs["reverse"])]
+    ctx.call(node, "scan", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+# -- normalisation
+
+
+@lowers("softmax", "log_softmax")
+def _softmax(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    template = [*_outer_axis_inner(x.shape, node.attrs["axis"]), _bool(node.op == "log_softmax")]
+    ctx.call(node, "softmax", "softmax.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+
+
+@lowers("layer_norm", "rms_norm")
+def _norm(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    axis = node.attrs["axis"] % x.type.rank
+    template = [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])]
+    args = [ctx.read("x", x), ctx.read("scale", node.inputs[1])]
+    order = ["x", "scale"]
+    if node.op == "layer_norm":
+        order.append("bias" if len(node.inputs) > 2 else "nullptr")
+        args += [ctx.read("bias", b) for b in node.inputs[2:]]
+    ctx.call(node, node.op, "norm.h", template, [*order, "y", "part", _literal(node.attrs["eps"], F32)], [*args, ctx.write("y", node)])
+
+
+# -- products
+
+
+@lowers("matmul")
+def _matmul(ctx: Lowering, node: Node) -> None:
+    a, b = node.inputs[:2]
+    batch, (m, n) = node.shape[:-2], node.shape[-2:]
+    k = a.shape[-2] if node.attrs["trans_a"] else a.shape[-1]
+    trans = [_bool(node.attrs["trans_a"]), _bool(node.attrs["trans_b"])]
+    strides = [[s * math.prod(x.shape[-2:]) for s in broadcast_strides(x.shape[:-2], batch)] for x in (a, b)]
+    dims, (_, wa, wb) = collapse(batch, [row_strides(batch), *strides])
+    template = [_tag("Shape", dims), m, k, n, _tag("Strides", wa), _tag("Strides", wb), *trans]
+    args = [ctx.read("a", a), ctx.read("b", b), ctx.write("y", node)]
+    if node.inputs[0].dtype is not F32:
+        t = node.dtype.ctype
+        ctx.call(node, "plain_matmul", "matmul.h", [t, t, *template], ["a", "b", "y", "part"], args)
+        return
+    fn, extra = ctx.epilogue(node)
+    scratch = pack.matmul_scratch_bytes(math.prod(dims), m, k, n, node.attrs["trans_a"], ctx.target.name) * ctx.threads
+    ctx.call(node, "matmul", "matmul.h", template, ["a", "b", "y", "scratch", "part", "fn"], [*args, *extra], fn, scratch=scratch)
+
+
+@lowers("attention")
+def _attention(ctx: Lowering, node: Node) -> None:
+    q, k, v = node.inputs[:3]
+    tokens = node.attrs["token_major"]  # [B, N, heads, D] instead of [B, heads, N, D]
+    b, heads, nq, d = ops.heads_first(q.shape, tokens)
+    nk, dv = ops.heads_first(k.shape, tokens)[2], v.shape[3]
+
+    def head_strides(x: Node) -> str:
+        s = row_strides(x.shape)
+        return _tag("HeadStrides", [s[0], s[2], s[1]] if tokens else s[:3])
+
+    args = [ctx.read("q", q), ctx.read("k", k), ctx.read("v", v)]
+    mask, name = "NoMask", "nullptr"
+    if len(node.inputs) > 3:
+        walk = broadcast_strides(node.inputs[3].shape, (b, heads, nq, nk))
+        mask, name = _tag("MaskStrides", walk), "mask"
+        args.append(ctx.read("mask", node.inputs[3]))
+    template = [b, heads, nq, nk, d, dv, head_strides(q), head_strides(k), head_strides(v), head_strides(node), mask,
+                _bool(node.attrs["causal"])]
+    ctx.call(node, "attention", "attention.h", template,
+             ["q", "k", "v", name, "y", "scratch", "part", _literal(node.attrs["scale"], F32)], [*args, ctx.write("y", node)],
+             scratch=pack.attention_scratch_bytes(nq, nk, d, dv, ctx.target.name) * ctx.threads)

@@ -684,7 +684,7 @@ def _ref_matmul(x: Sequence[Array], a: FrozenDict) -> Array:
 
 
 _add(Op("matmul", (2, 2), _infer_matmul, _ref_matmul, {"trans_a": False, "trans_b": False}, "contract", 1e-5,
-        doc="batched matrix product with broadcast batch axes"))
+        epilogue=2, doc="batched matrix product with broadcast batch axes"))
 
 
 def _infer_linear(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
@@ -907,29 +907,40 @@ _add(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5
         doc="x / sqrt(mean(x^2) + eps) scale (Zhang, Sennrich: Root Mean Square Layer Normalization, 2019)"))
 
 
+def heads_first(shape: Sequence[int], token_major: bool) -> tuple[int, ...]:
+    """[B, heads, N, D] of an attention operand, whichever of its two layouts it has."""
+    return (shape[0], shape[2], shape[1], shape[3]) if token_major else tuple(shape)
+
+
 def _infer_attention(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
-    q, k, v = types[:3]
-    if not q.rank == k.rank == v.rank == 4 or q.shape[-1] != k.shape[-1] or k.shape[:3] != v.shape[:3] or q.shape[:2] != k.shape[:2]:
+    if any(t.rank != 4 for t in types[:3]):
         raise ShapeError(f"attention of {', '.join(map(str, types))}")
-    full = (*q.shape[:3], k.shape[2])
+    q, k, v = (heads_first(t.shape, a["token_major"]) for t in types[:3])
+    if q[3] != k[3] or k[:3] != v[:3] or q[:2] != k[:2]:
+        raise ShapeError(f"attention of {', '.join(map(str, types))}")
+    full = (*q[:3], k[2])
     if len(types) > 3 and broadcast_shapes(types[3].shape, full) != full:
         raise ShapeError(f"attention mask {types[3]} does not broadcast to {list(full)}")
-    return TensorType((*q.shape[:3], v.shape[3]), q.dtype)
+    return TensorType(heads_first((*q[:3], v[3]), a["token_major"]), types[0].dtype)
 
 
 def _ref_attention(x: Sequence[Array], a: FrozenDict) -> Array:
-    q, k, v = x[:3]
-    s = q.astype(np.float64) @ np.swapaxes(k, -1, -2) * a["scale"]
+    q, k, v = (v.astype(np.float64) for v in x[:3])
+    if a["token_major"]:
+        q, k, v = (np.swapaxes(v, 1, 2) for v in (q, k, v))
+    s = q @ np.swapaxes(k, -1, -2) * a["scale"]
     if len(x) > 3:
         s = s + x[3]
     if a["causal"]:
         s = np.where(np.tril(np.ones(s.shape[-2:], bool), 0), s, -np.inf)
     e = np.exp(s - s.max(-1, keepdims=True))
-    return (e / e.sum(-1, keepdims=True) @ v).astype(q.dtype)
+    y = e / e.sum(-1, keepdims=True) @ v
+    return (np.swapaxes(y, 1, 2) if a["token_major"] else y).astype(x[0].dtype)
 
 
-_add(Op("attention", (3, 4), _infer_attention, _ref_attention, {"scale": REQUIRED, "causal": False}, "contract", 1e-5,
-        doc="softmax(q k^T scale + mask) v on [B, heads, N, D] (Vaswani et al.: Attention Is All You Need, 2017)"))
+_add(Op("attention", (3, 4), _infer_attention, _ref_attention, {"scale": REQUIRED, "causal": False, "token_major": False},
+        "contract", 1e-5, doc="softmax(q k^T scale + mask) v on [B, heads, N, D], or [B, N, heads, D] if token_major "
+                              "(Vaswani et al.: Attention Is All You Need, 2017)"))
 
 # ------------------------------------------------------------------------------------ recurrence
 
@@ -1022,8 +1033,8 @@ def macs(node: Node) -> int:
     if node.op == "matmul":
         return node.type.size * node.inputs[0].shape[-2 if node.attrs["trans_a"] else -1]
     if node.op == "attention":
-        q, k, v = node.inputs[:3]
-        return math.prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3])
+        q, k, v = (heads_first(i.shape, node.attrs["token_major"]) for i in node.inputs[:3])
+        return math.prod(q[:3]) * k[2] * (q[3] + v[3])
     if node.op in ("lstm", "gru", "rnn"):
         return node.inputs[0].shape[0] * node.inputs[0].shape[1] * (node.inputs[1].type.size + node.inputs[2].type.size)
     return 0

@@ -86,6 +86,7 @@ class Call:
     macs: int = 0
     bytes: int = 0
     parallel: bool = True
+    scratch_bytes: int = 0  # given to the kernel; the emitted code asserts that it is enough
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,10 +81,14 @@ def _lambda(fn: Fn) -> str:
     return head + " {\n      " + "\n      ".join(lines) + "\n    }"
 
 
-def _body(call: Call) -> str:
+def _body(call: Call, threads: int) -> str:
     template = f"<{', '.join(call.template)}>" if call.template else ""
     order = ", ".join("part" if o == "part" else _lambda(call.fn) if o == "fn" and call.fn else o for o in call.order)
-    return f"  {call.kernel}{template}::run({order});"
+    if not call.scratch_bytes:
+        return f"  {call.kernel}{template}::run({order});"
+    return (f"  using Kernel_ = {call.kernel}{template};\n"
+            f"  static_assert(Kernel_::scratch_bytes({threads}) <= {call.scratch_bytes}, \"the plan gave too little scratch\");\n"
+            f"  Kernel_::run({order});")
 
 
 def _signature(call: Call, name: str) -> str:
@@ -113,13 +117,13 @@ def emit(plan: Plan, target: Target) -> Sources:
     calls = []
     for i, c in enumerate(plan.calls):
         anonymous = replace(c, args=tuple(replace(a, kind="", index=0, offset=0) for a in c.args), origin="", macs=0, bytes=0)
-        key = _signature(anonymous, "") + _body(anonymous)
+        key = _signature(anonymous, "") + _body(anonymous, plan.threads)
         if key not in functions:
             functions[key] = (f"k{len(functions)}_{c.op}", c)
         calls.append((i, functions[key][0], c))
 
     headers = _headers(plan.calls)
-    bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n)} {{\n{_body(c)}\n}}\n", c) for n, c in functions.values()]
+    bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n)} {{\n{_body(c, plan.threads)}\n}}\n", c) for n, c in functions.values()]
     files: dict[str, str] = {}
     units = [f"{name}.cpp"]
     split = len(bodies) > KERNELS_PER_UNIT

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from skive.errors import TargetError
+from skive.ir import Node
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,12 @@ class Target:
     features: tuple[str, ...]
     lanes: int
     doc: str
+
+    def winograd_pays(self, conv: Node) -> bool:
+        """Whether F(4x4, 3x3) beats the direct kernel on `conv` (measured: benchmarks/kernels/bench_winograd.py)."""
+        _, kh, kw, ic = conv.inputs[1].shape
+        return (self.lanes > 4 and (kh, kw) == (3, 3) and conv.attrs["groups"] == 1 and conv.attrs["stride"] == (1, 1)
+                and conv.attrs["dilation"] == (1, 1) and ic >= 16 and conv.shape[3] >= 16 and min(conv.shape[1:3]) >= 7)
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
