@@ -25,7 +25,7 @@ from skive.ir import Graph, Node
 DRAWN_NODES = 400
 
 # Pixels of a drawing.
-_BOX_WIDTH, _BOX_HEIGHT = 148, 34
+_BOX_WIDTH, _BOX_HEIGHT = 184, 36
 _GAP_X, _GAP_Y = 18, 26
 _WIRE_WIDTH = 10  # of a layer that an edge only passes through
 
@@ -42,6 +42,12 @@ class Drawn:
     detail: str
     inputs: tuple[int, ...]
     output: bool = False
+
+    @property
+    def dims(self) -> str:
+        """The shape alone, if it is short."""
+        text = self.type.partition("[")[2].removesuffix("]").replace(",", "×")
+        return text if len(text) <= 15 else ""
 
     @property
     def kind(self) -> str:
@@ -113,6 +119,7 @@ class Box:
     y: int
     text: str
     small: str
+    dims: str
 
 
 @dataclass(frozen=True)
@@ -181,8 +188,8 @@ def draw(nodes: Sequence[Drawn]) -> Picture:
         return round(x[i] - left)
 
     row_of = {i: r for r, row in enumerate(rows) for i in row}
-    boxes = tuple(Box(n, centre(i) - _BOX_WIDTH // 2, row_of[i] * step + _GAP_Y, _cut(n.op, 20),
-                      _cut(n.label, 26)) for i, n in enumerate(nodes))
+    boxes = tuple(Box(n, centre(i) - _BOX_WIDTH // 2, row_of[i] * step + _GAP_Y, _cut(n.op, 18),
+                      _cut(n.label, 30), n.dims) for i, n in enumerate(nodes))
     paths = []
     for chain in chains:
         points = [(centre(chain[0]), row_of[chain[0]] * step + _GAP_Y + _BOX_HEIGHT)]
