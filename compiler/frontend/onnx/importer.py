@@ -123,6 +123,9 @@ class Importer:
         names = [o.name for o in graph.output]
         if self.problems:
             raise UnsupportedOpError(self.problems, tuple(self.to_fix))
+        for name, value in zip(names, outputs):
+            if isinstance(value, _Unknown):
+                raise InvalidModelError(f"the output {name!r} depends on an optional result that its operator does not give")
         flat: list[Node] = []
         flat_names: list[str] = []
         for info, value in zip(graph.output, outputs):
@@ -171,6 +174,10 @@ class Importer:
         """The static shape of a graph input; ShapeError if it is not known."""
         tensor = info.type.tensor_type
         given = self.shapes.get(info.name)
+        if given is not None and given[:1] == (-1,):  # the batch is left open
+            if self.batch is None:
+                raise ShapeError(f"{info.name}: an open batch needs its maximum, --batch-max")
+            given = (self.batch, *given[1:])
         if not tensor.HasField("shape"):
             if given is None:
                 raise ShapeError(f"{info.name}: the shape is unknown; give it with --input {info.name}=1x3x224x224")

@@ -139,6 +139,13 @@ def check(model: ModelProto) -> None:
 
 def check_names(graph: GraphProto, outer: frozenset[str]) -> frozenset[str]:
     """Every name a node of `graph` may read; InvalidModelError for repeated, missing or late ones."""
+    for node in graph.node:
+        for text in (node.op_type, node.domain, node.name, *node.input, *node.output):
+            if not isinstance(text, str):  # protobuf gives bytes for what is not UTF-8
+                raise InvalidModelError(f"a node has a name that is not UTF-8: {text!r}")
+    for info in (*graph.input, *graph.output):
+        if not isinstance(info.name, str):
+            raise InvalidModelError(f"an input or output has a name that is not UTF-8: {info.name!r}")
     inputs = [i.name for i in graph.input]
     weights = [t.name for t in graph.initializer] + [t.values.name for t in graph.sparse_initializer]
     for kind, names in (("input", inputs), ("initialiser", weights)):

@@ -22,7 +22,7 @@ FOLD_BYTES = 1 << 22
 # Multiply-accumulates that folding may spend on one node.
 FOLD_MACS = 1 << 30
 # Elements of a constant that an attribute or a shape calls for, such as a window or a Fourier matrix.
-MAX_CONSTANT = 1 << 26
+MAX_CONSTANT = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,13 @@ class Call:
     def attr(self, name: str, default: Any = None) -> Any:
         """Attribute `name` as a Python value: int, float, str, list, array or GraphProto."""
         return self.attrs.get(name, default)
+
+    def choice(self, name: str, default: str, *others: str) -> str:
+        """String attribute `name`; InvalidModelError if it is none of the given values."""
+        value = self.attrs.get(name, default)
+        if value not in (default, *others):
+            raise InvalidModelError(f"{name} is {value!r}, not one of {', '.join((default, *others))}")
+        return value
 
     def required(self, name: str) -> Any:
         """Attribute `name`; InvalidModelError if it is missing."""

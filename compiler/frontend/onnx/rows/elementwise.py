@@ -97,7 +97,7 @@ def prelu(c: Call) -> Node:
 @onnx_op("BitShift")
 def bit_shift(c: Call) -> Node:
     x, by = c[0], c[1]
-    if c.required("direction") == "LEFT":
+    if c.choice("direction", "LEFT", "RIGHT") == "LEFT":
         return c.make("shift_left", x, by)
     if x.dtype.is_signed:  # shifting out every bit leaves copies of the sign
         by = c.make("min", by, x.dtype.bytes * 8 - 1)
@@ -123,7 +123,7 @@ def clip(c: Call) -> Node:
 
 @onnx_op("Gelu")
 def gelu(c: Call) -> Node:
-    return c.make("gelu_tanh" if c.attr("approximate", "none") == "tanh" else "gelu", c[0])
+    return c.make("gelu_tanh" if c.choice("approximate", "none", "tanh") == "tanh" else "gelu", c[0])
 
 
 @onnx_op("Swish")

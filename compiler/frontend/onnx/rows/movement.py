@@ -8,8 +8,8 @@ import numpy as np
 
 from skive.errors import InvalidModelError
 from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
-from skive.ir import Node, constant
-from skive.types import MAX_ELEMENTS, DType
+from skive.ir import Node
+from skive.ops import broadcast_shapes
 
 
 @onnx_op("Constant")
@@ -146,7 +146,7 @@ def slice_(c: Call) -> Node:
 @onnx_op("Expand")
 def expand(c: Call) -> Node:
     x = c[0]
-    return c.expand(x, np.broadcast_shapes(x.shape, c.ints(1, "shape")))
+    return c.expand(x, broadcast_shapes(x.shape, c.ints(1, "shape")))
 
 
 @onnx_op("Tile")
@@ -188,7 +188,7 @@ def pad(c: Call) -> Node:
     before, after = [max(0, p) for p in before], [max(0, p) for p in after]
     if not any(before) and not any(after):
         return x
-    mode = c.attr("mode", "constant")
+    mode = c.choice("mode", "constant", "reflect", "edge", "wrap")
     if mode == "constant" and value is not None and not value.is_const:
         mask = c.make("pad", c.lit(np.ones(x.shape, np.bool_)), before=tuple(before), after=tuple(after), value=0)
         padded = c.make("pad", x, before=tuple(before), after=tuple(after), value=0)
@@ -213,7 +213,7 @@ def depth_to_space(c: Call) -> Node:
     n, ch, h, w = x.shape
     if b < 1 or ch % (b * b):
         raise InvalidModelError(f"blocksize {b} does not divide {ch} channels")
-    if c.attr("mode", "DCR") == "DCR":
+    if c.choice("mode", "DCR", "CRD") == "DCR":
         y = c.transpose(c.reshape(x, (n, b, b, ch // (b * b), h, w)), (0, 3, 4, 1, 5, 2))
     else:
         y = c.transpose(c.reshape(x, (n, ch // (b * b), b, b, h, w)), (0, 1, 4, 2, 5, 3))
@@ -226,7 +226,7 @@ def space_to_depth(c: Call) -> Node:
     n, ch, h, w = x.shape
     if b < 1 or h % b or w % b:
         raise InvalidModelError(f"blocksize {b} does not divide {h} x {w}")
-    order = (0, 3, 5, 1, 2, 4) if c.attr("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    order = (0, 3, 5, 1, 2, 4) if c.choice("mode", "DCR", "CRD") == "DCR" else (0, 1, 3, 5, 2, 4)
     y = c.transpose(c.reshape(x, (n, ch, h // b, b, w // b, b)), order)
     return c.reshape(y, (n, ch * b * b, h // b, w // b))
 
@@ -257,9 +257,9 @@ def gather_nd(c: Call) -> Node:
 @onnx_op("Scatter", "ScatterElements")
 def scatter_elements(c: Call) -> Node:
     return c.make("scatter_elements", c[0], c[1], c[2], axis=checked_axis(int(c.attr("axis", 0)), c[0].type.rank),
-                  reduction=c.attr("reduction", "none"))
+                  reduction=c.choice("reduction", "none", "add", "mul", "max", "min"))
 
 
 @onnx_op("ScatterND")
 def scatter_nd(c: Call) -> Node:
-    return c.make("scatter_nd", c[0], c[1], c[2], reduction=c.attr("reduction", "none"))
+    return c.make("scatter_nd", c[0], c[1], c[2], reduction=c.choice("reduction", "none", "add", "mul", "max", "min"))

@@ -18,7 +18,7 @@ def recurrent(c: Call) -> list[Node]:
     x = c[0]
     layout = int(c.attr("layout", 0))
     x = c.transpose(x, (1, 0, 2)) if layout else x  # [T, N, I]
-    direction = c.attr("direction", "forward")
+    direction = c.choice("direction", "forward", "reverse", "bidirectional")
     ways = 2 if direction == "bidirectional" else 1
     steps, batch = x.shape[:2]
     w, r = c[1], c[2]

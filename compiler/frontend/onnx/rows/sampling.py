@@ -64,14 +64,15 @@ def interpolation_matrix(c: Call, mode: str, x: np.ndarray, size: int, scale: fl
     kernel, reach = (triangle, 1) if mode == "linear" else (cubic, 2)
     shrink = min(scale, 1.0) if c.attr("antialias", 0) else 1.0
     a = float(c.attr("cubic_coeff_a", -0.75))
+    support = math.ceil(reach / shrink)
+    c.room(len(x) * max(size, 2 * support + 2), "an interpolation matrix")
+    taps = np.floor(x).astype(np.int64)[:, None] + np.arange(-support, support + 2)
+    weights = kernel((taps - x[:, None]) * shrink, a)
+    if c.attr("exclude_outside", 0):
+        weights = np.where((taps >= 0) & (taps < size), weights, 0.0)
+    weights /= weights.sum(1, keepdims=True)
     matrix = np.zeros((len(x), size))
-    for row, position in zip(matrix, x):
-        support = math.ceil(reach / shrink)
-        taps = np.arange(math.floor(position) - support, math.floor(position) + support + 2)
-        weights = kernel((taps - position) * shrink, a)
-        if c.attr("exclude_outside", 0):
-            weights = np.where((taps >= 0) & (taps < size), weights, 0.0)
-        np.add.at(row, np.clip(taps, 0, size - 1), weights / weights.sum())
+    np.add.at(matrix, (np.arange(len(x))[:, None], np.clip(taps, 0, size - 1)), weights)
     return matrix
 
 
@@ -110,7 +111,7 @@ def resize(c: Call) -> Node:
         if len(sizes) != len(axes) or min(sizes, default=1) < 1:
             raise InvalidModelError(f"sizes {list(sizes)} for {len(axes)} axes")
         ratio = [n / x.shape[a] for a, n in zip(axes, sizes)]
-        policy = c.attr("keep_aspect_ratio_policy", "stretch")
+        policy = c.choice("keep_aspect_ratio_policy", "stretch", "not_larger", "not_smaller")
         if policy != "stretch":
             common = min(ratio) if policy == "not_larger" else max(ratio)
             sizes = [math.floor(common * x.shape[a] + 0.5) for a in axes]
@@ -133,7 +134,7 @@ def resize(c: Call) -> Node:
             continue
         if x.shape[a] == 0:
             raise InvalidModelError(f"resize of {x.type}")
-        c.room(shape[a] * (1 if mode == "nearest" else x.shape[a]), "an interpolation matrix")
+        c.room(shape[a], "an axis")
         position = source_positions(transform, x.shape[a], shape[a], factor[a], roi[a])
         if transform == "tf_crop_and_resize":
             outside.append(((position < 0) | (position > x.shape[a] - 1)).reshape(
@@ -161,8 +162,9 @@ def resize(c: Call) -> Node:
 def grid_sample(c: Call) -> Node:
     """Samples [N, C, D...] at the positions of a grid [N, O..., d], whose last axis counts backwards."""
     x, grid = c[0], c[1]
-    mode = {"bilinear": "linear", "bicubic": "cubic"}.get(c.attr("mode", "linear"), c.attr("mode", "linear"))
-    padding, align = c.attr("padding_mode", "zeros"), bool(c.attr("align_corners", 0))
+    mode = c.choice("mode", "linear", "bilinear", "nearest", "cubic", "bicubic")
+    mode = {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode)
+    padding, align = c.choice("padding_mode", "zeros", "border", "reflection"), bool(c.attr("align_corners", 0))
     sizes = x.shape[2:]
     n = len(sizes)
     if not 1 <= n <= 3:
@@ -341,6 +343,7 @@ def roi_bins(c: Call, x: Node, rois: Node, batch: Node, oh: int, ow: int, sy: in
     """[R, C, oh, ow] for boxes [R, 4] with sy x sx samples a bin."""
     _, ch, h, w = x.shape
     count = rois.shape[0]
+    c.room(oh * sy + ow * sx, "a row of samples")
     shift = 0.5 if half else 0.0
     edge = [c.make("sub", c.make("mul", c.index(rois, 1, k), scale), shift) for k in range(4)]
 
@@ -371,7 +374,7 @@ def roi_bins(c: Call, x: Node, rois: Node, batch: Node, oh: int, ow: int, sy: in
         value = c.make("gather_nd", pixels, c.stack(index, 3))  # [R, ny, nx, C]
         weight = c.make("mul", c.reshape(wy, (count, ny, 1, 1)), c.reshape(wx, (count, 1, nx, 1)))
         values.append(c.make("mul", value, weight))
-    largest = c.attr("mode", "avg") == "max"
+    largest = c.choice("mode", "avg", "max") == "max"
     total = values[0]
     for v in values[1:]:
         total = c.make("max" if largest else "add", total, v)

@@ -81,6 +81,8 @@ def scan_batches(c: Call) -> list[Value]:
 
 def scan_once(c: Call, operands: list[Node]) -> list[Value]:
     count = int(c.required("num_scan_inputs"))
+    if not 1 <= count <= len(operands):
+        raise InvalidModelError(f"{count} scan inputs among {len(operands)}")
     state: list[Value] = list(operands[:len(operands) - count])
     sequences = operands[len(operands) - count:]
     outputs = len(c.required("body").output) - len(state)
@@ -88,8 +90,6 @@ def scan_once(c: Call, operands: list[Node]) -> list[Value]:
     in_back = c.attr("scan_input_directions", c.attr("directions", [0] * count))
     out_axes = c.attr("scan_output_axes", [0] * outputs)
     out_back = c.attr("scan_output_directions", [0] * outputs)
-    if not sequences:
-        raise InvalidModelError("Scan without scan inputs")
     length = sequences[0].shape[in_axes[0]]
     if length > MAX_ITERATIONS:
         raise Unsupported(f"a scan of more than {MAX_ITERATIONS} iterations")

@@ -46,7 +46,7 @@ def window_pads(c: Call, sizes: Sequence[int], kernel: Sequence[int], stride: Se
                 dilation: Sequence[int]) -> tuple[list[int], list[int]]:
     """Padding (before, after) of every axis, from `pads` or `auto_pad`."""
     n = len(sizes)
-    auto = c.attr("auto_pad", "NOTSET")
+    auto = c.choice("auto_pad", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
     if auto in ("SAME_UPPER", "SAME_LOWER"):
         total = [max(0, (-(-d // s) - 1) * s + k_dilated(k, dl) - d)
                  for d, k, s, dl in zip(sizes, kernel, stride, dilation)]
@@ -147,7 +147,7 @@ def conv_transpose(c: Call) -> Node:
     stride, dilation = window_attr(c, "strides", n, 1), window_attr(c, "dilations", n, 1)
     out_pad = [int(p) for p in c.attr("output_padding", [0] * n)]
     full = [(d - 1) * s + k_dilated(k, dl) for d, s, k, dl in zip(sizes, stride, kernel, dilation)]
-    auto = c.attr("auto_pad", "NOTSET")
+    auto = c.choice("auto_pad", "NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID")
     wanted = c.attr("output_shape")
     if wanted is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
         target = [int(t) for t in (wanted or [d * s for d, s in zip(sizes, stride)])][-n:]
