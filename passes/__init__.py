@@ -14,11 +14,13 @@ from skive.passes.merge_linear import merge_linear
 from skive.passes.recognise_patterns import recognise_patterns
 from skive.passes.sink_reshapes import sink_reshapes
 from skive.passes.sink_transposes import sink_transposes
+from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
            "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "merge_linear", "optimize",
-           "recognise_patterns", "sink_reshapes", "sink_transposes"]
+           "recognise_patterns", "sink_reshapes", "sink_transposes",
+           "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
@@ -32,6 +34,7 @@ CANONICAL: list[str] = [
     "fold-padding",
     "fold-batchnorm",
     "merge-linear",
+    "transpose-free-attention",
     "sink-reshapes",
     "fold-constants",
     "eliminate-identity",
