@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -49,18 +48,6 @@ def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
     for modules in ["skive", "skive.runtime"]:
         code = f"import sys, {modules}; print([m for m in {HEAVY} if m in sys.modules])"
         assert python(code, cwd=tmp_path) == "[]", modules
-
-
-def test_running_an_artefact_loads_nothing_heavy(tmp_path: Path) -> None:
-    model = ROOT / "examples" / "keyword_spotting" / "kws_dscnn.onnx"
-    compile_it = ("import numpy as np, skive\n"
-                  f"skive.compile({str(model)!r}, output='kws', name='kws', verify=False,\n"
-                  "              example_inputs=(np.zeros((1, 1, 49, 10), np.float32),))")
-    python(compile_it, cwd=tmp_path)
-    run_it = ("import sys, json, numpy as np, skive\n"
-              "y = skive.load('kws')(np.zeros((1, 1, 49, 10), np.float32))\n"
-              f"print(json.dumps([list(y.shape), [m for m in {HEAVY} if m in sys.modules]]))")
-    assert json.loads(python(run_it, cwd=tmp_path)) == [[1, 12], []]
 
 
 def test_version_is_stated_once(tmp_path: Path) -> None:
