@@ -1,0 +1,471 @@
+"""The PyTorch front end: compiled modules against eager PyTorch, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import pickle
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import skive
+from skive.errors import InvalidModelError, ShapeError, UnsupportedOpError
+from skive.frontend import open_model
+from skive.reference import evaluate_graph
+
+torch = pytest.importorskip("torch", reason="needs PyTorch (pip install 'skive-compiler[torch]')")
+pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'skive-compiler[torch]')")
+
+from torch import nn  # noqa: E402
+from torch.nn import functional as F  # noqa: E402, N812
+
+TOLERANCE = 1e-4  # of the output's range
+
+
+class Lambda(nn.Module):
+    """A function, and the modules it uses, as one module; its parameters are the function's."""
+
+    def __init__(self, fn: Callable[..., Any], **parts: nn.Module):
+        super().__init__()
+        self.fn = fn
+        for name, part in parts.items():
+            setattr(self, name, part)
+        names = [p for p in inspect.signature(fn).parameters if p != "m"]
+        self.takes_self = "m" in inspect.signature(fn).parameters
+        assert len(names) <= 3
+
+    def forward(self, x: Any, y: Any = None, z: Any = None) -> Any:
+        given = [v for v in (x, y, z) if v is not None]
+        return self.fn(self, *given) if self.takes_self else self.fn(*given)
+
+
+def noise(*shape: int) -> Any:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+class Residual(nn.Module):
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Any) -> Any:
+        return x + self.body(x)
+
+
+# name: (module, inputs)
+MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
+    "conv_bn_relu": lambda: (
+        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+        (noise(1, 3, 12, 12),),
+    ),
+    "residual": lambda: (Residual(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1), nn.ReLU6())), (noise(2, 4, 9, 9),)),
+    "depthwise": lambda: (nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1, groups=8), nn.Conv2d(8, 6, 1)), (noise(1, 8, 9, 9),)),
+    "groups": lambda: (nn.Conv2d(6, 8, 3, groups=2, dilation=2), (noise(1, 6, 9, 9),)),
+    "conv_transpose": lambda: (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1), (noise(1, 4, 8, 8),)),
+    "conv1d": lambda: (nn.Conv1d(4, 6, 3, padding=2, dilation=2), (noise(1, 4, 20),)),
+    "linear": lambda: (nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh()), (noise(2, 3, 4),)),
+    "layer_norm_gelu": lambda: (nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.GELU()), (noise(2, 5, 8),)),
+    "attention": lambda: (
+        Lambda(lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
+        (noise(1, 2, 6, 4), noise(1, 2, 7, 4), noise(1, 2, 7, 4)),
+    ),
+    "attention_causal": lambda: (
+        Lambda(lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True)),
+        (noise(1, 2, 6, 4),),
+    ),
+    "multihead_attention": lambda: (
+        Lambda(lambda m, x: m.att(x, x, x)[0], att=nn.MultiheadAttention(16, 4, batch_first=True)),
+        (noise(2, 5, 16),),
+    ),
+    "transformer_layer": lambda: (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), (noise(2, 5, 16),)),
+    "lstm": lambda: (nn.LSTM(6, 5, 2, batch_first=True, bidirectional=True), (noise(2, 7, 6),)),
+    "gru": lambda: (nn.GRU(6, 5), (noise(7, 2, 6),)),
+    "embedding": lambda: (
+        Lambda(lambda m, i: m.table(i).mean(1), table=nn.Embedding(10, 4)),
+        (torch.tensor([[1, 9, 3], [0, 0, 2]]),),
+    ),
+    "upsample_nearest": lambda: (nn.Upsample(scale_factor=2), (noise(1, 3, 5, 5),)),
+    "upsample_bilinear": lambda: (nn.Upsample(size=(9, 11), mode="bilinear", align_corners=True), (noise(1, 3, 5, 5),)),
+    "pixel_shuffle": lambda: (nn.PixelShuffle(2), (noise(1, 8, 5, 5),)),
+    "adaptive_pool": lambda: (
+        Lambda(lambda x: (F.adaptive_avg_pool2d(x, (3, 2)), F.adaptive_avg_pool2d(x, 1))),
+        (noise(1, 4, 7, 5),),
+    ),
+    "pool": lambda: (
+        Lambda(lambda x: (F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 2, ceil_mode=True))),
+        (noise(1, 2, 7, 7),),
+    ),
+    "group_norm": lambda: (nn.GroupNorm(2, 8), (noise(1, 8, 5, 5),)),
+    "instance_norm": lambda: (nn.InstanceNorm2d(8, affine=True), (noise(1, 8, 5, 5),)),
+    "activations": lambda: (
+        Lambda(lambda x: (F.silu(x), F.hardswish(x), F.mish(x), F.elu(x), F.leaky_relu(x), F.softplus(x))),
+        (noise(4, 8),),
+    ),
+    "einsum": lambda: (Lambda(lambda a, b: torch.einsum("bij,bkj->bik", a, b)), (noise(2, 3, 4), noise(2, 5, 4))),
+    "cat_split_chunk": lambda: (
+        Lambda(lambda x: (torch.cat(x.chunk(3, 1)[::-1], 1), x.split([1, 5], 1)[1])),
+        (noise(2, 6),),
+    ),
+    "view_permute": lambda: (
+        Lambda(lambda x: x.view(2, 3, 4).permute(2, 0, 1).flatten(1)[:, 1:3].unsqueeze(-1)),
+        (noise(2, 12),),
+    ),
+    "mean_var": lambda: (Lambda(lambda x: (x.mean(1), x.var(1), x.amax(0), x.sum())), (noise(3, 6),)),
+    "where_masked_fill": lambda: (
+        Lambda(lambda x: (torch.where(x > 0, x, -x * 2), x.masked_fill(x < 0, -1.0))),
+        (noise(3, 6),),
+    ),
+    "topk": lambda: (Lambda(lambda x: torch.topk(x, 3, 1)), (noise(3, 6),)),
+    "cumsum": lambda: (Lambda(lambda x: torch.cumsum(x, 1)), (noise(3, 6),)),
+    "integers": lambda: (Lambda(lambda i: (i // 2, i % 3, i.float() / 2, i > 2)), (torch.arange(-3, 6),)),
+}
+
+
+def close(got: Any, want: Any) -> None:
+    """Equal shapes and dtypes; floats within TOLERANCE of the range of `want`, the rest equal."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape and got.dtype == want.dtype
+    if want.dtype.kind != "f":
+        np.testing.assert_array_equal(got, want)
+    elif want.size:
+        scale = max(float(want.max() - want.min()), float(np.abs(want).max()), 1e-3)
+        assert float(np.abs(got.astype(np.float64) - want).max()) <= TOLERANCE * scale
+
+
+def eager(module: nn.Module, inputs: tuple[Any, ...]) -> list[Any]:
+    with torch.no_grad():
+        return [v.numpy() for v in torch.utils._pytree.tree_leaves(module(*inputs))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_compiled_module_equals_eager(name: str) -> None:
+    torch.manual_seed(0)
+    module, inputs = MODULES[name]()
+    module.eval()
+    compiled = skive.compile(module, example_inputs=inputs)
+    got = compiled(*inputs)
+    want = eager(module, inputs)
+    got = got if isinstance(got, tuple) else (got,)
+    assert len(got) == len(want) and all(isinstance(g, torch.Tensor) for g in got)
+    for g, w in zip(got, want, strict=True):
+        close(g, w)
+
+
+BENCH = Path(__file__).resolve().parents[2].parent / "shared" / "bench"
+ZOO = ("espcn", "tiny_resnet8", "tiny_kws", "tiny_ad", "tcn")  # the small ones; all of them: benchmarks/
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_zoo_module_imports_to_the_same_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (BENCH / "models.py").exists():
+        pytest.skip("../shared/bench is not there")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import models  # type: ignore[import-not-found]
+
+    module, x = models.build(name), models.sample(name)
+    source = open_model(module, example_inputs=(x,))
+    (got,) = evaluate_graph(source.graph(), [x.numpy()])
+    close(got, eager(module, (x,))[0])
+
+
+def test_names_come_from_forward_and_its_result() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+
+        def forward(self, image: Any, bias: Any) -> Any:
+            y = self.stem(image)
+            return {"mask": y + bias, "parts": [y * 2, (image, None)]}
+
+    inputs = (noise(1, 3, 6, 6), noise(1, 4, 4, 4))
+    graph = open_model(Named().eval(), example_inputs=inputs).graph()
+    assert [i.name for i in graph.inputs] == ["image", "bias"]
+    assert graph.output_names == ("mask", "parts.0", "parts.1.0")
+    assert "stem.0/Conv" in {n.origin for n in graph.nodes}
+
+
+def test_inputs_by_name_and_plain_python_arguments() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Any, scale: float = 1.0, offset: Any = None) -> Any:
+            return x * scale + offset
+
+    example = {"offset": np.ones((1, 3), np.float32), "x": np.full((1, 3), 2, np.float32), "scale": 4.0}
+    graph = open_model(Scaled().eval(), example_inputs=example).graph()
+    assert [i.name for i in graph.inputs] == ["x", "offset"]
+    (got,) = evaluate_graph(graph, {"x": example["x"], "offset": example["offset"]})
+    np.testing.assert_array_equal(got, np.full((1, 3), 9, np.float32))
+
+
+def test_batch_max_gives_one_sample_graphs() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3)).eval()
+    graph = open_model(module, example_inputs=(noise(1, 1, 4, 4),), batch_max=8).graph()
+    assert graph.batch_max == 8
+    assert graph.inputs[0].shape == (1, 1, 4, 4) and graph.outputs[0].shape == (1, 3)
+
+
+def test_exported_program_and_its_file(tmp_path: Path) -> None:
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval(), noise(2, 3)
+    program = torch.export.export(module, (x,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    for model in (program, tmp_path / "net.pt2"):
+        source = open_model(model)
+        (got,) = evaluate_graph(source.graph(), [x.numpy()])
+        close(got, eager(module, (x,))[0])
+        outside = source.oracle([x.numpy()])
+        assert outside is not None
+        close(outside[0], eager(module, (x,))[0])
+
+
+def test_symbolic_dimension_of_a_program_needs_a_value() -> None:
+    program = torch.export.export(nn.Linear(3, 4).eval(), (noise(2, 3),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    with pytest.raises(ShapeError, match="dimension 0"):
+        open_model(program).graph()
+    assert open_model(program, example_inputs=(noise(5, 3),)).graph().outputs[0].shape == (5, 4)
+
+
+def test_hash_is_of_the_model_and_nothing_else() -> None:
+    script = (
+        "import torch; from torch import nn; from skive.frontend import open_model; torch.manual_seed({seed}); "
+        "m = nn.Sequential(nn.Conv2d(1, 2, 3), nn.{act}()).eval(); "
+        "print(open_model(m, example_inputs=(torch.zeros(1, 1, 4, 4),)).sha256)"
+    )
+
+    def sha(seed: int, act: str, hash_seed: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", script.format(seed=seed, act=act)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PATH": "/usr/bin:/bin", "PYTHONHASHSEED": hash_seed},
+        )
+        return done.stdout.strip().splitlines()[-1]
+
+    first = sha(0, "ReLU", "0")
+    assert len(first) == 64
+    assert sha(0, "ReLU", "7") == first
+    assert sha(1, "ReLU", "0") != first
+    assert sha(0, "Tanh", "0") != first
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+class Branches(nn.Module):
+    def forward(self, x: Any) -> Any:
+        if x.sum() > 0:
+            return x + 1
+        return x - 1
+
+
+class Loops(nn.Module):
+    def forward(self, x: Any) -> Any:
+        while (x.abs() > 1).any():
+            x = x / 2
+        return x
+
+
+@pytest.mark.parametrize(("module", "line"), [(Branches, "if x.sum() > 0"), (Loops, "while (x.abs() > 1).any()")])
+def test_control_flow_on_values_is_refused_with_its_line(
+    module: type[nn.Module], line: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UnsupportedOpError) as caught:
+        open_model(module().eval(), example_inputs=(noise(1, 3),))
+    ((where, reason, _),) = caught.value.problems
+    assert line in where and where.startswith("test_torch.py:") and "values of a tensor" in reason
+    assert capfd.readouterr().out == ""
+
+
+def test_state_written_by_forward_is_refused() -> None:
+    class Counter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(3))
+
+        def forward(self, x: Any) -> Any:
+            self.seen[0:2] = self.seen[0:2] + x[0:2]
+            return self.seen * 2
+
+    with pytest.raises(UnsupportedOpError, match="seen: forward writes"):
+        open_model(Counter().eval(), example_inputs=(noise(3),)).graph()
+
+
+def test_every_untranslatable_operator_is_named() -> None:
+    @torch.library.custom_op("skivetest::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @torch.library.custom_op("skivetest::thrice", mutates_args=())
+    def thrice(x: torch.Tensor) -> torch.Tensor:
+        return x * 3
+
+    for op in (twice, thrice):
+        op.register_fake(torch.empty_like)
+    module = Lambda(lambda x: twice(x) + thrice(x)).eval()
+    with pytest.raises(UnsupportedOpError) as caught:
+        open_model(module, example_inputs=(noise(3),)).graph()
+    assert len(caught.value.problems) == 2
+    assert "skivetest.twice" in str(caught.value) and "skivetest.thrice" in str(caught.value)
+
+
+def scripted() -> Any:
+    return torch.jit.script(nn.Linear(3, 3).eval())
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "message"),
+    [
+        (lambda: nn.Linear(3, 3), (noise(1, 3),), r"call \.eval\(\)"),
+        (lambda: nn.Linear(3, 3).eval().half(), (noise(1, 3),), r"weight is float16.*\.float\(\)"),
+        (lambda: nn.Linear(3, 3).eval().double(), (noise(1, 3),), r"weight is float64"),
+        (lambda: nn.Linear(3, 3).eval(), (noise(1, 3).double(),), r"input 0 is float64"),
+        (lambda: nn.Linear(3, 3).eval(), None, r"example_inputs is missing"),
+        (lambda: nn.Linear(3, 3).eval(), noise(1, 3), r"give a tuple"),
+        (lambda: nn.Linear(3, 3).eval(), {"image": noise(1, 3)}, r"missing a required argument: 'input'"),
+        (lambda: nn.Linear(3, 3).eval(), (noise(1, 4),), r"Linear"),
+        (scripted, (noise(1, 3),), r"TorchScript"),
+    ],
+    ids=[
+        "training",
+        "half",
+        "double",
+        "double-input",
+        "no-inputs",
+        "bare-tensor",
+        "wrong-name",
+        "wrong-shape",
+        "torchscript",
+    ],
+)
+def test_unusable_modules_are_refused(make: Callable[[], Any], inputs: Any, message: str) -> None:
+    with pytest.raises(InvalidModelError, match=message):
+        open_model(make(), example_inputs=inputs)
+
+
+def test_one_part_in_training_mode_is_enough() -> None:
+    module = nn.Sequential(nn.Linear(3, 3), nn.Dropout()).eval()
+    module[1].train()
+    with pytest.raises(InvalidModelError, match="^1 is in training mode"):
+        open_model(module, example_inputs=(noise(1, 3),))
+
+
+# --------------------------------------------------------------------------------- hostile .pt2 files
+
+
+class Exploit:
+    """Its unpickling creates the file `path`."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return (open, (self.path, "w"))
+
+
+def rewritten(
+    source: Path, target: Path, edit: Callable[[str, bytes], bytes | None], extra: dict[str, bytes] | None = None
+) -> Path:
+    """`source` with each member passed through `edit` (None removes it) and `extra` members added."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            data = edit(name.partition("/")[2], old.read(name))
+            if data is not None:
+                new.writestr(name, data)
+        for name, data in (extra or {}).items():
+            new.writestr(f"{source.stem}/{name}", data)
+    return target
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    program = torch.export.export(nn.Linear(3, 4).eval(), (noise(2, 3),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    torch.export.save(program, tmp_path / "net.pt2")
+    return tmp_path / "net.pt2"
+
+
+def pickled(path: Path) -> bytes:
+    buffer = io.BytesIO()
+    torch.save((Exploit(path),), buffer)
+    return buffer.getvalue()
+
+
+def with_config(data: bytes, **fields: Any) -> bytes:
+    document = json.loads(data)
+    next(iter(document["config"].values())).update(fields)
+    return json.dumps(document).encode()
+
+
+HOSTILE: dict[str, Callable[[str, bytes, Path], bytes | None]] = {
+    "pickled weights": lambda n, d, mark: (
+        with_config(d, use_pickle=True)
+        if n == "data/weights/model_weights_config.json"
+        else pickled(mark)
+        if n == "data/weights/weight_0"
+        else d
+    ),
+    "pickled sample inputs": lambda n, d, mark: pickled(mark) if n == "data/sample_inputs/model.pt" else d,
+    "pickled object": lambda n, d, mark: (
+        json.dumps(
+            {"config": {"c": {"path_name": "opaque_obj_0", "is_param": False, "use_pickle": True, "tensor_meta": None}}}
+        ).encode()
+        if n == "data/constants/model_constants_config.json"
+        else d
+    ),
+    "function of a module": lambda n, d, mark: (
+        d.replace(b"torch.ops.aten.linear.default", b"torch.serialization.os.system") if n == "models/model.json" else d
+    ),
+    "loader of libraries": lambda n, d, mark: (
+        d.replace(b"torch.ops.aten.linear.default", b"torch.ops.load_library.__call__")
+        if n == "models/model.json"
+        else d
+    ),
+    "code as an expression": lambda n, d, mark: (
+        d.replace(b"Symbol('s", f"__import__('os').mknod('{mark}') or Symbol('s".encode())
+        if n == "models/model.json"
+        else d
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archive_is_refused_unread(name: str, saved: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    bad = rewritten(
+        saved,
+        tmp_path / "bad.pt2",
+        lambda n, d: HOSTILE[name](n, d, mark),
+        {"data/constants/opaque_obj_0": pickle.dumps(Exploit(mark))},
+    )
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(bad) as new:  # the edit did happen
+        assert any(new.read(m) != old.read(m) for m in old.namelist())
+    with pytest.raises(InvalidModelError, match=r"bad\.pt2: .*export the model again"):
+        open_model(bad)
+    assert not mark.exists()
+
+
+def test_untouched_archive_with_symbols_is_read(saved: Path) -> None:
+    assert open_model(saved, batch_max=4).graph().outputs[0].shape == (1, 4)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 100, 2000])
+def test_truncated_archive_is_refused(saved: Path, cut: int) -> None:
+    saved.write_bytes(saved.read_bytes()[:cut])
+    with pytest.raises(InvalidModelError, match="not a .pt2 archive"):
+        open_model(saved)
+
+
+def test_plain_pickles_are_refused(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    for name, data in {"a.pt2": pickle.dumps(Exploit(mark)), "b.pt2": pickled(mark)}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(InvalidModelError):
+            open_model(tmp_path / name)
+    assert not mark.exists()
