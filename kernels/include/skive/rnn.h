@@ -1,153 +1,221 @@
-// Recurrent layers over a whole sequence, one direction: LSTM, GRU and the plain cell.
+// Recurrent layers over a whole sequence, one direction (ONNX semantics; the caller runs the second
+// direction on the reversed sequence).
 //
-// Weights are transposed, w [I, G*H] and r [H, G*H], so that one step is a sum of rows: vectors run
-// over the gates and nothing is reduced across lanes. bias [2, G*H].
+//   x [T, N, I], w [G H, I], r [G H, H], bias [2, G H] (input, recurrent), h0 and c0 [N, H]
+//   gates  LSTM i o f c,  GRU z r h,  RNN one
+//
+// The input's share of every gate is one matrix product over all T N rows before the loop; a step is
+// then one product with the recurrent weights and one pass over the gates. Steps depend on each other,
+// so one worker does the whole layer and the others return at once.
+// Weights are transposed and packed into scratch at the start of `run` (Packed = false), or were packed
+// like that when the model was compiled: blocks of `block` gates, [G H / block][I][block].
 #ifndef SKIVE_RNN_H
 #define SKIVE_RNN_H
 
-#include "skive/math.h"
+#include "skive/matmul.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
 
-struct SigmoidGate {
-  template <class V> static SKIVE_INLINE V of(V x) { return sigmoid(x); }
+// The activations by their names in the IR.
+struct Sigmoid {
+  template <class V> static SKIVE_INLINE V apply(V x) { return sigmoid(x); }
 };
-struct TanhGate {
-  template <class V> static SKIVE_INLINE V of(V x) { return tanh_(x); }
+struct Tanh {
+  template <class V> static SKIVE_INLINE V apply(V x) { return tanh_(x); }
 };
-struct ReluGate {
-  template <class V> static SKIVE_INLINE V of(V x) { return relu(x); }
+struct Relu {
+  template <class V> static SKIVE_INLINE V apply(V x) { return relu(x); }
 };
-struct IdentityGate {
-  template <class V> static SKIVE_INLINE V of(V x) { return x; }
+struct Identity {
+  template <class V> static SKIVE_INLINE V apply(V x) { return x; }
 };
 
-// Calls f(vector tag of N lanes, first element) over [0, Count).
-template <int N>
-struct Lanes {
-  static constexpr int value = N;
-};
-template <int Count, class F>
-SKIVE_INLINE void for_lanes(const F& f) {
-  int i = 0;
-  for (; i + kLanes <= Count; i += kLanes) f(Lanes<kLanes>{}, i);
-  if constexpr (Count % kLanes != 0) f(Lanes<Count % kLanes>{}, i);
+// Gates per packed block: with one row per step, eight registers of chains hide the latency of the
+// multiply-add; with more rows the tile of conv.h has chains enough.
+constexpr int rnn_block(int gates, int rows) {
+  const int wide = rows == 1 ? 8 * kLanes : 2 * kLanes;
+  return gates < wide ? round_up(gates, kChannelQuantum) : wide;
 }
 
-// y[0..Count) = start + sum over k of x[k] * w[k * Row + ..].
-template <int K, int Count, int Row, class Start>
-SKIVE_INLINE void weighted_rows(const float* x, const float* w, float* y, const Start& start) {
-  for_lanes<Count>([&](auto tag, int i) {
-    constexpr int N = decltype(tag)::value;
-    Vec<N> acc = start(tag, i);
-    for (int k = 0; k < K; ++k) acc = fma(splat<N>(x[k]), load<N>(w + ptrdiff_t{k} * Row + i), acc);
-    store(y + i, acc);
-  });
-}
+// [Rows, K] times the transpose of w [G, K], plus bias.
+template <int Rows, int K, int G, int LDX = K>
+struct gate_product {
+  static constexpr int block = rnn_block(G, Rows);
+  using Pack = pack_panel<K, G, block, 1, K>;
+  using Product = packed_product<Rows, K, G, block, LDX, G>;
+  static constexpr ptrdiff_t weight_floats = Pack::floats;
+  static constexpr ptrdiff_t bias_floats = Product::bias_floats;
+};
 
-// x [T, B, I], h0 and c0 [B, H], peep [3, H] or null; gates in the order i o f c.
-// y [T, 2, B, H]: hidden state and cell of every step. scratch: 4 * H floats per part.
-template <int T, int B, int I, int H, class F, class G, class Out>
+// Scratch of a recurrent layer, in floats, each at a multiple of 16.
+template <int T, int N, int I, int H, int G, bool Packed>
+struct RecurrentShape {
+  using Input = gate_product<T * N, I, G * H>;
+  using Step = gate_product<N, H, G * H>;
+  static constexpr ptrdiff_t pre = 0;  // [T, N, G H]
+  static constexpr ptrdiff_t gates = pre + round_up(T * N * G * H, 16);
+  static constexpr ptrdiff_t bias = gates + round_up(N * G * H, 16);
+  static constexpr ptrdiff_t bias_size = Input::bias_floats > Step::bias_floats ? Input::bias_floats : Step::bias_floats;
+  static constexpr ptrdiff_t w = bias + 2 * bias_size;
+  static constexpr ptrdiff_t r = w + (Packed ? 0 : Input::weight_floats);
+  static constexpr ptrdiff_t reset = r + (Packed ? 0 : Step::weight_floats);
+  static constexpr ptrdiff_t end = reset + round_up(N * H, 16);
+};
+
+
+// y [T, 2, N, H]: h and c after each step. peephole [3 H] (i o f) or null.
+template <int T, int N, int I, int H, class F = Sigmoid, class Cell = Tanh, class Out = Tanh, bool Packed = false>
 struct lstm {
-  static constexpr size_t scratch_bytes(int parts) { return sizeof(float) * 4 * H * static_cast<size_t>(parts); }
+  using S = RecurrentShape<T, N, I, H, 4, Packed>;
+  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
 
-  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0,
-                  const float* c0, const float* peep, float* y, void* scratch, Part part) {
-    float* gates = static_cast<float*>(scratch) + ptrdiff_t{part.index} * 4 * H;
-    for (ptrdiff_t b = part_begin(B, part), end = part_end(B, part); b < end; ++b) {
-      const float* h = h0 + b * H;
-      const float* c = c0 + b * H;
-      for (int t = 0; t < T; ++t) {
-        float* yh = y + (ptrdiff_t{t} * 2 * B + b) * H;
-        float* yc = yh + ptrdiff_t{B} * H;
-        weighted_rows<I, 4 * H, 4 * H>(x + (ptrdiff_t{t} * B + b) * I, w, gates, [&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          return load<N>(bias + i) + load<N>(bias + 4 * H + i);
-        });
-        weighted_rows<H, 4 * H, 4 * H>(h, r, gates, [&](auto tag, int i) { return load<decltype(tag)::value>(gates + i); });
-        for_lanes<H>([&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          Vec<N> gi = load<N>(gates + i), go = load<N>(gates + H + i), gf = load<N>(gates + 2 * H + i);
-          const Vec<N> old = load<N>(c + i);
-          if (peep) {
-            gi = fma(load<N>(peep + i), old, gi);
-            gf = fma(load<N>(peep + 2 * H + i), old, gf);
-          }
-          const Vec<N> cell = F::of(gf) * old + F::of(gi) * G::of(load<N>(gates + 3 * H + i));
-          if (peep) go = fma(load<N>(peep + H + i), cell, go);
-          store(yc + i, cell);
-          store(yh + i, F::of(go) * Out::of(cell));
-        });
-        h = yh;
-        c = yc;
-      }
+  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, const float* c0,
+                  const float* peephole, float* y, void* scratch, Part part) {
+    if (part.index != 0) return;
+    float* const base = static_cast<float*>(scratch);
+    float* const both = base + S::bias;
+    float* const none = both + S::bias_size;
+    zero_floats(both, 2 * S::bias_size);
+    for (int g = 0; g < 4 * H; ++g) both[g] = bias[g] + bias[4 * H + g];
+    if constexpr (!Packed) {
+      S::Input::Pack::run(w, base + S::w);
+      S::Step::Pack::run(r, base + S::r);
+      w = base + S::w;
+      r = base + S::r;
     }
+    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{}, [](auto v, ptrdiff_t, int) { return v; });
+    const float* h = h0;
+    const float* c = c0;
+    for (int t = 0; t < T; ++t) {
+      float* const next_h = y + static_cast<ptrdiff_t>(t) * 2 * N * H;
+      float* const next_c = next_h + N * H;
+      const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 4 * H;
+      S::Step::Product::run(h, r, none, base + S::gates, nullptr, Part{}, [=](auto v, ptrdiff_t row, int g) {
+        return v + load<decltype(v)::lanes>(pre + row * 4 * H + g);
+      });
+      for (int n = 0; n < N; ++n) {
+        const float* const gates = base + S::gates + n * 4 * H;
+        if (peephole) step<true>(gates, c + n * H, peephole, next_h + n * H, next_c + n * H);
+        else step<false>(gates, c + n * H, peephole, next_h + n * H, next_c + n * H);
+      }
+      h = next_h;
+      c = next_c;
+    }
+  }
+
+ private:
+  template <bool Peephole>
+  static SKIVE_NOINLINE void step(const float* gates, const float* c, const float* peephole, float* next_h, float* next_c) {
+    each_vector<H>([&](ptrdiff_t u, auto lanes) {
+      constexpr int l = decltype(lanes)::count;
+      auto in = load<l>(gates + u), out = load<l>(gates + H + u), forget = load<l>(gates + 2 * H + u);
+      const auto old = load<l>(c + u);
+      if constexpr (Peephole) {
+        in = fma(load<l>(peephole + u), old, in);
+        forget = fma(load<l>(peephole + 2 * H + u), old, forget);
+      }
+      const auto cell = fma(F::apply(forget), old, F::apply(in) * Cell::apply(load<l>(gates + 3 * H + u)));
+      if constexpr (Peephole) out = fma(load<l>(peephole + H + u), cell, out);
+      store(next_c + u, cell);
+      store(next_h + u, F::apply(out) * Out::apply(cell));
+    });
   }
 };
 
-// x [T, B, I], h0 [B, H]; gates in the order z r h; y [T, B, H]. ResetAfter: the reset gate
-// multiplies the product with the recurrent weights, not the state. scratch: 5 * H floats per part.
-template <int T, int B, int I, int H, class F, class G, bool ResetAfter>
+// y [T, N, H]. ResetAfter (linear_before_reset): the reset gate scales the recurrent product, else it
+// scales the state before it. Packed recurrent weights are two panels: z and r, then h.
+template <int T, int N, int I, int H, class F = Sigmoid, class Cell = Tanh, bool ResetAfter = false, bool Packed = false>
 struct gru {
-  static constexpr size_t scratch_bytes(int parts) { return sizeof(float) * 5 * H * static_cast<size_t>(parts); }
+  using S = RecurrentShape<T, N, I, H, 3, Packed>;
+  using Gates = gate_product<N, H, 2 * H>;      // z and r
+  using Candidate = gate_product<N, H, H>;      // h
+  static constexpr ptrdiff_t candidate = Packed ? S::end : S::end + Gates::weight_floats + Candidate::weight_floats;
+  static constexpr ptrdiff_t end = candidate + round_up(N * H, 16) + Candidate::bias_floats;
+  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(end) * sizeof(float); }
 
   static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, float* y,
                   void* scratch, Part part) {
-    float* gates = static_cast<float*>(scratch) + ptrdiff_t{part.index} * 5 * H;
-    float* recurrent = gates + 3 * H;
-    float* reset = gates + 4 * H;
-    for (ptrdiff_t b = part_begin(B, part), end = part_end(B, part); b < end; ++b) {
-      const float* h = h0 + b * H;
-      for (int t = 0; t < T; ++t) {
-        float* yh = y + (ptrdiff_t{t} * B + b) * H;
-        weighted_rows<I, 3 * H, 3 * H>(x + (ptrdiff_t{t} * B + b) * I, w, gates,
-                                       [&](auto tag, int i) { return load<decltype(tag)::value>(bias + i); });
-        weighted_rows<H, 2 * H, 3 * H>(h, r, gates, [&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          return load<N>(gates + i) + load<N>(bias + 3 * H + i);
-        });
-        for_lanes<H>([&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          const Vec<N> gate = F::of(load<N>(gates + H + i));
-          store(reset + i, ResetAfter ? gate : gate * load<N>(h + i));
-        });
-        weighted_rows<H, H, 3 * H>(ResetAfter ? h : reset, r + 2 * H, recurrent, [&](auto tag, int i) {
-          return load<decltype(tag)::value>(bias + 5 * H + i);
-        });
-        for_lanes<H>([&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          const Vec<N> part_h = load<N>(recurrent + i);
-          const Vec<N> candidate =
-              G::of(load<N>(gates + 2 * H + i) + (ResetAfter ? load<N>(reset + i) * part_h : part_h));
-          const Vec<N> z = F::of(load<N>(gates + i));
-          store(yh + i, (splat<N>(1.0f) - z) * candidate + z * load<N>(h + i));
-        });
-        h = yh;
+    if (part.index != 0) return;
+    float* const base = static_cast<float*>(scratch);
+    float* const sum = base + S::bias;
+    float* const none = sum + S::bias_size;
+    float* const hidden = base + candidate;
+    float* const hidden_bias = hidden + round_up(N * H, 16);
+    zero_floats(sum, 2 * S::bias_size);
+    zero_floats(hidden_bias, Candidate::bias_floats);
+    for (int g = 0; g < 2 * H; ++g) sum[g] = bias[g] + bias[3 * H + g];
+    for (int g = 0; g < H; ++g) {
+      sum[2 * H + g] = bias[2 * H + g];
+      hidden_bias[g] = bias[5 * H + g];
+    }
+    if constexpr (!Packed) {
+      S::Input::Pack::run(w, base + S::w);
+      Gates::Pack::run(r, base + S::end);
+      Candidate::Pack::run(r + 2 * H * H, base + S::end + Gates::weight_floats);
+      w = base + S::w;
+      r = base + S::end;
+    }
+    S::Input::Product::run(x, w, sum, base + S::pre, nullptr, Part{}, [](auto v, ptrdiff_t, int) { return v; });
+    const float* h = h0;
+    for (int t = 0; t < T; ++t, h = y, y += N * H) {
+      const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 3 * H;
+      float* const gates = base + S::gates;
+      float* const scaled = base + S::reset;
+      Gates::Product::run(h, r, none, gates, nullptr, Part{}, [=](auto v, ptrdiff_t row, int g) {
+        return F::apply(v + load<decltype(v)::lanes>(pre + row * 3 * H + g));
+      });
+      const float* operand = h;
+      if constexpr (!ResetAfter) {
+        for (int n = 0; n < N; ++n)
+          each_vector<H>([&](ptrdiff_t u, auto lanes) {
+            constexpr int l = decltype(lanes)::count;
+            store(scaled + n * H + u, load<l>(gates + n * 2 * H + H + u) * load<l>(h + n * H + u));
+          });
+        operand = scaled;
       }
+      Candidate::Product::run(operand, r + Gates::weight_floats, hidden_bias, hidden, nullptr, Part{},
+                              [](auto v, ptrdiff_t, int) { return v; });
+      for (int n = 0; n < N; ++n)
+        each_vector<H>([&](ptrdiff_t u, auto lanes) {
+          constexpr int l = decltype(lanes)::count;
+          auto rec = load<l>(hidden + n * H + u);
+          if constexpr (ResetAfter) rec = rec * load<l>(gates + n * 2 * H + H + u);
+          const auto fresh = Cell::apply(load<l>(pre + n * 3 * H + 2 * H + u) + rec);
+          const auto z = load<l>(gates + n * 2 * H + u);
+          store(y + n * H + u, fma(z, load<l>(h + n * H + u) - fresh, fresh));
+        });
     }
   }
 };
 
-// x [T, B, I], h0 [B, H]; y [T, B, H].
-template <int T, int B, int I, int H, class F>
+// y [T, N, H] = F(w x + r h + bias).
+template <int T, int N, int I, int H, class F = Tanh, bool Packed = false>
 struct rnn {
-  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, float* y, Part part) {
-    for (ptrdiff_t b = part_begin(B, part), end = part_end(B, part); b < end; ++b) {
-      const float* h = h0 + b * H;
-      for (int t = 0; t < T; ++t) {
-        float* yh = y + (ptrdiff_t{t} * B + b) * H;
-        weighted_rows<I, H, H>(x + (ptrdiff_t{t} * B + b) * I, w, yh, [&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          return load<N>(bias + i) + load<N>(bias + H + i);
-        });
-        weighted_rows<H, H, H>(h, r, yh, [&](auto tag, int i) { return load<decltype(tag)::value>(yh + i); });
-        for_lanes<H>([&](auto tag, int i) {
-          constexpr int N = decltype(tag)::value;
-          store(yh + i, F::of(load<N>(yh + i)));
-        });
-        h = yh;
-      }
+  using S = RecurrentShape<T, N, I, H, 1, Packed>;
+  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
+
+  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, float* y,
+                  void* scratch, Part part) {
+    if (part.index != 0) return;
+    float* const base = static_cast<float*>(scratch);
+    float* const both = base + S::bias;
+    float* const none = both + S::bias_size;
+    zero_floats(both, 2 * S::bias_size);
+    for (int g = 0; g < H; ++g) both[g] = bias[g] + bias[H + g];
+    if constexpr (!Packed) {
+      S::Input::Pack::run(w, base + S::w);
+      S::Step::Pack::run(r, base + S::r);
+      w = base + S::w;
+      r = base + S::r;
+    }
+    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{}, [](auto v, ptrdiff_t, int) { return v; });
+    const float* h = h0;
+    for (int t = 0; t < T; ++t, h = y, y += N * H) {
+      const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * H;
+      S::Step::Product::run(h, r, none, y, nullptr, Part{}, [=](auto v, ptrdiff_t row, int g) {
+        return F::apply(v + load<decltype(v)::lanes>(pre + row * H + g));
+      });
     }
   }
 };
