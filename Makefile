@@ -4,6 +4,7 @@
 #   make demo       compile and run the keyword-spotting example
 #   make test       the tests (without those marked slow)
 #   make test-all   all tests
+#   make bench      the example in turns with onnxruntime and OpenVINO
 #   make lint       ruff
 #   make typing     mypy
 #   make asan       the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -28,7 +29,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 # What the build of the package depends on.
 PACKAGE := pyproject.toml setup.py CMakeLists.txt bindings/module.cpp
 
-.PHONY: demo test test-all lint typing asan clean
+.PHONY: demo test test-all bench lint typing asan clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -39,6 +40,10 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(JOBS)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/skive bench examples/keyword_spotting/kws_dscnn.onnx --input input=1x1x49x10 \
+	  --against onnxruntime,openvino
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -69,6 +74,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: $(VENV)/bin/python $(PACKAGE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "onnxruntime>=1.20" "openvino>=2025"
 	touch $@
 
 # PyTorch goes first and pinned: left to itself pip chooses the newest, whose CUDA libraries take

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -45,10 +46,12 @@ def main() -> int:
     arguments = parser.parse_args()
 
     x, y = load_samples()
-    begin = time.perf_counter()
-    module = skive.compile(MODEL, example_inputs=(x[:1],), output=arguments.output, name="kws",
-                           target=arguments.target)
-    compile_seconds = time.perf_counter() - begin
+    console = Console()
+    with console.status("compiling"):
+        begin = time.perf_counter()
+        module = skive.compile(MODEL, example_inputs=(x[:1],), output=arguments.output, name="kws",
+                               target=arguments.target)
+        compile_seconds = time.perf_counter() - begin
 
     predicted = np.array([int(np.argmax(module(x[i:i + 1]))) for i in range(len(x))])
     accuracy = float(np.mean(predicted == y))
@@ -58,7 +61,7 @@ def main() -> int:
     library = arguments.output / "libkws.so"
 
     table = Table(title="Keyword spotting, compiled by skive", show_header=False, title_justify="left")
-    table.add_row("compiled in", f"{compile_seconds:.1f} s for {report['target']['isa']}")
+    table.add_row("compiled in", f"{compile_seconds:.1f} s for target {report['target']['name']}")
     table.add_row("accuracy", f"{100 * accuracy:.2f} % of {len(x)} recordings "
                               f"(onnxruntime: {100 * ONNXRUNTIME_ACCURACY:.2f} %)")
     table.add_row("latency", f"{1e6 * latency:.0f} µs per recording from Python, 1 thread")
@@ -67,9 +70,10 @@ def main() -> int:
     table.add_row("verified", f"{'passed' if verification['passed'] else 'FAILED'} against "
                               f"{verification['reference']}: largest difference "
                               f"{verification['max_abs_error']:.1e}")
-    table.add_row("artefact", str(arguments.output))
-    table.add_row("report", str(arguments.output / "report.html"))
-    Console().print(table)
+    shown = Path(os.path.relpath(arguments.output))
+    table.add_row("artefact", str(shown))
+    table.add_row("report", str(shown / "report.html"))
+    console.print(table)
     return 0 if verification["passed"] and round(accuracy, 4) >= ONNXRUNTIME_ACCURACY else 1
 
 
