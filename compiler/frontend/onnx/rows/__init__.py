@@ -2,6 +2,7 @@
 
 from skive.frontend.onnx.rows import (  # noqa: F401
     contractions,
+    detection,
     elementwise,
     movement,
     normalization,
@@ -11,5 +12,7 @@ from skive.frontend.onnx.rows import (  # noqa: F401
     sampling,
     signal,
     structure,
+    text,
+    training,
     windows,
 )

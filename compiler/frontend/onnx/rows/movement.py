@@ -10,6 +10,7 @@ from skive.errors import InvalidModelError
 from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
 from skive.ir import Node
 from skive.ops import broadcast_shapes
+from skive.types import DType
 
 
 @onnx_op("Constant")
@@ -263,3 +264,27 @@ def scatter_elements(c: Call) -> Node:
 @onnx_op("ScatterND")
 def scatter_nd(c: Call) -> Node:
     return c.make("scatter_nd", c[0], c[1], c[2], reduction=c.choice("reduction", "none", "add", "mul", "max", "min"))
+
+
+@onnx_op("TensorScatter")
+def tensor_scatter(c: Call) -> Node:
+    """A cache [N, ..., S, ...] with an update written from a position of its own for every sample.
+
+    Each place of the cache looks up the element of the update that belongs there, or keeps its own.
+    """
+    cache, update = c[0], c[1]
+    axis = checked_axis(int(c.attr("axis", -2)), cache.type.rank)
+    circular = c.choice("mode", "linear", "circular") == "circular"
+    size, new = cache.shape[axis], update.shape[axis]
+    if axis == 0 or not 1 <= new <= size:
+        raise InvalidModelError(f"an update {update.type} of the cache {cache.type} along axis {axis}")
+    start = c.reshape(c.cast(c[2], DType.i64), (cache.shape[0], 1)) if c.has(2) else c.lit(np.zeros((1, 1)), np.int64)
+    source = c.make("sub", c.lit(np.arange(size)[None], np.int64), start)  # [N, S]: which element of the update
+    if circular:
+        source = c.make("mod", source, size)
+    written = c.make("and", c.make("greater_equal", source, 0), c.make("less", source, new))
+    shape = [1] * cache.type.rank
+    shape[0], shape[axis] = source.shape[0], size
+    wide = (*cache.shape[:axis], size, *cache.shape[axis + 1:])
+    at = c.expand(c.reshape(c.make("clip", source, lo=0, hi=new - 1), shape), wide)
+    return c.make("where", c.reshape(written, shape), c.make("gather_elements", update, at, axis=axis), cache)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from skive.errors import InvalidModelError
-from skive.frontend.onnx.rows.windows import k_dilated, pool_window, window_attr
+from skive.frontend.onnx.rows.windows import k_dilated, window_attr
 from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
 from skive.ir import Node
 from skive.types import DType
@@ -397,3 +397,53 @@ def reverse_sequence(c: Call) -> Node:
     moved = x if batch_axis == 0 else c.transpose(x, (1, 0, *range(2, x.type.rank)))
     y = c.make("gather_nd", moved, c.reshape(index, (*index.shape, 1)), batch_dims=1)
     return y if batch_axis == 0 else c.transpose(y, (1, 0, *range(2, x.type.rank)))
+
+
+@onnx_op("DeformConv")
+def deform_conv(c: Call) -> Node:
+    """A 2-D convolution whose taps are sampled at learnt offsets (Zhu et al.: Deformable ConvNets v2, 2019)."""
+    x, w, offset, bias, mask = c[0], c[1], c[2], c.get(3), c.get(4)
+    if x.type.rank != 4 or w.type.rank != 4:
+        raise Unsupported(f"DeformConv of {x.type}")
+    n, ch, h, wd = x.shape
+    oc, _, kh, kw = w.shape
+    stride, dilation = window_attr(c, "strides", 2, 1), window_attr(c, "dilations", 2, 1)
+    pads = [int(p) for p in c.attr("pads", [0] * 4)]
+    groups, parts = int(c.attr("group", 1)), int(c.attr("offset_group", 1))
+    oh, ow = ((d + pads[i] + pads[2 + i] - k_dilated(k, dilation[i])) // stride[i] + 1 for i, (d, k) in enumerate(((h, kh), (wd, kw))))
+    if groups < 1 or parts < 1 or ch % parts or offset.shape != (n, parts * kh * kw * 2, oh, ow):
+        raise InvalidModelError(f"offsets {offset.type} for {x.type} and {w.type}")
+    count, taps = oh * ow, kh * kw
+    c.room(taps * count, "a table of taps")
+    offset = c.reshape(offset, (n, parts, taps, 2, count))
+    base = [np.arange(o)[None] * s - p + np.arange(k)[:, None] * d  # [k, o]
+            for o, s, p, k, d in zip((oh, ow), stride, pads, (kh, kw), dilation)]
+    ys = np.broadcast_to(base[0][:, None, :, None], (kh, kw, oh, ow)).reshape(taps, count)
+    xs = np.broadcast_to(base[1][None, :, None, :], (kh, kw, oh, ow)).reshape(taps, count)
+    flat = (n * parts, taps * count)
+    position = [c.reshape(c.make("add", c.index(offset, 3, i), c.lit(at, x.dtype)), flat) for i, at in enumerate((ys, xs))]
+    image = c.reshape(x, (n * parts, ch // parts, h, wd))
+    image = c.transpose(image, (0, 2, 3, 1))
+    total = None
+    for dy, dx in itertools.product((0.0, 1.0), repeat=2):
+        weight, valid, index = None, None, []
+        for p, d, size in zip(position, (dy, dx), (h, wd)):
+            low = c.make("floor", p)
+            t = c.make("sub", p, low)
+            share = t if d else c.make("sub", 1.0, t)
+            at = c.make("add", low, d) if d else low
+            inside = c.make("and", c.make("greater_equal", at, 0.0), c.make("less_equal", at, float(size - 1)))
+            weight = share if weight is None else c.make("mul", weight, share)
+            valid = inside if valid is None else c.make("and", valid, inside)
+            index.append(c.cast(c.make("clip", at, lo=0.0, hi=float(size - 1)), DType.i64))
+        weight = c.make("where", valid, weight, c.lit(0, x.dtype))
+        value = c.make("mul", c.make("gather_nd", image, c.stack(index, 2), batch_dims=1), c.reshape(weight, (*flat, 1)))
+        total = value if total is None else c.make("add", total, value)
+    samples = c.reshape(total, (n, parts, taps, count, ch // parts))
+    if mask is not None:
+        samples = c.make("mul", samples, c.reshape(mask, (n, parts, taps, count, 1)))
+    samples = c.transpose(samples, (0, 1, 4, 2, 3))  # [N, parts, C/parts, taps, places]
+    columns = c.reshape(samples, (n, groups, ch // groups * taps, count))
+    y = c.make("matmul", c.reshape(w, (groups, oc // groups, ch // groups * taps)), columns)
+    y = c.reshape(y, (n, oc, oh, ow))
+    return y if bias is None else c.make("add", y, c.reshape(bias, (oc, 1, 1)))

@@ -58,12 +58,29 @@ def dft(c: Call) -> Node:
     size = int(c.const(1, "dft_length").reshape(-1)[0]) if c.has(1) else x.shape[axis]
     if size < 1 or axis == rank - 1:
         raise InvalidModelError(f"DFT of length {size} along axis {axis}")
-    if inverse and onesided:
-        raise Unsupported("an inverse one-sided DFT")
-    x = fitted(c, x, axis, size)
     perm = [i for i in range(rank - 1) if i != axis] + [axis, rank - 1]
+    if inverse and onesided:
+        size = size if c.has(1) else 2 * (x.shape[axis] - 1)
+        x = fitted(c, x, axis, size // 2 + 1)
+        return c.transpose(real_inverse(c, c.transpose(x, perm), size), np.argsort(perm))
+    x = fitted(c, x, axis, size)
     y = transform(c, c.transpose(x, perm), size, size // 2 + 1 if onesided else size, inverse)
     return c.transpose(y, np.argsort(perm))
+
+
+def real_inverse(c: Call, x: Node, size: int) -> Node:
+    """[..., size // 2 + 1, 2], half of a conjugate-symmetric spectrum, to the real signal [..., size, 1]."""
+    if x.shape[-1] != 2 or size < 1:
+        raise InvalidModelError(f"a spectrum {x.type} of {size} real samples")
+    bins = size // 2 + 1
+    c.room(size * bins, "a Fourier matrix")
+    cosines, sines = fourier(size, size, True)
+    # Every bin but the first (and the middle one of an even size) stands for its mirror image too.
+    twice = np.where((np.arange(bins) == 0) | (2 * np.arange(bins) == size), 1.0, 2.0)
+    last = x.type.rank - 1
+    y = c.make("sub", c.make("linear", c.index(x, last, 0), c.lit(cosines[:, :bins] * twice, x.dtype)),
+               c.make("linear", c.index(x, last, 1), c.lit(sines[:, :bins] * twice, x.dtype)))
+    return c.reshape(y, (*y.shape, 1))
 
 
 @onnx_op("STFT")

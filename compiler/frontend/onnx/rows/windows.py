@@ -246,11 +246,11 @@ def lowest(dtype: DType) -> float | int:
 
 
 @onnx_op("MaxPool")
-def max_pool(c: Call) -> Node:
+def max_pool(c: Call) -> Node | list[Node]:
     x = c[0]
-    if c.wants(1):
-        raise Unsupported("MaxPool with the Indices output")
     kernel, stride, dilation, before, after, out = pool_window(c, x)
+    if c.wants(1):
+        return max_pool_indices(c, x, kernel, stride, dilation, before, out)
     n = len(kernel)
     after = tuple(needed(x.shape[2 + i], kernel[i], stride[i], dilation[i], before[i], out[i]) for i in range(n))
     for i in range(n):  # what exceeds the padding is never read
@@ -266,6 +266,37 @@ def max_pool(c: Call) -> Node:
         x = along_axis(c, x, 2 + i, lambda v, i=i: pooled(
             c, "max_pool2d", v, kernel[i:i + 1], stride[i:i + 1], dilation[i:i + 1], before[i:i + 1], after[i:i + 1]))
     return x
+
+
+def max_pool_indices(c: Call, x: Node, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
+                     before: Sequence[int], out: Sequence[int]) -> list[Node]:
+    """The maxima and where they lie in the flattened tensor: every window is gathered, then searched."""
+    n, ch, *sizes = x.shape
+    c.room(math.prod(out) * math.prod(kernel), "a table of windows")
+    index, inside = np.zeros((), np.int64), np.ones((), np.bool_)
+    order = range(len(sizes))[::-1] if not c.attr("storage_order", 0) else range(len(sizes))
+    place, step, steps = np.zeros((), np.int64), 1, {}
+    for i in order:  # elements between neighbours of axis i as the Indices output counts them
+        steps[i], step = step, step * sizes[i]
+    for i, d in enumerate(sizes):  # [out..., kernel...]
+        taps = (np.arange(out[i]) * stride[i] - before[i])[:, None] + np.arange(kernel[i]) * dilation[i]
+        shape = [1] * 2 * len(sizes)
+        shape[i], shape[len(sizes) + i] = out[i], kernel[i]
+        taps = taps.reshape(shape)
+        inside = inside & (taps >= 0) & (taps < d)
+        taps = np.clip(taps, 0, d - 1)
+        index, place = index * d + taps, place + taps * steps[i]
+    table = (math.prod(out), math.prod(kernel))
+    flat = c.reshape(x, (n, ch, math.prod(sizes)))
+    windows = c.make("gather", flat, c.lit(index.reshape(table)), axis=2)  # [N, C, windows, taps]
+    windows = c.make("where", c.lit(inside.reshape(table)), windows, c.lit(lowest(x.dtype), x.dtype))
+    best = c.make("argmax", windows, axis=3, keep=True)
+    values = c.make("reduce_max", windows, axes=(3,), keep=False)
+    places = c.expand(c.lit(place.reshape(table)), windows.shape)
+    where = c.make("gather_elements", places, best, axis=3)
+    images = np.arange(n * ch).reshape(n, ch, 1, 1) * math.prod(sizes)
+    where = c.make("add", where, c.lit(images, np.int64))
+    return [c.reshape(values, (n, ch, *out)), c.reshape(where, (n, ch, *out))]
 
 
 def needed(size: int, kernel: int, stride: int, dilation: int, before: int, out: int) -> int:
