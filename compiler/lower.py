@@ -471,12 +471,11 @@ def _linear(ctx: Lowering, node: Node) -> None:
     fn, extra = ctx.epilogue(node)
     block = pack.conv2d_block(oc, ctx.target.name)
     one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
-    nbytes = pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads)
-    scratch = [ctx.scratch("scratch", nbytes)] if nbytes else []
     ctx.call(node, "conv2d", "conv.h", [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block],
-             ["x", "w", "bias", "y", "scratch" if scratch else "nullptr", "part", "fn"],
+             ["x", "w", "bias", "y", "scratch", "part", "fn"],
              [ctx.read("x", x), ctx.packed("w", pack.pack_conv2d(w.value.reshape(oc, 1, 1, k), block)),
-              ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)), ctx.write("y", node), *scratch, *extra], fn)
+              ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)), ctx.write("y", node), *extra], fn,
+             scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads))
 
 
 # -- elementwise
