@@ -145,23 +145,26 @@ struct global_pool2d {
 
  private:
   static constexpr int kPixels = In::H * In::W;
-  // Two neighbouring vectors and four pixels at a time: eight chains hide the adder's latency.
-  static constexpr int kGroup = 2, kChains = 4;
+  // Eight chains hide the adder's latency: neighbouring vectors first, since many channels make
+  // pixels of one block fall into few sets of L1 and many pages, then pixels.
+  static constexpr int kChains = 8;
+  static constexpr int kGroup = In::C >= kChains * kLanes ? kChains : 2;
   static constexpr int kGroupChannels = kGroup * kLanes;
   static constexpr int kFullGroups = In::C / kGroupChannels;
   static constexpr int kGroups = kFullGroups + (In::C % kGroupChannels != 0);
 
   template <int G, int N, class E>
   static SKIVE_INLINE void group(const float* x, float* y, ptrdiff_t n, int c, const E& epilogue) {
-    Vec<N> acc[kChains][G];
+    constexpr int P = kChains / G;  // pixels at a time
+    Vec<N> acc[P][G];
 #pragma GCC unroll 8
-    for (int p = 0; p < kChains; ++p)
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
       for (int g = 0; g < G; ++g) acc[p][g] = splat<N>(Op::kStart);
     int pixel = 0;
-    for (; pixel + kChains <= kPixels; pixel += kChains, x += kChains * XS)
+    for (; pixel + P <= kPixels; pixel += P, x += P * XS)
 #pragma GCC unroll 8
-      for (int p = 0; p < kChains; ++p)
+      for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
         for (int g = 0; g < G; ++g)
           acc[p][g] = Op::join(acc[p][g], load<N>(x + p * XS + g * kLanes));
@@ -170,9 +173,9 @@ struct global_pool2d {
       for (int g = 0; g < G; ++g) acc[0][g] = Op::join(acc[0][g], load<N>(x + g * kLanes));
 #pragma GCC unroll 8
     for (int g = 0; g < G; ++g) {
-      const Vec<N> all =
-          Op::join(Op::join(acc[0][g], acc[1][g]), Op::join(acc[2][g], acc[3][g]));
-      store(y + g * kLanes, epilogue(Op::last(all, kPixels), n, c + g * kLanes));
+#pragma GCC unroll 8
+      for (int p = 1; p < P; ++p) acc[0][g] = Op::join(acc[0][g], acc[p][g]);
+      store(y + g * kLanes, epilogue(Op::last(acc[0][g], kPixels), n, c + g * kLanes));
     }
   }
 };

@@ -46,9 +46,8 @@ struct Window {
           ? kInnerBegin
           : max_int(kInnerBegin, min_int(OW, (In::W - 1 - kLastTap) / Strides::W + 1));
 
-  // Accumulators, the taps' row state and the inputs in flight share the register file.
-  static constexpr int kRegisters = kLanes == 16 ? 32 : 16;
-  static constexpr int kTileMax = max_int(1, min_int(8, kRegisters - 2 * KW));
+  // Eight accumulators hide the multiply-add's latency; with more, large windows spill.
+  static constexpr int kTileMax = 8;
   static constexpr int kTiles = (OW + kTileMax - 1) / kTileMax;
   static constexpr int kTile = (OW + kTiles - 1) / kTiles;  // tiles of nearly equal width
   static constexpr int kLastBegin = (OW - 1) / kTile * kTile;
