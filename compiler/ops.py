@@ -215,7 +215,7 @@ _erf = np.frompyfunc(math.erf, 1, 1)
 
 def erf(x: Array) -> Array:
     """The error function, elementwise, in float64."""
-    return _erf(np.asarray(x, np.float64)).astype(np.float64)
+    return np.asarray(_erf(np.asarray(x, np.float64)), np.float64)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -432,6 +432,8 @@ def _infer_pad(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 
 def _ref_pad(x: Sequence[Array], a: FrozenDict) -> Array:
     widths = list(zip(a["before"], a["after"], strict=True))
+    if not widths:  # numpy cannot pad a tensor without axes
+        return x[0]
     if a["mode"] == "constant":
         return np.pad(x[0], widths, constant_values=a["value"])
     return np.pad(x[0], widths, mode=a["mode"])
@@ -446,7 +448,7 @@ def _infer_expand(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 
 _add(Op("reshape", (1, 1), _infer_reshape, lambda x, a: x[0].reshape(a["shape"]), {"shape": REQUIRED}, "movement",
         doc="the same elements in another shape; no data moves"))
-_add(Op("transpose", (1, 1), _infer_transpose, lambda x, a: np.ascontiguousarray(x[0].transpose(a["perm"])),
+_add(Op("transpose", (1, 1), _infer_transpose, lambda x, a: np.array(x[0].transpose(a["perm"]), order="C"),
         {"perm": REQUIRED}, "movement", doc="axes permuted: result axis i is operand axis perm[i]"))
 _add(Op("slice", (1, 1), _infer_slice, _ref_slice, {"start": REQUIRED, "size": REQUIRED, "step": REQUIRED}, "movement",
         doc="per axis `size` elements from `start`, `step` apart (negative steps reverse)"))
