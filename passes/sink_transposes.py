@@ -192,6 +192,12 @@ def drop_identity(m: Match) -> Node | None:
     return m.root.inputs[0]
 
 
+def _transposes(nodes: Sequence[Node]) -> tuple[int, int]:
+    """(those that move data, all) among `nodes`."""
+    found = [n for n in nodes if n.op == "transpose"]
+    return sum(not is_free(n.inputs[0].shape, n.attrs["perm"]) for n in found), len(found)
+
+
 def _sink(m: Match) -> Node | None:
     node = m.root
     data = _data_operands(node)
@@ -201,7 +207,8 @@ def _sink(m: Match) -> Node | None:
                     for i in data if i.op == "transpose" and len(i.shape) == rank})
     for _, _, p in perms:
         inputs = [i if i.type.size == 1 and len(i.shape) == 0 else without(i, p) for i in data]
-        if any(i is None for i in inputs):
+        # Fewer transposes than before, those that move data first: free ones cannot take turns.
+        if any(i is None for i in inputs) or _transposes(inputs) >= _transposes(data):  # type: ignore[arg-type]
             continue
         new = renamed(node, [*inputs, *node.inputs[len(data):]], p)  # type: ignore[list-item]
         if new is not None:

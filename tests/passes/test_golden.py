@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from skive.passes import EXACT
 from skive.pipeline import PASSES, PassManager
 from skive.text import parse_graph, print_graph
