@@ -161,8 +161,9 @@ def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
 def _cache_key(source: Source, options: Options, target: Target, data: Sequence[np.ndarray] | None) -> str:
     """What decides the artefact: model, options, inputs' shapes, skive itself, and the compiler."""
     h = hashlib.sha256()
-    parts = [source.sha256, source.request, options.fingerprint(), target.name, str(_data_sha256(data)), skive.__version__,
-             _own_hash(), build.headers_hash()]
+    # Its name and path stand in the artefact: a copy of the file elsewhere is another model.
+    parts = [source.sha256, source.name, source.path or "", source.request, options.fingerprint(), target.name,
+             str(_data_sha256(data)), skive.__version__, _own_hash(), build.headers_hash()]
     if not options.emit_only:
         parts += [*build.compiler(), build.compiler_version(build.compiler())]
     for p in parts:
