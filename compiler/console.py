@@ -149,9 +149,13 @@ def _end_descendants() -> None:
         time.sleep(0.02)
 
 
+class _Interrupted(BaseException):
+    """Raised by a signal. Not a KeyboardInterrupt: click prints an empty line for that."""
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within the block, SIGINT and SIGTERM end the child processes and raise KeyboardInterrupt."""
+    """Within the block, SIGINT and SIGTERM end the child processes and raise _Interrupted."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -160,7 +164,7 @@ def _interruptible() -> Iterator[None]:
         for s in before:
             signal.signal(s, signal.SIG_IGN)  # cleaning up is not interrupted
         threading.Thread(target=_end_descendants, daemon=True).start()
-        raise KeyboardInterrupt
+        raise _Interrupted
 
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -191,7 +195,7 @@ def _guarded(call: Callable[[], Any]) -> int:
         return 2
     except click.ClickException as e:
         return fail(printable(e.format_message()))
-    except (KeyboardInterrupt, click.Abort):
+    except (_Interrupted, KeyboardInterrupt, click.Abort):
         return fail("interrupted")
     except BrokenPipeError:
         # The reader has gone. What is still buffered must not fail once more at exit.

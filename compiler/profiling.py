@@ -31,10 +31,10 @@ def sample_arrays(ports: Sequence[TensorInfo], seed: int = 0) -> list[np.ndarray
 
 
 def aligned_bytes(n: int) -> np.ndarray:
-    """`n` zeroed bytes at a 64-byte boundary."""
-    raw = np.zeros(n + _ALIGN, np.uint8)
+    """At least `n` zeroed bytes at a 64-byte boundary; at least one, as no bytes have no address."""
+    raw = np.zeros(n + 1 + _ALIGN, np.uint8)
     start = -raw.ctypes.data % _ALIGN
-    return raw[start:start + n]
+    return raw[start:start + n + 1]
 
 
 def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array[ctypes.c_void_p]:
