@@ -183,14 +183,14 @@ class Importer:
                 raise ShapeError(f"{info.name}: the shape is unknown; give it with --input {info.name}=1x3x224x224")
             return tuple(int(d) for d in given)
         dims = tensor.shape.dim
-        if given is not None:
-            if len(given) != len(dims) or any(
-                    d.HasField("dim_value") and d.dim_value != g for d, g in zip(dims, given)):
-                raise ShapeError(f"{info.name}: the shape {list(given)} does not fit {shape_text(dims)}")
-            return tuple(int(d) for d in given)
+        if given is not None and (len(given) != len(dims) or any(
+                d.HasField("dim_value") and g not in (-1, d.dim_value) for d, g in zip(dims, given))):
+            raise ShapeError(f"{info.name}: the shape {list(given)} does not fit {shape_text(dims)}")
         shape = []
         for i, d in enumerate(dims):
-            if d.HasField("dim_value") and d.dim_value >= 0:
+            if given is not None and given[i] != -1:  # -1 leaves a dimension open
+                shape.append(int(given[i]))
+            elif d.HasField("dim_value") and d.dim_value >= 0:
                 shape.append(d.dim_value)
             elif d.dim_param in self.shapes:
                 shape.append(int(np.asarray(self.shapes[d.dim_param]).reshape(())))
