@@ -97,7 +97,7 @@ def _spread(wanted: Sequence[float], widths: Sequence[float]) -> list[float]:
     """
     offsets, at = [], 0.0
     for k, w in enumerate(widths):
-        at += (w + (widths[k - 1] + 2 * _GAP_X if k else -w)) / 2
+        at += (widths[k - 1] + w) / 2 + _GAP_X if k else 0.0
         offsets.append(at)
     pools: list[list[float]] = []  # [sum, count]
     for want, offset in zip(wanted, offsets, strict=True):
