@@ -9,13 +9,14 @@ import numpy as np
 from skive.errors import InvalidModelError
 from skive.frontend.onnx.table import Call, onnx_op
 from skive.ir import Node
+from skive.types import DType
 
 
 def matmul(c: Call, a: Node, b: Node) -> Node:
-    """numpy.matmul(a, b); a product with a constant matrix becomes `linear`."""
+    """numpy.matmul(a, b); a float32 product with a constant matrix becomes `linear`."""
     if a.type.rank == 0 or b.type.rank == 0:
         raise InvalidModelError("matrix product of a scalar")
-    if b.is_const and b.type.rank == 2 and not a.is_const:
+    if b.is_const and b.type.rank == 2 and not a.is_const and b.dtype is DType.f32:
         return c.make("linear", a, c.transpose(b, (1, 0)))
     rows = c.reshape(a, (1, *a.shape)) if a.type.rank == 1 else a
     columns = c.reshape(b, (*b.shape, 1)) if b.type.rank == 1 else b
@@ -42,7 +43,7 @@ def gemm(c: Call) -> Node:
         raise InvalidModelError(f"Gemm of {a.type} and {b.type}")
     if bias is not None and beta != 1.0:
         bias = c.make("mul", bias, beta)
-    if b.is_const:
+    if b.is_const and b.dtype is DType.f32:
         w = b if trans_b else c.transpose(b, (1, 0))
         w = c.make("mul", w, alpha) if alpha != 1.0 else w
         x = c.transpose(a, (1, 0)) if trans_a else a
