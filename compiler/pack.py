@@ -6,7 +6,9 @@ the layout that each one produces is described beside the kernel that reads it (
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "conv2d_block",
-    "conv2d_scratch_bytes",
+    "conv2d_scratch_bytes", "conv_transpose2d_scratch_bytes",
     "pack_bias",
     "pack_conv2d",
     "pack_depthwise",
@@ -102,16 +104,21 @@ def conv2d_scratch_bytes(
         stride *= h * w
         run *= kernel[0] * kernel[1]
         oh, reach_h, reach_w = n, 1, 1
-    elif h == 1 and kernel[0] == 1 and oh == 1:  # one dimension: its only axis becomes the rows
+    elif h == 1 and kernel[0] == 1 and oh == 1 and pad[0] == 0:  # one dimension: its only axis becomes the rows
         sh, sw, reach_h, reach_w, oh, ow = sw, sh, reach_w, reach_h, ow, oh
     step = sh if ow == 1 else sw
     clash = any(s * step % _CLASH == 0 for s in (stride, run))
     if not any(pad) and not clash:
         return 0
     row = ((ow - 1) * sw + reach_w) * (run + 16 * clash) * 4
-    strip = ((min(oh, _TILE_ROWS) - 1) * sh + reach_h) * row
-    everything = ((oh - 1) * sh + reach_h) * row
-    return _round_up(min(everything, max(_CHUNK_BYTES, strip)), 64) * parts
+    return _copied_bytes(oh, sh, reach_h, row) * parts
+
+
+def _copied_bytes(output_rows: int, stride: int, reach: int, row: int) -> int:
+    """Bytes of the scratch copy of `row`-byte rows: all of them, or a chunk."""
+    strip = (min(output_rows, _TILE_ROWS) - 1) * stride + reach
+    everything = (output_rows - 1) * stride + reach
+    return _round_up(min(everything * row, max(_CHUNK_BYTES, strip * row)), 64)
 
 
 def pack_bias(bias: Floats, block: int) -> Floats:
@@ -178,8 +185,9 @@ def pack_winograd(weights_ohwi: np.ndarray, block: int) -> Floats:
     if (kh, kw) != (3, 3):
         raise ValueError(f"winograd packs 3x3 filters, not {kh}x{kw}")
     g = _winograd_filter_transform()
-    transformed = np.einsum("ia,oabc,jb->oijc", g, weights_ohwi.astype(np.float64), g, optimize=True)
-    return pack_conv2d(transformed.reshape(channels, 36, 1, in_channels), block)
+    taps = weights_ohwi.astype(np.float64).transpose(1, 2, 0, 3).reshape(9, -1)  # one matrix product for all
+    transformed = (np.kron(g, g) @ taps).astype(np.float32).reshape(36, channels, in_channels)
+    return pack_conv2d(transformed.transpose(1, 0, 2).reshape(channels, 36, 1, in_channels), block)
 
 
 def winograd_scratch_bytes(
@@ -226,3 +234,74 @@ def attention_scratch_bytes(queries: int, keys: int, width: int, value_width: in
     lanes = _BLOCK_VECTORS[isa]
     return 4 * (_panel_floats(width, keys, _panel_block(keys, isa)) + _panel_floats(keys, value_width, _panel_block(value_width, isa))
                 + _round_up(rows * keys, 16) + _round_up(max(keys, value_width) + 3 * lanes, 16) + _round_up(rows, 16))
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """`Phase` of conv.h: the taps of one axis that reach every stride-th output position."""
+
+    taps: range
+    dilation: int
+    pad: int
+    outputs: int
+
+
+def _phase(offset: int, pad: int, kernel: int, stride: int, dilation: int, out: int) -> _Phase:
+    g = math.gcd(dilation, stride)
+    step = stride // g
+    starts = [k for k in range(step) if (offset + pad - k * dilation) % stride == 0]
+    taps = range(starts[0], kernel, step) if starts else range(0)
+    reach = (offset + pad - taps.start * dilation) // stride if taps else 0
+    return _Phase(taps, dilation // g, (len(taps) - 1) * (dilation // g) - reach if taps else 0,
+                  max(0, -(-(out - offset) // stride)))  # fmt: skip
+
+
+def _phases(
+    attrs: Mapping[str, Any], kernel: Sequence[int], output: Sequence[int]
+) -> Iterator[tuple[_Phase, _Phase]]:
+    (sh, sw), (dh, dw), (top, left, _, _) = attrs["stride"], attrs["dilation"], attrs["pad"]
+    for y in range(sh):
+        rows = _phase(y, top, kernel[0], sh, dh, output[1])
+        for x in range(sw):
+            yield rows, _phase(x, left, kernel[1], sw, dw, output[2])
+
+
+def conv_transpose2d_scratch_bytes(
+    image: Sequence[int],
+    attrs: Mapping[str, Any],
+    kernel: Sequence[int],
+    output: Sequence[int],
+    parts: int = 1,
+) -> int:
+    """Upper bound of `conv_transpose2d::scratch_bytes(parts)`.
+
+    `image` and `output` are [N, H, W, C], `kernel` is (KH, KW); `attrs` as for `conv2d`.
+    """
+    run = image[3] // attrs.get("groups", 1) + 16
+    most = 0
+    for rows, columns in _phases(attrs, kernel, output):
+        if rows.outputs and columns.outputs and rows.taps and columns.taps:
+            reach_h = rows.dilation * (len(rows.taps) - 1) + 1
+            reach_w = columns.dilation * (len(columns.taps) - 1) + 1
+            oh, ow = rows.outputs, columns.outputs
+            if image[1] == 1 and reach_h == 1 and oh == 1:
+                oh, ow, reach_h, reach_w = ow, oh, reach_w, reach_h
+            most = max(most, _copied_bytes(oh, 1, reach_h, (ow - 1 + reach_w) * run * 4))
+    return most * parts
+
+
+def pack_conv_transpose2d(
+    weights_ohwi: np.ndarray, attrs: Mapping[str, Any], output: Sequence[int], block: int
+) -> Floats:
+    """Packed weights of `conv_transpose2d`, flat: one `pack_conv2d` per phase and group.
+
+    `weights_ohwi` is [OC, KH, KW, IC / groups]: output[oh] += x[ih] * w[oh + pad - ih * stride].
+    A phase holds its taps in reverse order.
+    """
+    groups = attrs.get("groups", 1)
+    packed = [np.zeros(0, np.float32)]
+    for rows, columns in _phases(attrs, weights_ohwi.shape[1:3], output):
+        taps = weights_ohwi[:, rows.taps[::-1]][:, :, columns.taps[::-1]]
+        if taps.size:
+            packed += [pack_conv2d(g, block) for g in np.split(taps, groups)]
+    return np.concatenate(packed)
