@@ -76,6 +76,7 @@ CASES = [
     Case((2, 5, 5, 12), (48, 1, 1), xs=1, ys=7),
     Case((1, 5, 6, 8), (28, 2, 2), xs=3),
     Case((1, 40, 6, 3), (8, 3, 3), pad=(1, 1, 1, 1)),
+    Case((1, 1, 6, 3), (8, 1, 3), stride=(2, 1), pad=(1, 0, 0, 0)),
     Case((1, 50, 50, 32), (4, 3, 3), pad=(1, 1, 1, 1)),
     Case((1, 3, 3, 5), (21, 5, 5), pad=(2, 2, 2, 2)),
     Case((1, 2, 2, 3), (6, 1, 1), pad=(1, 2, 0, 1)),
@@ -85,6 +86,45 @@ CASES = [
     Case((9, 8, 8, 16), (5, 8, 8)),
     Case((2, 9, 8, 12), (18, 3, 3), pad=(1, 1, 1, 1), groups=3),
     Case((1, 7, 7, 8), (40, 1, 1), stride=(2, 1), groups=2, xs=2, ys=1),
+]
+
+@dataclass(frozen=True)
+class Transposed(Case):
+    """A transposed convolution; `extra` is added to the output's height and width."""
+
+    extra: tuple[int, int] = (0, 0)
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        n, h, w, _ = self.image
+        t, left, b, r = self.pad
+        oc, kh, kw = self.kernel
+        oh = (h - 1) * self.stride[0] + self.dilation[0] * (kh - 1) + 1 - t - b + self.extra[0]
+        ow = (w - 1) * self.stride[1] + self.dilation[1] * (kw - 1) + 1 - left - r + self.extra[1]
+        return n, oh, ow, oc
+
+    def cpp(self, isa: str) -> str:
+        dense = super().cpp(isa)
+        inner = dense[dense.index("<") + 1 : -1].replace(f", {self.groups}, {self.nb(isa)}", "")
+        shape, strides = inner.rsplit("Dilation<", 1)
+        dilation, strides = strides.split(">, ", 1)
+        out = ", ".join(map(str, self.output))
+        strides = ", ".join(strides.split(", ")[-2:])
+        return (f"conv_transpose2d<{shape}Dilation<{dilation}>, Image<{out}>, {self.groups}, "
+                f"{self.nb(isa)}, {strides}>")  # fmt: skip
+
+
+# Phases with unequal numbers of taps, without taps, without outputs, and with cropped input.
+CASES += [
+    Transposed((1, 5, 6, 7), (9, 3, 3), stride=(2, 2), pad=(1, 1, 1, 1), extra=(1, 1)),
+    Transposed((2, 4, 5, 16), (33, 4, 4), stride=(2, 2), pad=(1, 1, 1, 1)),
+    Transposed((1, 8, 8, 17), (3, 2, 2), stride=(2, 2)),
+    Transposed((1, 3, 4, 3), (17, 1, 2), stride=(3, 2), extra=(2, 0)),
+    Transposed((1, 6, 7, 5), (8, 3, 3)),
+    Transposed((1, 5, 5, 4), (6, 3, 2), stride=(2, 3), dilation=(2, 2), pad=(0, 1, 2, 0)),
+    Transposed((1, 7, 6, 4), (20, 5, 5), stride=(2, 1), pad=(4, 4, 3, 4), xs=2, ys=1),
+    Transposed((1, 1, 9, 6), (10, 1, 4), stride=(1, 2), pad=(0, 1, 0, 1), groups=2),
+    Transposed((1, 6, 6, 12), (6, 3, 3), stride=(2, 2), pad=(1, 0, 0, 1), groups=3),
 ]
 
 _SOURCE = """
@@ -115,6 +155,8 @@ def reference(
     """Convolution in float64: x [N, H, W, C], w [OC, KH, KW, C / groups] -> [N, OH, OW, OC]."""
     n, oh, ow, oc = case.output
     t, left, b, r = case.pad
+    if isinstance(case, Transposed):
+        return transposed_reference(case, x, w, bias)
     padded = np.pad(x, ((0, 0), (t, b), (left, r), (0, 0)))
     ic = case.image[3] // case.groups
     y = np.broadcast_to(bias, case.output).copy()
@@ -128,6 +170,26 @@ def reference(
                                 g * ic : (g + 1) * ic]  # fmt: skip
                 y[..., out] += window @ w[out, kh, kw].T
     return y
+
+
+def transposed_reference(
+    case: Transposed, x: NDArray[np.float64], w: NDArray[np.float64], bias: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Every input pixel scattered over its window: x [N, H, W, C], w [OC, KH, KW, C / groups]."""
+    n, oh, ow, oc = case.output
+    _, h, wd, c = case.image
+    t, left = case.pad[:2]
+    ic = c // case.groups
+    big = np.zeros((n, oh + t + 99, ow + left + 99, oc))  # more than any case reaches
+    for g in range(case.groups):
+        out = slice(g * oc // case.groups, (g + 1) * oc // case.groups)
+        for kh in range(case.kernel[1]):
+            for kw in range(case.kernel[2]):
+                h0, w0 = kh * case.dilation[0], kw * case.dilation[1]
+                big[:, h0 : h0 + (h - 1) * case.stride[0] + 1 : case.stride[0],
+                    w0 : w0 + (wd - 1) * case.stride[1] + 1 : case.stride[1],
+                    out] += x[..., g * ic : (g + 1) * ic] @ w[out, kh, kw].T  # fmt: skip
+    return big[:, t : t + oh, left : left + ow] + bias
 
 
 def strided(values: NDArray[np.float64], extra: int) -> NDArray[np.float32]:
@@ -161,21 +223,33 @@ def test_agrees_with_float64(library: tuple[str, ctypes.CDLL], index: int) -> No
     shift = rng.standard_normal(n * oh * ow)
 
     block = case.nb(isa)
-    packed = aligned(np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w, case.groups)]))
+    attrs = {"stride": case.stride, "pad": case.pad, "dilation": case.dilation,
+             "groups": case.groups}  # fmt: skip
+    transposed = isinstance(case, Transposed)
+    if transposed:
+        packed = aligned(pack.pack_conv_transpose2d(w, attrs, case.output, block))
+    else:
+        groups = [pack.pack_conv2d(g, block) for g in np.split(w, case.groups)]
+        packed = aligned(np.concatenate(groups))
     packed_bias = aligned(
         np.concatenate([pack.pack_bias(g, block) for g in np.split(bias, case.groups)])
     )
     source = strided(x, case.xs)
     scales = aligned(scale.astype(np.float32))
     shifts = aligned(shift.astype(np.float32))
-    attrs = {"stride": case.stride, "pad": case.pad, "dilation": case.dilation,
-             "groups": case.groups}  # fmt: skip
     scratch_bytes = getattr(lib, f"scratch_{index}")
     scratch_bytes.restype = ctypes.c_long
 
     results = []
     for parts in (1, 3):
-        bound = pack.conv2d_scratch_bytes(case.image, attrs, (kh, kw), parts)
+        if transposed:
+            bound = pack.conv_transpose2d_scratch_bytes(
+                case.image, attrs, (kh, kw), case.output, parts
+            )
+        else:
+            bound = pack.conv2d_scratch_bytes(
+                case.image, attrs, (kh, kw), parts, case.image[3] + case.xs
+            )
         assert scratch_bytes(parts) <= bound
         scratch = aligned(np.full(scratch_bytes(parts) // 4, np.nan, np.float32))
         y = strided(np.full(case.output, 7.0), case.ys)

@@ -21,26 +21,32 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
-// What is left of a convolution once layout is told apart from arithmetic. Strides in floats.
+// What is left of a convolution once layout is told apart from arithmetic.
 struct ConvShape {
-  int images, oh, ow;             // output
-  int h, w;                       // input
-  int kh, kw, run;                // taps, and the consecutive floats read at each tap
-  int sh, sw, dh, dw, top, left;
-  ptrdiff_t image, row, pixel;    // input strides
-  bool copy;                      // through the padded scratch rows
+  int images, oh, ow;           // output
+  int h, w;                     // input
+  int kh, kw, run;              // taps, and the consecutive floats read at each tap
+  int sh, sw, dh, dw;
+  int top, left;                // zeros before the image; negative: where the first window starts
+  ptrdiff_t image, row, pixel;  // input strides, floats
+  bool copy;                    // through the padded scratch rows
+  // Flat index of the first output pixel, and its steps along the output dimensions.
+  ptrdiff_t first, to_image, to_row, to_pixel;
 };
 
 // The same convolution over the fewest dimensions: pixels merge into rows, images into rows, taps
 // into runs, wherever their memory is contiguous. The flat index of an output pixel never changes.
 constexpr ConvShape canonical(ConvShape s) {
   const bool unit = s.sh == 1 && s.sw == 1;
-  if (!s.copy && s.kh == 1 && s.kw == 1 && unit) {
+  const bool dense =
+      s.first == 0 && s.to_pixel == 1 && s.to_row == s.ow && s.to_image == s.to_row * s.oh;
+  if (!s.copy && s.kh == 1 && s.kw == 1 && unit && dense && s.oh == s.h && s.ow == s.w) {
     // A matrix product: one row per pixel.
     s.oh = s.h = s.images * s.oh * s.ow;
     s.ow = s.w = s.images = 1;
     s.image = 0;
     s.row = s.pixel;
+    s.to_image = 0, s.to_row = 1;
   } else if (!s.copy && s.oh == 1 && s.ow == 1 && s.kw == s.w && s.pixel == s.run && s.dh == 1 &&
              s.dw == 1) {
     // The window covers the image: one row per image.
@@ -50,12 +56,14 @@ constexpr ConvShape canonical(ConvShape s) {
     s.w = s.kh = s.kw = s.images = s.sh = s.sw = 1;
     s.image = 0;
     s.pixel = s.run;
-  } else if (s.h == 1 && s.kh == 1 && s.oh == 1) {
+    s.to_row = s.to_image, s.to_image = 0;
+  } else if (s.h == 1 && s.kh == 1 && s.oh == 1 && s.top == 0) {
     // One dimension: its only axis becomes the rows.
     s.h = s.w, s.oh = s.ow, s.kh = s.kw, s.sh = s.sw, s.dh = s.dw, s.top = s.left;
     s.row = s.pixel;
     s.w = s.ow = s.kw = s.sw = s.dw = 1;
     s.left = 0;
+    s.to_row = s.to_pixel;
   }
   return s;
 }
@@ -116,28 +124,14 @@ SKIVE_INLINE void zero_floats(float* to, ptrdiff_t n) {
   for (; i < n; ++i) to[i] = 0.0f;
 }
 
-// y[n, oh, ow, :] = epilogue(bias + sum over (kh, kw, ic) of x * w).
-// NB: output channels of a packed block. XS, YS: floats between neighbouring pixels of x and y.
-// `epilogue(Vec<L> acc, ptrdiff_t pixel, int channel)` gets every finished vector once and returns
-// what is stored; `pixel` is the flat output pixel (n*OH + oh)*OW + ow.
-// w, bias and scratch: 64-byte aligned, packed by pack_conv2d and pack_bias; x and y: 4 bytes.
-template <class In, class Filter, class Strides, class Padding, class Dilations, int NB,
-          int XS = In::C, int YS = Filter::OC>
-struct conv2d {
+// The loop nest. Geometry has `shape` (a canonical ConvShape), OC and YS.
+template <class Geometry, int NB>
+struct DenseConv {
   using Policy = F32Tile;
-  static constexpr int OC = Filter::OC;
-  static constexpr int OH = window_count(In::H, Padding::Top, Padding::Bottom, Filter::KH,
-                                         Strides::H, Dilations::H);
-  static constexpr int OW = window_count(In::W, Padding::Left, Padding::Right, Filter::KW,
-                                         Strides::W, Dilations::W);
-  static_assert(OH > 0 && OW > 0, "the window is larger than the padded image");
+  static constexpr ConvShape shape = Geometry::shape;
+  static constexpr int OC = Geometry::OC, YS = Geometry::YS;
   static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
 
-  static constexpr ConvShape shape = canonical(
-      {In::N, OH, OW, In::H, In::W, Filter::KH, Filter::KW, In::C, Strides::H, Strides::W,
-       Dilations::H, Dilations::W, Padding::Top, Padding::Left,
-       static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS,
-       Padding::Top != 0 || Padding::Left != 0 || Padding::Bottom != 0 || Padding::Right != 0});
   static constexpr int K = shape.kh * shape.kw * shape.run;  // multiply-adds per output element
   static constexpr int kBlocks = div_up(OC, NB);
   static constexpr int kLastBlock = OC - (kBlocks - 1) * NB;
@@ -156,7 +150,7 @@ struct conv2d {
   // a cache line between the pixels.
   static constexpr ptrdiff_t kPitch =
       shape.ow > 1 ? shape.sw * (shape.copy ? shape.run : shape.pixel) : shape.sh * shape.row;
-  static constexpr bool kConflict = kPitch % 1024 == 0 && tile.rows * tile.columns > 7;
+  static constexpr bool kConflict = K > 0 && kPitch % 1024 == 0 && tile.rows * tile.columns > 7;
   static constexpr bool kCopy = shape.copy || kConflict;
   // The copy of a 1x1 window leaves out what its strides skip.
   static constexpr bool kGather = kConflict && !shape.copy && shape.kh == 1 && shape.kw == 1;
@@ -174,9 +168,14 @@ struct conv2d {
   static constexpr int rows_read(int output_rows) {
     return (output_rows - 1) * kStrideH + (shape.kh - 1) * shape.dh + 1;
   }
-  // Strips whose input stays in L2 while all blocks of weights pass by.
+  // Weights that come from beyond L2: 128 Ki floats are half of a common one.
+  static constexpr bool kHeavy = weight_floats > 128 * 1024;
+  static constexpr int kAhead = kHeavy ? 32 : 0;  // 2 to 4 KiB ahead of the tile
+
+  // Strips whose input stays in L2 while all blocks of weights pass by. Weights beyond the size of L2
+  // pass by less often when the chunk takes more of it; the scratch copy stays small for the arena's sake.
   static constexpr int chunk_strips() {
-    constexpr ptrdiff_t kBudget = 192 * 1024 / sizeof(float);
+    constexpr ptrdiff_t kBudget = (kHeavy && !kCopy ? 768 : 192) * 1024 / 4;
     int strips = 1;
     while (strips < kStrips && rows_read((strips + 1) * tile.rows) * kRow <= kBudget) ++strips;
     return strips;
@@ -205,7 +204,7 @@ struct conv2d {
   static SKIVE_NOINLINE void compute_tile(const float* x, const float* w, const float* bias,
                                           float* y, ptrdiff_t pixel, int channel,
                                           const E& epilogue) {
-    using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>>;
+    using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>, kAhead>;
     typename T::Accumulators acc;
     T::start(acc, bias, typename T::EachRegister{});
     for (int kh = 0; kh < shape.kh; ++kh) {
@@ -215,7 +214,7 @@ struct conv2d {
       }
     }
     T::finish(acc, [&](int p, int c, auto value) __attribute__((always_inline)) {
-      const ptrdiff_t at = pixel + p / Columns * shape.ow + p % Columns;
+      const ptrdiff_t at = pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
       store(y + at * YS + channel + c, epilogue(value, at, channel + c));
     }, typename T::EachRegister{});
   }
@@ -226,13 +225,13 @@ struct conv2d {
                                          ptrdiff_t pixel, int channel, const E& epilogue) {
     constexpr int kRest = shape.ow % tile.columns;
     for (int c = 0; c < shape.ow - kRest; c += tile.columns) {
-      compute_tile<Rows, tile.columns, Channels>(x + c * kStrideW * kPixel, w, bias, y, pixel + c,
-                                                 channel, epilogue);
+      compute_tile<Rows, tile.columns, Channels>(x + c * kStrideW * kPixel, w, bias, y,
+                                                 pixel + c * shape.to_pixel, channel, epilogue);
     }
     if constexpr (kRest != 0) {
       constexpr int c = shape.ow - kRest;
-      compute_tile<Rows, kRest, Channels>(x + c * kStrideW * kPixel, w, bias, y, pixel + c, channel,
-                                          epilogue);
+      compute_tile<Rows, kRest, Channels>(x + c * kStrideW * kPixel, w, bias, y,
+                                          pixel + c * shape.to_pixel, channel, epilogue);
     }
   }
 
@@ -242,12 +241,13 @@ struct conv2d {
                                          int image, int begin, int end, int channel,
                                          const E& epilogue) {
     constexpr int kRestRows = shape.oh % tile.rows;
-    ptrdiff_t pixel = (static_cast<ptrdiff_t>(image) * shape.oh + begin * tile.rows) * shape.ow;
+    ptrdiff_t pixel =
+        shape.first + image * shape.to_image + begin * tile.rows * shape.to_row;
     const int full = end * tile.rows <= shape.oh ? end : end - 1;
     for (int s = begin; s < full; ++s) {
       compute_strip<tile.rows, Channels>(x, w, bias, y, pixel, channel, epilogue);
       x += tile.rows * kStrideH * kRow;
-      pixel += tile.rows * shape.ow;
+      pixel += tile.rows * shape.to_row;
     }
     if constexpr (kRestRows != 0) {
       if (full != end) {
@@ -264,16 +264,19 @@ struct conv2d {
     constexpr ptrdiff_t kFromPixel = shape.pixel * (kGather ? shape.sw : 1);
     // The image's columns that the copy holds: the last window may end before the image does, and a
     // border may be wider than the copy.
-    constexpr int kLeft = shape.left < kCopiedColumns ? shape.left : kCopiedColumns;
+    constexpr int kLeft = shape.left < 0               ? 0
+                          : shape.left < kCopiedColumns ? shape.left
+                                                        : kCopiedColumns;
+    constexpr int kSkip = shape.left >= 0 ? 0 : -shape.left < kWidth ? -shape.left : kWidth;
     constexpr int kRoom = kCopiedColumns - kLeft;
-    constexpr int kInside = kRoom < kWidth ? kRoom : kWidth;
+    constexpr int kInside = kRoom < kWidth - kSkip ? kRoom : kWidth - kSkip;
     for (int r = begin; r < begin + count; ++r, to += kRow) {
       if (r < 0 || r >= kHeight) {
         zero_floats(to, kRow);
         continue;
       }
       zero_floats(to, kLeft * kPixel);
-      const float* const from = x + r * kFromRow;
+      const float* const from = x + r * kFromRow + kSkip * kFromPixel;
       float* const inside = to + kLeft * kPixel;
       if constexpr (kFromPixel == kPixel) {
         copy_floats<kInside * static_cast<int>(kPixel)>(inside, from);
@@ -329,6 +332,31 @@ struct conv2d {
   }
 };
 
+// y[n, oh, ow, :] = epilogue(bias + sum over (kh, kw, ic) of x * w).
+// NB: output channels of a packed block. XS, YS: floats between neighbouring pixels of x and y.
+// `epilogue(Vec<L> acc, ptrdiff_t pixel, int channel)` gets every finished vector once and returns
+// what is stored; `pixel` is the flat output pixel (n*OH + oh)*OW + ow.
+// w, bias and scratch: 64-byte aligned, packed by pack_conv2d and pack_bias; x and y: 4 bytes.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS_>
+struct ConvGeometry {
+  static constexpr int OC = Filter::OC, YS = YS_;
+  static constexpr int OH = window_count(In::H, Padding::Top, Padding::Bottom, Filter::KH,
+                                         Strides::H, Dilations::H);
+  static constexpr int OW = window_count(In::W, Padding::Left, Padding::Right, Filter::KW,
+                                         Strides::W, Dilations::W);
+  static_assert(OH > 0 && OW > 0, "the window is larger than the padded image");
+  static constexpr ConvShape shape = canonical(
+      {In::N, OH, OW, In::H, In::W, Filter::KH, Filter::KW, In::C, Strides::H, Strides::W,
+       Dilations::H, Dilations::W, Padding::Top, Padding::Left,
+       static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS,
+       Padding::Top != 0 || Padding::Left != 0 || Padding::Bottom != 0 || Padding::Right != 0, 0,
+       static_cast<ptrdiff_t>(OH) * OW, OW, 1});
+};
+template <class In, class Filter, class Strides, class Padding, class Dilations, int NB,
+          int XS = In::C, int YS = Filter::OC>
+struct conv2d
+    : DenseConv<ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS>, NB> {};
+
 // Groups of channels side by side: each is a dense convolution over a slice of x and of y.
 // Weights and bias: those of the groups one after the other, each packed as for conv2d.
 template <class In, class Filter, class Strides, class Padding, class Dilations, int Groups, int NB,
@@ -353,6 +381,116 @@ struct grouped_conv2d {
                    return epilogue(acc, pixel, channel + c);
                  });
     }
+  }
+};
+
+// One axis of a transposed convolution, for the output positions `offset`, `offset` + stride, ...
+// Position o collects x[i] * w[k] for all i * stride + k * dilation = o + pad. The taps that ever
+// reach these positions are every step-th one; reversed, they are an ordinary convolution of stride 1.
+struct Phase {
+  int tap, taps;  // first tap, and how many
+  int step;       // taps between them
+  int dilation;   // of the ordinary convolution
+  int pad;        // zeros before x; negative: where the first window starts
+  int outputs;
+};
+constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
+constexpr Phase phase_of(int offset, int pad, int kernel, int stride, int dilation, int out) {
+  const int g = common_divisor(dilation, stride);
+  Phase p{0, 0, stride / g, dilation / g, 0, out > offset ? (out - offset - 1) / stride + 1 : 0};
+  while (p.tap < p.step && (offset + pad - p.tap * dilation) % stride != 0) ++p.tap;
+  if (p.tap < p.step && p.tap < kernel) p.taps = (kernel - p.tap - 1) / p.step + 1;
+  if (p.taps > 0) {
+    p.pad = (p.taps - 1) * p.dilation - (offset + pad - p.tap * dilation) / stride;
+  }
+  return p;
+}
+
+// The output pixels of a transposed convolution that share (oh mod stride, ow mod stride).
+template <class In, int OC_, class Strides, class Out, int Y, int X, int XS, int YS_, int KH, int KW,
+          class Padding, class Dilations>
+struct PhaseGeometry {
+  static constexpr int OC = OC_, YS = YS_;
+  static constexpr Phase rows =
+      phase_of(Y, Padding::Top, KH, Strides::H, Dilations::H, Out::H);
+  static constexpr Phase columns =
+      phase_of(X, Padding::Left, KW, Strides::W, Dilations::W, Out::W);
+  static constexpr bool kEmpty = rows.outputs == 0 || columns.outputs == 0;
+  static constexpr bool kTaps = rows.taps > 0 && columns.taps > 0;
+  static constexpr bool inside(Phase p, int in) {
+    return p.pad == 0 && p.outputs + (p.taps - 1) * p.dilation <= in;
+  }
+  static constexpr ConvShape shape = canonical(
+      {In::N, rows.outputs, columns.outputs, In::H, In::W, kTaps ? rows.taps : 0,
+       kTaps ? columns.taps : 0, In::C, 1, 1, rows.dilation, columns.dilation, rows.pad, columns.pad,
+       static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS,
+       kTaps && !(inside(rows, In::H) && inside(columns, In::W)),
+       static_cast<ptrdiff_t>(Y) * Out::W + X, static_cast<ptrdiff_t>(Out::H) * Out::W,
+       static_cast<ptrdiff_t>(Strides::H) * Out::W, Strides::W});
+};
+
+// y = epilogue(bias + the transpose of conv2d): x[n, ih, iw, :] is added, times w[kh, kw], to
+// y[n, ih*SH + kh*DH - Top, iw*SW + kw*DW - Left, :]. `Out` gives the output's height and width; output
+// paddings are part of it. One ordinary convolution per phase (oh mod SH, ow mod SW): no zeros are
+// multiplied. Weights: packed by pack_conv_transpose2d.
+// Dumoulin and Visin, A guide to convolution arithmetic for deep learning, 2016.
+template <class In, class Filter, class Strides, class Padding, class Dilations, class Out, int Groups,
+          int NB, int XS = In::C, int YS = Filter::OC>
+struct conv_transpose2d {
+  static_assert(In::C % Groups == 0 && Filter::OC % Groups == 0, "groups divide the channels");
+  static constexpr int IC = In::C / Groups, OC = Filter::OC / Groups;
+  static constexpr int kPhases = Strides::H * Strides::W;
+  template <int P>
+  using Geometry = PhaseGeometry<Image<In::N, In::H, In::W, IC>, OC, Strides, Out, P / Strides::W,
+                                 P % Strides::W, XS, YS, Filter::KH, Filter::KW, Padding, Dilations>;
+  template <int P>
+  using Dense = DenseConv<Geometry<P>, NB>;
+
+  template <int P>
+  static constexpr ptrdiff_t phase_floats() {
+    constexpr int k = Geometry<P>::kTaps ? Geometry<P>::rows.taps * Geometry<P>::columns.taps * IC : 0;
+    constexpr int channels = OC / NB * NB + round_up(OC % NB, kChannelQuantum);
+    return (static_cast<ptrdiff_t>(k) * channels + 15) / 16 * 16;
+  }
+  template <int P>
+  static constexpr size_t phase_scratch(int parts) {
+    if constexpr (Geometry<P>::kEmpty) return 0;
+    else return Dense<P>::scratch_bytes(parts);
+  }
+  template <int P>
+  static constexpr size_t most_scratch(int parts) {
+    if constexpr (P == kPhases) {
+      return 0;
+    } else {
+      const size_t mine = phase_scratch<P>(parts), rest = most_scratch<P + 1>(parts);
+      return mine > rest ? mine : rest;
+    }
+  }
+  static constexpr size_t scratch_bytes(int parts = 1) { return most_scratch<0>(parts); }
+  static constexpr ptrdiff_t bias_floats = Groups * round_up(div_up(OC, NB) * NB, 16);
+
+  template <int P, class E>
+  static SKIVE_INLINE void run_phases(const float* x, const float* w, const float* bias, float* y,
+                                      void* scratch, Part part, const E& epilogue) {
+    if constexpr (P < kPhases) {
+      if constexpr (!Geometry<P>::kEmpty) {
+        for (int g = 0; g < Groups; ++g) {
+          const int channel = g * OC;
+          Dense<P>::run(x + g * IC, w + g * phase_floats<P>(), bias + g * (bias_floats / Groups),
+                        y + channel, scratch, part,
+                        [&](auto acc, ptrdiff_t pixel, int c) __attribute__((always_inline)) {
+                          return epilogue(acc, pixel, channel + c);
+                        });
+        }
+      }
+      run_phases<P + 1>(x, w + Groups * phase_floats<P>(), bias, y, scratch, part, epilogue);
+    }
+  }
+
+  template <class E>
+  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
+                  Part part, const E& epilogue) {
+    run_phases<0>(x, w, bias, y, scratch, part, epilogue);
   }
 };
 

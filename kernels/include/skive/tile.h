@@ -37,7 +37,8 @@ template <int I, class T>
 SKIVE_INLINE T& slot(Slot<I, T>& s) { return s.value; }
 
 // Pixel p of the tile reads its input at `Offsets::template at<p>()` floats from the tile's base.
-template <class Policy, int Pixels, int Channels, class Offsets>
+// `Ahead`: rows of weights by which to prefetch, 0 where they come from L1 or L2 anyway.
+template <class Policy, int Pixels, int Channels, class Offsets, int Ahead = 0>
 struct Tile {
   static constexpr int kRow = round_up(Channels, kChannelQuantum);  // floats per weight row
   static constexpr int kVectors = div_up(kRow, kLanes);
@@ -92,6 +93,9 @@ struct Tile {
   template <int... P>
   static SKIVE_INLINE void step(Accumulators& acc, const float* x, const float* w, Index<P...>) {
     Weights row;
+    if constexpr (Ahead > 0 && Pixels >= 4) {  // fewer pixels: one plain stream, which hardware follows
+      for (int i = 0; i < kRow; i += 16) __builtin_prefetch(w + Ahead * kRow + i);
+    }
     load_weights(row, w, EachVector{});
     (step_pixel<P>(acc, row, x, EachVector{}), ...);
   }
