@@ -17,7 +17,7 @@ from skive.passes.eliminate_identity import slice_of_slice
 from skive.pipeline import pass_
 from skive.rewrite import Const, Declined, Match, OpPattern, Pattern, Rule, Var, op, rewrite, rule, scalar
 
-RELATIVE = 2e-4  # literals such as 0.7071 or 1.4142 are written with few digits
+RELATIVE = 2e-5  # irrational literals such as 0.70711 or 1.41421 are written with few digits
 X = Var("x")
 
 
@@ -53,11 +53,11 @@ def _divided(x: Pattern, by: float) -> list[OpPattern]:
     return [op("div", x, near(by)), op("mul", x, near(1 / by))]
 
 
-_ERF = [op("add", op("erf", inner), near(1)) for inner in _divided(X, math.sqrt(2))]
-_CUBES = [op("pow", X, near(3)), op("mul", X, op("mul", X, X)), op("mul", X, op("pow", X, near(2)))]
+_ERF = [op("add", op("erf", inner), scalar(1)) for inner in _divided(X, math.sqrt(2))]
+_CUBES = [op("pow", X, scalar(3)), op("mul", X, op("mul", X, X)), op("mul", X, op("pow", X, scalar(2)))]
 _POLYNOMIALS = [op("add", X, op("mul", cube, near(0.044715))) for cube in _CUBES]
-_TANH = [op("add", op("tanh", op("mul", p, near(math.sqrt(2 / math.pi)))), near(1)) for p in _POLYNOMIALS]
-_CLIPPED = op("clip", op("add", X, near(3)), where=lambda n: (n.attrs["lo"], n.attrs["hi"]) == (0, 6))
+_TANH = [op("add", op("tanh", op("mul", p, near(math.sqrt(2 / math.pi)))), scalar(1)) for p in _POLYNOMIALS]
+_CLIPPED = op("clip", op("add", X, scalar(3)), where=lambda n: (n.attrs["lo"], n.attrs["hi"]) == (0, 6))
 
 
 def _hard_sigmoid_of_six(node: Node) -> bool:
@@ -66,20 +66,20 @@ def _hard_sigmoid_of_six(node: Node) -> bool:
 
 ACTIVATIONS: list[Rule] = [
     # x/2 (1 + erf(x / sqrt 2)); the halves of Hendrycks and Gimpel's GELU in any order
-    *(becomes("gelu", p) for e in _ERF for p in [*_times(X, e, near(0.5)), *_divided(op("mul", X, e), 2)]),
+    *(becomes("gelu", p) for e in _ERF for p in [*_times(X, e, scalar(0.5)), *_divided(op("mul", X, e), 2)]),
     # x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
-    *(becomes("gelu_tanh", p) for t in _TANH for p in _times(X, t, near(0.5))),
+    *(becomes("gelu_tanh", p) for t in _TANH for p in _times(X, t, scalar(0.5))),
     becomes("silu", op("mul", X, op("sigmoid", X))),
-    becomes("silu", op("div", X, op("add", op("exp", op("neg", X)), near(1)))),
+    becomes("silu", op("div", X, op("add", op("exp", op("neg", X)), scalar(1)))),
     becomes("hard_swish", op("mul", X, op("hard_sigmoid", X, where=_hard_sigmoid_of_six))),
     *(becomes("hard_swish", p) for p in [*_divided(op("mul", X, _CLIPPED), 6),
                                          *(op("mul", X, d) for d in _divided(_CLIPPED, 6)),
                                          *(op("mul", d, _CLIPPED) for d in _divided(X, 6))]),
     *(becomes("hard_sigmoid", p, alpha=1 / 6, beta=0.5) for p in _divided(_CLIPPED, 6)),
-    becomes("softplus", op("log", op("add", op("exp", X), near(1)))),
+    becomes("softplus", op("log", op("add", op("exp", X), scalar(1)))),
     becomes("mish", op("mul", X, op("tanh", op("softplus", X)))),
-    becomes("sigmoid", op("reciprocal", op("add", op("exp", op("neg", X)), near(1)))),
-    becomes("sigmoid", op("div", near(1), op("add", op("exp", op("neg", X)), near(1)))),
+    becomes("sigmoid", op("reciprocal", op("add", op("exp", op("neg", X)), scalar(1)))),
+    becomes("sigmoid", op("div", scalar(1), op("add", op("exp", op("neg", X)), scalar(1)))),
     becomes("rsqrt", op("reciprocal", op("sqrt", X))),
     becomes("rsqrt", op("div", scalar(1), op("sqrt", X))),
     becomes("reciprocal", op("div", scalar(1), X)),
