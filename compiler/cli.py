@@ -229,7 +229,7 @@ def _graph_ports(nodes: Sequence[Any], names: Sequence[str] | None = None) -> li
 # --------------------------------------------------------------------------------------- commands
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("skive", cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(skive.__version__, prog_name="skive", message="%(prog)s %(version)s")
 def cli() -> None:
     """Compile neural networks ahead of time into small, fast native code.
@@ -316,11 +316,11 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         print_json({"artefact": output, **report})
     else:
         click.echo(printable(f"{model} -> {output}"))
-        _print_summary(report, time.perf_counter() - started)
+        _print_lines(_summary(report, time.perf_counter() - started))
 
 
-def _print_summary(report: Mapping[str, Any], seconds: float | None = None) -> None:
-    """The headline figures of a compile report, one per line. `seconds`: what the command took,
+def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tuple[str, str]]:
+    """The headline figures of a compile report with their names. `seconds`: what the command took,
     which is less than the report says if the artefact came from the cache."""
     model, target, compiled = report["model"], report["target"], report["compiled"]
     bound = compiled.get("arena_lower_bound") or 0
@@ -334,6 +334,10 @@ def _print_summary(report: Mapping[str, Any], seconds: float | None = None) -> N
     lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
               ("verified", _verdict_text(report["verification"])),
               ("compiled in", f"{compiled['seconds'] if seconds is None else seconds:.1f} s")]
+    return lines
+
+
+def _print_lines(lines: Sequence[tuple[str, str]]) -> None:
     for key, value in lines:
         click.echo(f"  {key:<12} {printable(value)}")
 
@@ -536,21 +540,23 @@ def _inspect_artefact(folder: Path, html: str | None, as_json: bool) -> None:
         except ValueError as e:
             raise InvalidModelError(f"{folder / name} is damaged: {e}") from None
     manifest, report = documents[MANIFEST], documents["report.json"]
+    try:
+        sides = {side: [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in manifest[side]]
+                 for side in ("inputs", "outputs")}
+        title = f"{folder}: {manifest['name']}, skive {manifest['skive']}"
+        summary = _summary(report)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise InvalidModelError(f"{folder}: the manifest or the report is damaged: {e}") from None
     if html is not None:
         write_file(html, lambda path: shutil.copyfile(folder / "report.html", path))
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
     if as_json:
         print_json({"manifest": manifest, "report": report, "files": files})
         return
-    try:
-        sides = {side: [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in manifest[side]]
-                 for side in ("inputs", "outputs")}
-        click.echo(f"{printable(str(folder))}: {printable(manifest['name'])}, skive {printable(manifest['skive'])}")
-        _print_ports(sides)
-        _print_summary(report)
-        print_table(["file", ">bytes"], [[name, f"{size:,}"] for name, size in files.items()])
-    except (KeyError, TypeError, AttributeError) as e:
-        raise InvalidModelError(f"{folder}: the manifest or the report is damaged: {e}") from None
+    click.echo(printable(title))
+    _print_ports(sides)
+    _print_lines(summary)
+    print_table(["file", ">bytes"], [[name, f"{size:,}"] for name, size in files.items()])
 
 
 @cli.command()

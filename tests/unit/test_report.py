@@ -231,7 +231,8 @@ def test_spread_is_the_nearest_arrangement_without_overlap() -> None:
 
 @pytest.mark.parametrize(("function", "value", "text"), [
     (report.decimal, 0, "0"), (report.decimal, 999, "999"), (report.decimal, 1234, "1.23K"),
-    (report.decimal, 4.09e9, "4.09G"), (report.size, 100, "100 B"), (report.size, 1536, "1.5 KB"), (report.size, 3 << 20, "3 MB"),
+    (report.decimal, 4.09e9, "4.09G"), (report.size, 100, "100 B"), (report.size, 1536, "1.5 KB"),
+    (report.size, 3 << 20, "3 MB"),
     (report.microseconds, 0.5, "0.5 µs"), (report.microseconds, 1500, "1.5 ms"), (report.microseconds, 2e6, "2 s")])
 def test_quantities(function: Any, value: float, text: str) -> None:
     assert function(value) == text
