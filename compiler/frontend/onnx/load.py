@@ -22,7 +22,7 @@ from skive.types import MAX_ELEMENTS, DType
 IR_VERSIONS = range(3, 15)  # 14 is that of onnx 1.23
 MAX_OPSET = 28
 MAX_FILE_BYTES = 2**31 - 1  # protobuf's own limit; larger models keep their weights outside
-MAX_NESTING = 32  # subgraphs inside subgraphs
+MAX_NESTING = 24  # subgraphs inside subgraphs; protobuf itself ends at 33
 
 DTYPES: dict[int, DType] = {
     TensorProto.FLOAT: DType.f32, TensorProto.DOUBLE: DType.f64, TensorProto.FLOAT16: DType.f16,

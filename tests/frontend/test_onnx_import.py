@@ -1,0 +1,203 @@
+"""What the ONNX importer makes of a sound model: names, constants, problems, shapes, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from skive.errors import ShapeError, UnsupportedOpError
+from skive.frontend.onnx import import_onnx
+from skive.frontend.onnx.table import ROWS
+from skive.reference import evaluate_graph
+
+ELEM = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("int64"): TensorProto.INT64, np.dtype("bool"): TensorProto.BOOL}
+
+
+def model_of(nodes: Sequence[NodeProto], inputs: Mapping[str, tuple[Sequence[int | str], str]], outputs: Sequence[str],
+             weights: Mapping[str, Any] = {}, opset: int = 18, output_type: str = "float32") -> ModelProto:  # noqa: B006
+    infos = [helper.make_tensor_value_info(n, ELEM[np.dtype(t)], list(s)) for n, (s, t) in inputs.items()]
+    results = [helper.make_tensor_value_info(n, ELEM[np.dtype(output_type)], None) for n in outputs]
+    constants = [numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items()]
+    graph = helper.make_graph(list(nodes), "g", infos, results, constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+
+
+def test_names() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["a"], "first"), helper.make_node("Exp", ["a"], ["y"])]
+    graph = import_onnx(model_of(nodes, {"x": ((2, 3), "float32")}, ["y"]))
+    x, relu, exp = graph.nodes
+    assert (x.op, x.name) == ("input", "x")
+    assert (relu.op, relu.name, relu.origin) == ("relu", "a", "first")
+    assert (exp.op, exp.name, exp.origin) == ("exp", "y", "Exp:y")
+    assert graph.output_names == ("y",)
+
+
+def test_shape_arithmetic_disappears() -> None:
+    nodes = [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "zero"], ["n"]),
+             helper.make_node("Unsqueeze", ["n", "axes"], ["n1"]), helper.make_node("Concat", ["n1", "rest"], ["to"], axis=0),
+             helper.make_node("Reshape", ["x", "to"], ["y"])]
+    graph = import_onnx(model_of(nodes, {"x": ((2, 3, 4), "float32")}, ["y"],
+                                 {"zero": np.int64(0), "axes": np.array([0]), "rest": np.array([-1])}))
+    assert [n.op for n in graph.nodes] == ["input", "reshape"]
+    assert graph.outputs[0].shape == (2, 12)
+
+
+def test_large_constants_stay_nodes() -> None:
+    nodes = [helper.make_node("ConstantOfShape", ["shape"], ["big"]), helper.make_node("Add", ["x", "big"], ["y"])]
+    graph = import_onnx(model_of(nodes, {"x": ((1,), "float32")}, ["y"], {"shape": np.array([1 << 16, 1 << 16])}))
+    assert "expand" in {n.op for n in graph.nodes}
+
+
+def test_every_problem_is_reported() -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["nz"], "where"), helper.make_node("Cast", ["nz"], ["f"], "convert", to=1),
+             helper.make_node("RandomNormalLike", ["x"], ["r"], "noise"), helper.make_node("Det", ["q"], ["d"], "det"),
+             helper.make_node("Nonsense", ["r"], ["z"], "nonsense"), helper.make_node("Relu", ["x"], ["y"], "fine")]
+    model = model_of(nodes, {"x": ((2, 3), "float32"), "q": ((9, 9), "float32")}, ["y", "f", "z", "d"])
+    with pytest.raises(UnsupportedOpError) as e:
+        import_onnx(model)
+    assert [p[0] for p in e.value.problems] == ["where", "noise", "det", "nonsense"]
+    assert e.value.fixable == ("x",)
+    assert all(word in str(e.value) for word in ("NonZero", "RandomNormalLike", "Nonsense", "fixed_inputs"))
+
+
+def test_an_input_that_decides_a_shape() -> None:
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"], "view")]
+    model = model_of(nodes, {"x": ((2, 3), "float32"), "shape": ((1,), "int64")}, ["y"])
+    with pytest.raises(UnsupportedOpError, match="fixed_inputs") as e:
+        import_onnx(model)
+    assert e.value.fixable == ("shape",)
+    graph = import_onnx(model, fixed_inputs={"shape": np.array([6])})
+    assert [n.name for n in graph.inputs] == ["x"]
+    assert graph.outputs[0].shape == (6,)
+
+
+def test_fixed_inputs_are_checked() -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": ((2,), "float32")}, ["y"])
+    with pytest.raises(ShapeError, match="'z'"):
+        import_onnx(model, fixed_inputs={"z": np.zeros(2)})
+    with pytest.raises(UnsupportedOpError, match="float64"):
+        import_onnx(model, fixed_inputs={"x": np.zeros(2)})
+
+
+def test_symbolic_dimensions() -> None:
+    model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (("N", 3, "H"), "float32")}, ["y"])
+    with pytest.raises(ShapeError, match="--input x=1x3x224x224"):
+        import_onnx(model)
+    assert import_onnx(model, input_shapes={"x": (2, 3, 5)}).outputs[0].shape == (2, 3, 5)
+    assert import_onnx(model, input_shapes={"N": (4,), "H": (6,)}).outputs[0].shape == (4, 3, 6)
+    with pytest.raises(ShapeError, match="does not fit"):
+        import_onnx(model, input_shapes={"x": (2, 4, 5)})
+
+
+def branch(op: str) -> onnx.GraphProto:
+    return helper.make_graph([helper.make_node(op, ["x"], ["r"])], op, [],
+                             [helper.make_tensor_value_info("r", TensorProto.FLOAT, None)])
+
+
+def test_constant_condition() -> None:
+    node = helper.make_node("If", ["c"], ["y"], "choice", then_branch=branch("Relu"), else_branch=branch("Exp"))
+    for value, op in ((True, "relu"), (False, "exp")):
+        graph = import_onnx(model_of([node], {"x": ((2,), "float32")}, ["y"], {"c": np.array(value)}))
+        assert graph.outputs[0].op == op
+    open_ = model_of([node], {"x": ((2,), "float32"), "c": ((), "bool")}, ["y"])
+    with pytest.raises(UnsupportedOpError, match="choice") as e:
+        import_onnx(open_)
+    assert e.value.fixable == ("c",)
+
+
+def test_model_functions() -> None:
+    function = helper.make_function("own", "Scaled", ["a"], ["b"],
+                                    [helper.make_node("Constant", [], ["k"], value_float=3.0),
+                                     helper.make_node("LeakyRelu", ["a"], ["l"]), helper.make_node("Mul", ["l", "k"], ["b"])],
+                                    [helper.make_opsetid("", 18)], ["alpha"])
+    function.node[1].attribute.add(name="alpha", ref_attr_name="alpha", type=onnx.AttributeProto.FLOAT)
+    model = model_of([helper.make_node("Scaled", ["x"], ["y"], "call", domain="own", alpha=0.5)], {"x": ((2,), "float32")}, ["y"])
+    model.functions.append(function)
+    model.opset_import.append(helper.make_opsetid("own", 1))
+    x = np.array([-2, 2], np.float32)
+    np.testing.assert_allclose(evaluate_graph(import_onnx(model), [x])[0], [-3, 6])
+
+
+def test_negative_pads_and_conv3d() -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(2, 3, 5, 6, 7)).astype(np.float32), rng.normal(size=(4, 3, 2, 3, 2)).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1, 0, 1, 0, 1, 1], strides=[2, 1, 2], dilations=[2, 1, 1])
+    got = evaluate_graph(import_onnx(model_of([node], {"x": (x.shape, "float32")}, ["y"], {"w": w})), [x])[0]
+    padded = np.pad(x, [(0, 0), (0, 0), (1, 0), (0, 1), (1, 1)])
+    want = np.zeros_like(got)
+    for o in np.ndindex(*got.shape[2:]):
+        d, h, v = o[0] * 2, o[1], o[2] * 2
+        window = padded[:, :, d:d + 3:2, h:h + 3, v:v + 2]
+        want[(slice(None), slice(None), *o)] = np.einsum("ncdhw,ocdhw->no", window, w)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_table_spells_onnx_names() -> None:
+    known = {(s.domain, s.name) for s in onnx.defs.get_all_schemas_with_history()}
+    newer = {("", "SwiGLU"), ("", "TensorScatter"), ("", "Swish"), ("", "RMSNormalization"), ("", "CumProd")}
+    assert set(ROWS) - newer <= known
+
+
+# -------------------------------------------------------------------------------------------- batch
+
+N = {"x": (("N", 3, 4), "float32")}
+IMAGE = {"x": (("N", 3, 8, 8), "float32")}
+W = np.ones((2, 3, 3, 3), np.float32)
+
+
+@pytest.mark.parametrize(("nodes", "inputs", "weights"), [
+    ([helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node("GlobalAveragePool", ["c"], ["p"]),
+      helper.make_node("Flatten", ["p"], ["y"])], IMAGE, {"w": W}),
+    ([helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]), helper.make_node("Softmax", ["t"], ["s"]),
+      helper.make_node("Transpose", ["s"], ["y"], perm=[1, 0, 2])], N, {}),
+    ([helper.make_node("Reshape", ["x", "rows"], ["r"]), helper.make_node("MatMul", ["r", "m"], ["p"]),
+      helper.make_node("Reshape", ["p", "back"], ["y"])], N,
+     {"rows": np.array([-1, 4]), "m": np.eye(4, dtype=np.float32), "back": np.array([-1, 3, 4])}),
+    ([helper.make_node("Shape", ["x"], ["s"]), helper.make_node("ConstantOfShape", ["s"], ["z"]),
+      helper.make_node("Concat", ["x", "z"], ["y"], axis=1)], N, {}),
+    ([helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["y"])], N, {}),
+])
+def test_separable(nodes: list[NodeProto], inputs: dict[str, Any], weights: dict[str, Any]) -> None:
+    model = model_of(nodes, inputs, ["y"], weights)
+    graph = import_onnx(model, batch_max=5)
+    assert graph.batch_max == 5 and graph.inputs[0].shape[0] == 1
+    shape = (3, *graph.inputs[0].shape[1:])
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    whole = evaluate_graph(import_onnx(model, input_shapes={"x": shape}), [x])[0]
+    samples = np.concatenate([evaluate_graph(graph, [x[i:i + 1]])[0] for i in range(3)])
+    np.testing.assert_allclose(whole, samples, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("nodes", "weights"), [
+    ([helper.make_node("ReduceMean", ["x", "axes"], ["m"]), helper.make_node("Sub", ["x", "m"], ["y"])], {"axes": np.array([0])}),
+    ([helper.make_node("Softmax", ["x"], ["y"], axis=0)], {}),
+    ([helper.make_node("Reshape", ["x", "to"], ["y"])], {"to": np.array([3, -1, 4])}),
+    ([helper.make_node("Concat", ["x", "x"], ["y"], axis=0)], {}),
+    ([helper.make_node("CumSum", ["x", "axis"], ["y"])], {"axis": np.array(0)}),
+    ([helper.make_node("Transpose", ["x"], ["y"], perm=[1, 0, 2])], {}),
+    ([helper.make_node("Shape", ["x"], ["s"], end=1), helper.make_node("Cast", ["s"], ["n"], to=1),
+      helper.make_node("Div", ["x", "n"], ["y"])], {}),
+    ([helper.make_node("Slice", ["x", "zero", "end", "zero", "back"], ["y"])],
+     {"zero": np.array([0]), "end": np.array([-99]), "back": np.array([-1])}),
+    ([helper.make_node("Gather", ["x", "first"], ["y"])], {"first": np.array([0])}),
+    ([helper.make_node("Reshape", ["x", "to"], ["y"])], {"to": np.array([1, 3, 4])}),
+    ([helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0, 2]), helper.make_node("Reshape", ["t", "to"], ["y"])],
+     {"to": np.array([-1, 3, 4])}),
+])
+def test_not_separable(nodes: list[NodeProto], weights: dict[str, Any]) -> None:
+    model = model_of(nodes, N, ["y"], weights)
+    with pytest.raises(ShapeError, match="batch|sample"):
+        import_onnx(model, batch_max=4)
+
+
+def test_inputs_without_a_batch() -> None:
+    nodes = [helper.make_node("Mul", ["x", "k"], ["y"])]
+    model = model_of(nodes, {**N, "k": ((4,), "float32")}, ["y"])
+    with pytest.raises(ShapeError, match="'k'"):
+        import_onnx(model, batch_max=4)
+    assert import_onnx(model, batch_max=4, fixed_inputs={"k": np.ones(4, np.float32)}).batch_max == 4
