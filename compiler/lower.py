@@ -44,10 +44,12 @@ class Root:
 
 @dataclass(frozen=True)
 class View:
-    """A value's place: bytes `offset` into `root`."""
+    """A value's place: bytes `offset` into `root`; `pixel` elements between neighbours along the last
+    axis but one where the value is a slice of channels of a wider one, 0 if it is dense."""
 
     root: Root
     offset: int = 0
+    pixel: int = 0
 
 
 def _literal(value: Any, dtype: DType) -> str:
@@ -110,6 +112,13 @@ def _has_fast_kernel(node: Node) -> bool:
     if node.op in ("conv2d", "linear", "conv_transpose2d"):
         return all(i.is_const for i in node.inputs[1:3])
     return True
+
+
+def _writes_channel_slices(node: Node) -> bool:
+    """Whether the kernel of `node` can write its result with other values' channels in between."""
+    if node.op in ("conv2d", "max_pool2d", "avg_pool2d"):
+        return _has_fast_kernel(node)
+    return ops.op_of(node.op).kind == "elementwise"
 
 
 def _without_epilogue(node: Node) -> Node:
@@ -186,6 +195,7 @@ class Lowering:
         for n in graph.nodes:  # a concat whose place is known takes its operands in
             if n.op == "concat":
                 self._concat_in_place(n, outputs)
+                self._concat_channels_in_place(n)
 
     def _shared_view(self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]) -> View | None:
         """The memory that `n` takes over from an operand; None if it needs its own."""
@@ -234,6 +244,24 @@ class Lowering:
                     self._views[v] = View(view.root, offset + self._views[v].offset)
                 view.root.values.extend(own.root.values)
             offset += x.type.bytes
+
+    def _concat_channels_in_place(self, n: Node) -> None:
+        """Operands read by this concat alone are written as slices of its channels, if their kernels can."""
+        if n.attrs["axis"] % n.type.rank != n.type.rank - 1 or math.prod(n.shape[:-1]) == 1:
+            return
+        view, channel = self._views[n], 0
+        for x in n.inputs:
+            own = self._views.get(x)
+            if (own and _writes_channel_slices(x) and self.graph.users[x] == [n] and own.root in self._roots
+                    and own.root.values == [x] and view.pixel == 0):
+                self._roots.remove(own.root)
+                self._views[x] = View(view.root, view.offset + channel * n.dtype.bytes, n.shape[-1])
+                view.root.values.append(x)
+            channel += x.shape[-1]
+
+    def pixel(self, node: Node) -> int:
+        """Elements between neighbouring pixels of `node` where it lies."""
+        return self.view(node).pixel or node.shape[-1]
 
     # -- building calls
 
@@ -403,6 +431,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     if not _has_fast_kernel(node):
         _plain_conv(ctx, node, "plain_conv2d", [w.dtype.ctype, *tags, groups])
         return
+    strides = [c, ctx.pixel(node)] if ctx.view(node).pixel else []
     fn, extra = ctx.epilogue(node)
     order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
 
@@ -411,16 +440,16 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
                                                          ctx.write("y", node), *extra], fn, scratch=scratch)
 
     if groups == c and oc % c == 0 and groups > 1:
-        run("depthwise2d", "depthwise.h", tags, *pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c))
+        run("depthwise2d", "depthwise.h", [*tags, *strides], *pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c))
     elif ctx.target.winograd_pays(node):
         block = pack.winograd_block(oc, ctx.target.name)
-        run("winograd2d", "winograd.h", [tags[0], tags[1], tags[3], block], pack.pack_winograd(w.value, block),
+        run("winograd2d", "winograd.h", [tags[0], tags[1], tags[3], block, *strides], pack.pack_winograd(w.value, block),
             pack.pack_bias(_bias(node, oc), block),
             pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads))
     else:
-        block = pack.conv2d_block(oc // groups, ctx.target.name)
+        block = pack.conv2d_block(oc // groups, ctx.target.name, math.prod(node.shape[:3]))
         kernel, template = ("conv2d", [*tags, block]) if groups == 1 else ("grouped_conv2d", [*tags, groups, block])
-        run(kernel, "conv.h", template, np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
+        run(kernel, "conv.h", [*template, *strides], np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
             np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)]),
             pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads))
 
@@ -438,7 +467,18 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
     x, w = node.inputs[:2]
     oc, kh, kw, _ = w.shape
     tags = [_image(x.shape), f"Kernel<{oc}, {kh}, {kw}>", *_window_tags(node.attrs)]
-    _plain_conv(ctx, node, "plain_conv_transpose2d", [w.dtype.ctype, *tags, node.attrs["groups"], _image(node.shape)])
+    groups = node.attrs["groups"]
+    if not _has_fast_kernel(node):
+        _plain_conv(ctx, node, "plain_conv_transpose2d", [w.dtype.ctype, *tags, groups, _image(node.shape)])
+        return
+    fn, extra = ctx.epilogue(node)
+    block = pack.conv2d_block(oc // groups, ctx.target.name)
+    weights = pack.pack_conv_transpose2d(w.value, node.attrs, node.shape, block)
+    bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
+    ctx.call(node, "conv_transpose2d", "conv.h", [*tags, _image(node.shape), groups, block],
+             ["x", "w", "bias", "y", "scratch", "part", "fn"],
+             [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias), ctx.write("y", node), *extra], fn,
+             scratch=pack.conv_transpose2d_scratch_bytes(x.shape, node.attrs, (kh, kw), node.shape, ctx.threads))
 
 
 @lowers("max_pool2d", "avg_pool2d")
@@ -456,6 +496,7 @@ def _pool2d(ctx: Lowering, node: Node) -> None:
     fn, extra = ctx.epilogue(node)
     template = [_image(x.shape), kernel, stride, padding]
     template += [padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>", dilation] if node.op == "avg_pool2d" else [dilation]
+    template += [x.shape[3], ctx.pixel(node)] if ctx.view(node).pixel else []
     ctx.call(node, node.op, "pool.h", template, ["x", "y", "nullptr", "part", "fn"],
              [ctx.read("x", x), ctx.write("y", node), *extra], fn)
 
@@ -469,7 +510,7 @@ def _linear(ctx: Lowering, node: Node) -> None:
     oc, k = w.shape
     rows = x.type.size // k
     fn, extra = ctx.epilogue(node)
-    block = pack.conv2d_block(oc, ctx.target.name)
+    block = pack.conv2d_block(oc, ctx.target.name, rows)
     one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
     ctx.call(node, "conv2d", "conv.h", [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block],
              ["x", "w", "bias", "y", "scratch", "part", "fn"],
@@ -540,10 +581,12 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
             operands.append(Access("value"))
             args.append(ctx.read(f"x{i}", x))
             strides.append(broadcast_strides(x.shape, node.shape))
-    out_strides = row_strides(node.shape)
+    out_strides, pixel = row_strides(node.shape), ctx.view(node).pixel
+    if pixel:
+        out_strides = [s // node.shape[-1] * pixel for s in out_strides[:-1]] + [1]
     dims, walks = collapse(node.shape, [out_strides, *strides])
-    template = [node.dtype.ctype, _tag("Shape", dims), *(_tag("Strides", w) for w in walks[1:])]
-    ctx.call(node, "vmap" if vector else "map", "map.h", template[1:] if vector else template,
+    template = [node.dtype.ctype, _tag("Shape", dims), *(_tag("Strides", w) for w in walks[0 if pixel else 1:])]
+    ctx.call(node, ("vmap" if vector else "map") + ("_to" if pixel else ""), "map.h", template[1:] if vector else template,
              ["y", "part", "fn", *(a.name for _, a in args)], [ctx.write("y", node), *args],
              Fn(_steps(e, e_types), tuple(operands), False, vector))
 

@@ -33,6 +33,7 @@ _CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
 _CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
 _CLASH = 1024  # floats: pixels that are a multiple of it apart share one set of the L1 cache
 _TILE_ROWS = 14  # most output rows of a register tile
+_FEW_PIXELS_BLOCK = {"avx512": 64, "avx2": 64, "generic": 16}
 _BLOCK_VECTORS = {"avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
 
 
@@ -63,13 +64,16 @@ def pack_depthwise(weights: Floats, bias: Floats | None, multiplier: int = 1) ->
     return np.ascontiguousarray(blocks), full_bias
 
 
-def conv2d_block(out_channels: int, isa: str) -> int:
+def conv2d_block(out_channels: int, isa: str, pixels: int | None = None) -> int:
     """Output channels per packed block (NB of `conv2d`): a multiple of 4 that suits the registers.
 
     Two registers of channels make the squarest tile that fits the register file; three where that
-    leaves no narrow block over.
+    leaves no narrow block over. With one or two output `pixels` only more channels can keep the
+    multiply-adds busy.
     """
     lanes = _BLOCK_VECTORS[isa]
+    if pixels is not None and pixels <= 2:
+        return min(_round_up(out_channels, _CHANNEL_QUANTUM), _FEW_PIXELS_BLOCK[isa])
     for vectors in (2, 3):
         if out_channels <= vectors * lanes:
             return _round_up(out_channels, _CHANNEL_QUANTUM)

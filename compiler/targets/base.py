@@ -25,7 +25,7 @@ class Target:
         """Whether F(4x4, 3x3) beats the direct kernel on `conv` (measured: benchmarks/kernels/bench_winograd.py)."""
         _, kh, kw, ic = conv.inputs[1].shape
         return (self.lanes > 4 and (kh, kw) == (3, 3) and conv.attrs["groups"] == 1 and conv.attrs["stride"] == (1, 1)
-                and conv.attrs["dilation"] == (1, 1) and ic >= 16 and conv.shape[3] >= 16 and min(conv.shape[1:3]) >= 7)
+                and conv.attrs["dilation"] == (1, 1) and ic >= 16 and conv.shape[3] >= 16 and min(conv.shape[1:3]) >= 8)
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
