@@ -198,7 +198,7 @@ extern "C" void bench_%(i)d(const float* x, const float* w, const float* bias, f
 
 
 def block_of(layer: Layer, isa: str, block: int | None) -> int:
-    return block or pack.conv2d_block(layer.kernel[0], isa)
+    return block or pack.conv2d_block(layer.kernel[0], isa, int(np.prod(layer.output[:3])))
 
 
 def cpp(layer: Layer, block: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +39,9 @@ class Case:
         return n, oh, ow, oc
 
     def nb(self, isa: str) -> int:
-        return self.block or pack.conv2d_block(self.kernel[0] // self.groups, isa)
+        return self.block or pack.conv2d_block(
+            self.kernel[0] // self.groups, isa, math.prod(self.output[:3])
+        )
 
     def cpp(self, isa: str) -> str:
         def tag(name: str, values: tuple[int, ...]) -> str:
