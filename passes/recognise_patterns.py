@@ -16,6 +16,7 @@ from skive.ir import Graph, Node, constant
 from skive.passes.eliminate_identity import slice_of_slice
 from skive.pipeline import pass_
 from skive.rewrite import Const, Declined, Match, OpPattern, Pattern, Rule, Var, op, rewrite, rule, scalar
+from skive.types import DType
 
 RELATIVE = 2e-5  # irrational literals such as 0.70711 or 1.41421 are written with few digits
 X = Var("x")
@@ -206,9 +207,9 @@ def norm_shift(m: Match) -> Node | Declined | None:
 # ------------------------------------------------------------------------------------ contractions
 
 
-@rule(op("matmul", X, Const("w"), where=lambda n: not n.attrs["trans_a"]))
+@rule(op("matmul", X, Const("w"), where=lambda n: not n.attrs["trans_a"] and n.dtype is DType.f32))
 def matmul_by_constant(m: Match) -> Node | Declined | None:
-    """x W with a constant matrix W [K, N] is linear with weights W^T [N, K]."""
+    """x W with a constant float32 matrix W [K, N] is linear with weights W^T [N, K]."""
     w = m["w"].value
     while w.ndim > 2 and w.shape[0] == 1:
         w = w[0]

@@ -385,7 +385,7 @@ def type_proto(value: Value | None) -> TypeProto:
 
 
 def shape_text(dims: Any) -> str:
-    return "[" + ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims) + "]"
+    return "[" + ", ".join(str(d.dim_value) if d.HasField("dim_value") else str(d.dim_param or "?") for d in dims) + "]"
 
 
 def import_model(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, Any] = {},  # noqa: B006
