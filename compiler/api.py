@@ -165,7 +165,7 @@ def _cache_key(source: Source, options: Options, target: Target, data: Sequence[
     parts = [source.sha256, source.name, source.path or "", source.request, options.fingerprint(), target.name,
              str(_data_sha256(data)), skive.__version__, _own_hash(), build.headers_hash()]
     if not options.emit_only:
-        parts += [*build.compiler(), build.compiler_version(build.compiler())]
+        parts += [*build.compiler(), build.compiler_version(build.compiler()), *build.user_flags()]
     for p in parts:
         h.update(p.encode() + b"\0")
     return h.hexdigest()

@@ -56,6 +56,11 @@ def compiler_version(command: tuple[str, ...]) -> str:
     return r.stdout.splitlines()[0] if r.stdout else "unknown"
 
 
+def user_flags() -> list[str]:
+    """What $SKIVE_CXXFLAGS adds behind skive's own flags, for example `-O1` where compile time matters."""
+    return shlex.split(os.environ.get("SKIVE_CXXFLAGS", ""))
+
+
 def cache_dir() -> Path:
     """$SKIVE_CACHE, else `skive` in the user's cache folder."""
     named = os.environ.get("SKIVE_CACHE")
@@ -106,7 +111,7 @@ def build_shared(folder: Path, sources: Sources, name: str, target: Target, *, t
     """Builds `libNAME.so` in `folder` and returns its path; ToolchainError with the compiler's message."""
     command = compiler()
     version = compiler_version(command)
-    flags = [*FLAGS, *target.flags, *extra_flags]
+    flags = [*FLAGS, *target.flags, *extra_flags, *user_flags()]
     done = 0
 
     def compile_unit(unit: str) -> Path:
