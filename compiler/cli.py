@@ -132,9 +132,10 @@ def read_arrays(spec: str) -> dict[str, np.ndarray]:
     if not Path(spec).exists() and ":" in spec:
         path, _, key = spec.rpartition(":")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InvalidModelError(f"{path} is not an .npz file; write it with numpy.savez")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InvalidModelError(f"{path} is not an .npz file; write it with numpy.savez")
+        with archive:
             if key is not None and key not in archive.files:
                 raise InvalidModelError(f"{path} has no array {key!r}; it has {', '.join(archive.files)}")
             return {k: archive[k] for k in ([key] if key is not None else archive.files)}
@@ -306,10 +307,10 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
     if limited:
         flash = compiled["weight_bytes"] + compiled["code_bytes"]
         for option, limit, need, what in (
-                ("--max-ram", max_ram, compiled["arena_bytes"], "the arena"),
-                ("--max-flash", max_flash, flash, "weights and code")):
+                ("--max-ram", max_ram, compiled["arena_bytes"], "the arena takes"),
+                ("--max-flash", max_flash, flash, "weights and code take")):
             if limit is not None and need > limit:
-                raise SkiveError(f"{what} take {need:,} bytes, more than the {limit:,} of {option}")
+                raise SkiveError(f"{what} {need:,} bytes, more than {option} {limit:,}")
         with write_folder(Path(output)) as temporary:
             shutil.copytree(module.folder, temporary, dirs_exist_ok=True)
     if as_json:
