@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import skive.passes  # noqa: F401 - registers the passes
 from skive.pipeline import PASSES, PassManager
 from skive.text import parse_graph, print_graph
 
