@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -277,6 +278,17 @@ def test_every_command_has_help_with_an_example() -> None:
         assert result.exit_code == 0
         if any(isinstance(p, click.Argument) for p in command.params):
             assert "Example" in result.stdout and f"skive {name} " in result.stdout
+
+
+def test_every_option_is_in_the_manual() -> None:
+    manual = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    sections = dict(zip(*[iter(re.split(r"^## (.*)$", manual, flags=re.MULTILINE)[1:])] * 2, strict=True))
+    shapes = {"--input", "--batch-max", "--example"}
+    for name, command in commands.cli.commands.items():
+        for p in command.params:
+            if isinstance(p, click.Option) and p.name != "config":
+                for o in p.opts:
+                    assert f"`{o}" in sections[name] or o in shapes and "shapes" in sections[name].lower(), (name, o)
 
 
 # ------------------------------------------------------------------------------------- processes
