@@ -5,6 +5,7 @@
 #   make test       the tests (without those marked slow)
 #   make test-all   all tests
 #   make bench      the example in turns with onnxruntime and OpenVINO
+#   make fuzz       random graphs and damaged files, ten minutes
 #   make lint       ruff
 #   make typing     mypy
 #   make asan       the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -29,7 +30,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 # What the build of the package depends on.
 PACKAGE := pyproject.toml setup.py CMakeLists.txt bindings/module.cpp
 
-.PHONY: demo test test-all bench lint typing asan clean
+.PHONY: demo test test-all bench fuzz lint typing asan clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -44,6 +45,10 @@ test-all: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/skive bench examples/keyword_spotting/kws_dscnn.onnx --input input=1x1x49x10 \
 	  --against onnxruntime,openvino
+
+fuzz: $(VENV)/.installed-dev
+	$(BIN)/python tests/fuzz/fuzz_files.py --seconds 180 --jobs $(JOBS) --command-every 200
+	$(BIN)/python tests/fuzz/fuzz_graphs.py --seconds 420 --jobs $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -240,7 +240,8 @@ def main() -> int:
         print(f"not supported, {n} times: {why}")
     print(
         f"{result.graphs} graphs of {result.nodes} nodes, {len(result.operators)} operators, seeds {a.first} to "
-        f"{a.first + result.graphs - 1}, in {took:.0f} s; {len(result.problems)} wrong, {sum(result.refused.values())} refused"
+        f"{a.first + result.graphs - 1}, in {took:.0f} s; {len(result.problems)} wrong, "
+        f"{sum(result.refused.values())} refused"
     )
     return 1 if result.problems else 0
 
