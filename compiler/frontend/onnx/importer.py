@@ -17,16 +17,20 @@ from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedO
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
 from skive.frontend.onnx.batch import check_separable
 from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, elem_name, load_model, sparse_array, tensor_array
-from skive.frontend.onnx.table import ROWS, Call, Decline, OptionalValue, SequenceValue, Unsupported, Value
+from skive.frontend.onnx.table import (
+    ROWS,
+    UNKNOWN,
+    Call,
+    Decline,
+    OptionalValue,
+    SequenceValue,
+    UnknownValue,
+    Unsupported,
+    Value,
+)
 from skive.ir import Graph, Node, constant, topological
 
-
-class _Unknown:
-    """Stands for a tensor that a node already reported as unsupported would have produced."""
-
-
-UNKNOWN = _Unknown()
-Scope: TypeAlias = "ChainMap[str, Value | _Unknown]"
+Scope: TypeAlias = "ChainMap[str, Value | None]"  # None: an optional input of a function, not given
 MAX_DEPTH = 32  # nested subgraphs and functions
 MAX_STEPS = 250_000  # nodes imported or built: a small file may describe a very long program
 
@@ -80,7 +84,7 @@ def tensors_in(value: Value) -> Iterator[Node]:
     elif isinstance(value, SequenceValue):
         for v in value.items:
             yield from tensors_in(v)
-    elif value.item is not None:
+    elif isinstance(value, OptionalValue) and value.item is not None:
         yield from tensors_in(value.item)
 
 
@@ -124,14 +128,16 @@ class Importer:
         if self.problems:
             raise UnsupportedOpError(self.problems, tuple(self.to_fix))
         for name, value in zip(names, outputs):
-            if isinstance(value, _Unknown):
-                raise InvalidModelError(f"the output {name!r} depends on an optional result that its operator does not give")
+            if isinstance(value, UnknownValue):
+                raise InvalidModelError(f"the output {name!r} depends on an optional result that its "
+                                        "operator does not give")
         flat: list[Node] = []
         flat_names: list[str] = []
         for info, value in zip(graph.output, outputs):
             elem = info.type.tensor_type.elem_type
             if isinstance(value, Node) and elem and DTYPES.get(elem) is not value.dtype:
-                raise InvalidModelError(f"the output {info.name!r} is declared {elem_name(elem)} but computed as {value.dtype.value}")
+                raise InvalidModelError(f"the output {info.name!r} is declared {elem_name(elem)} but computed as "
+                                        f"{value.dtype.value}")
         for name, value in zip(names, outputs):
             leaves = list(tensors_in(value))
             flat += leaves
@@ -157,9 +163,10 @@ class Importer:
             return UNKNOWN
         return constant(array, name=name, origin=name)
 
-    def graph_input(self, info: ValueInfoProto) -> Value | _Unknown:
+    def graph_input(self, info: ValueInfoProto) -> Value:
         if not info.type.HasField("tensor_type"):
-            self.problems.append((info.name, "the input is a sequence or an optional", "give its value with fixed_inputs"))
+            self.problems.append((info.name, "the input is a sequence or an optional",
+                                  "give its value with fixed_inputs"))
             self.to_fix[info.name] = None
             return UNKNOWN
         elem = info.type.tensor_type.elem_type
@@ -197,8 +204,10 @@ class Importer:
             elif i == 0 and self.batch is not None:
                 shape.append(self.batch)
             else:
+                example = "x".join(str(e.dim_value) if e.HasField("dim_value") else "1" for e in dims)
                 raise ShapeError(f"{info.name}: dimension {i} ({d.dim_param or '?'}) of {shape_text(dims)} is unknown; "
-                                 f"give the shape with --input {info.name}=1x3x224x224")
+                                 f"give the shape, such as --input {info.name}={example}"
+                                 + (", or the largest batch with --batch-max" if i == 0 else ""))
         return tuple(shape)
 
     def inputs_behind(self, node: Node) -> tuple[str, ...]:
@@ -207,7 +216,7 @@ class Importer:
 
     # --------------------------------------------------------------------------------- graphs
 
-    def graph(self, graph: GraphProto, env: Env) -> list[Value | _Unknown]:
+    def graph(self, graph: GraphProto, env: Env) -> list[Value]:
         """The outputs of `graph`, whose inputs are in the scope of `env` already."""
         scope = env.scope
         self.depth += 1
@@ -223,13 +232,13 @@ class Importer:
         self.depth -= 1
         return [self.lookup(o.name, scope, "the output of the graph") for o in graph.output]
 
-    def initializer(self, tensor: onnx.TensorProto) -> Value | _Unknown:
+    def initializer(self, tensor: onnx.TensorProto) -> Value:
         if tensor.data_type not in DTYPES:
             self.problems.append((tensor.name, f"element type {elem_name(tensor.data_type)} is not supported", ""))
             return UNKNOWN
         return constant(tensor_array(tensor, self.folder), name=tensor.name, origin=tensor.name)
 
-    def lookup(self, name: str, scope: Scope, user: str) -> Value | _Unknown:
+    def lookup(self, name: str, scope: Scope, user: str) -> Value:
         try:
             return scope[name]
         except KeyError:
@@ -237,13 +246,13 @@ class Importer:
 
     def node(self, node: NodeProto, env: Env) -> None:
         """Adds the outputs of `node` to the scope of `env`."""
-        scope, refs, opsets = env.scope, env.refs, env.opsets
+        scope = env.scope
         self.step()
         domain = normal_domain(node.domain)
         outputs = list(node.output)
         origin = node.name or f"{node.op_type}:{next((o for o in outputs if o), '')}"
         inputs = [self.lookup(i, scope, origin) if i else None for i in node.input]
-        results: Sequence[Value | _Unknown | None] = [UNKNOWN] * len(outputs)
+        results: Sequence[Value | None] = [UNKNOWN] * len(outputs)
         try:
             results = self.results(node, env, domain, origin, inputs)
         except Unsupported as e:
@@ -260,9 +269,9 @@ class Importer:
                 scope[name] = UNKNOWN if value is None else value
 
     def results(self, node: NodeProto, env: Env, domain: str, origin: str,
-                inputs: list[Value | _Unknown | None]) -> Sequence[Value | _Unknown | None]:
+                inputs: list[Value | None]) -> Sequence[Value | None]:
         """The values of the outputs of `node`, by a function of the model, a row, or ONNX's own function."""
-        unknown = any(isinstance(i, _Unknown) for i in inputs)
+        unknown = any(isinstance(i, UnknownValue) for i in inputs)
         attrs = {a.name: env.refs.get(a.ref_attr_name) if a.ref_attr_name else a for a in node.attribute}
         bound = {k: a for k, a in attrs.items() if a is not None}
         own = self.functions.get((domain, node.op_type))
@@ -304,7 +313,7 @@ class Importer:
         return list(value) if a.type in (AttributeProto.INTS, AttributeProto.FLOATS) else value
 
     def function(self, function: FunctionProto, inputs: Sequence[Value | None],
-                 attrs: Mapping[str, AttributeProto]) -> list[Value | _Unknown | None]:
+                 attrs: Mapping[str, AttributeProto]) -> list[Value | None]:
         """The outputs of a function body called with `inputs`."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -357,7 +366,8 @@ def schema_function(node: NodeProto, attrs: Mapping[str, AttributeProto], domain
         types = [type_proto(i).SerializeToString() for i in inputs]
         versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
         if versions:
-            body = schema.get_context_dependent_function_with_opset_version(max(versions), bound.SerializeToString(), types)
+            body = schema.get_context_dependent_function_with_opset_version(
+                max(versions), bound.SerializeToString(), types)
     if not body:
         return None
     body = FunctionProto.FromString(body) if isinstance(body, bytes) else body
