@@ -27,7 +27,7 @@ inline namespace SKIVE_ISA {
 
 class Pool {
  public:
-  static constexpr int kMaxThreads = 64;
+  static constexpr int kMaxThreads = 256;
 
   // Starts `threads` - 1 workers. Calls nest: the workers end with the matching stop().
   void start(int threads);
@@ -113,7 +113,7 @@ class Pool {
   int usable_processors() const;
 
   // Written by the caller that holds busy_, read by the workers. `posting_` is
-  // (job number << 8 | number of parts), 0 parts meaning that the workers are to end; it is
+  // (job number << 16 | number of parts), 0 parts meaning that the workers are to end; it is
   // published last and carries all that a worker must know before it has claimed a part.
   alignas(128) uint64_t posting_ = 0;
   Function function_ = nullptr;
@@ -133,10 +133,10 @@ class Pool {
 inline void Pool::fork_join(int n, Function function, const void* context) {
   function_ = function;
   context_ = context;
-  const uint64_t job = (posting_ >> 8) + 1;  // the holder of busy_ is the only writer
+  const uint64_t job = (posting_ >> 16) + 1;  // the holder of busy_ is the only writer
   // Sequentially consistent, here and in next_posting(): either this thread sees that a worker is
   // about to sleep, or that worker sees this posting.
-  __atomic_store_n(&posting_, job << 8 | static_cast<uint64_t>(n), __ATOMIC_SEQ_CST);
+  __atomic_store_n(&posting_, job << 16 | static_cast<uint64_t>(n), __ATOMIC_SEQ_CST);
   for (int w = 1; w <= workers_ && w < n; ++w) {
     if (__atomic_load_n(&worker_[w].sleeping, __ATOMIC_SEQ_CST)) wake(worker_[w]);
   }
@@ -195,10 +195,10 @@ inline void* Pool::work(void* argument) {
   uint64_t posting = 0;
   while (true) {
     posting = pool.next_posting(worker, posting);
-    const int count = static_cast<int>(posting & 0xFF);
+    const int count = static_cast<int>(posting & 0xFFFF);
     if (count == 0) return nullptr;
     for (int part = worker.index; part < count; ++part) {
-      if (pool.claim(part, posting >> 8)) pool.run(part, count, posting >> 8);
+      if (pool.claim(part, posting >> 16)) pool.run(part, count, posting >> 16);
     }
   }
 }
@@ -224,7 +224,7 @@ inline void Pool::start(int threads) {
     // With too few processors a spinning worker would only keep the others from working.
     spin_nanoseconds_ = usable_processors() >= threads ? kSpinNanoseconds : 0;
     posting_ =
-        ((posting_ >> 8) + 1) << 8 | 1;  // workers begin after this one; part 0 is no worker's
+        ((posting_ >> 16) + 1) << 16 | 1;  // workers begin after this one; part 0 is no worker's
     // The application's signals are for the application's threads.
     sigset_t all, before;
     sigfillset(&all);
@@ -254,7 +254,7 @@ inline void Pool::stop() {
     const int started = workers_;
     __atomic_store_n(&workers_, 0, __ATOMIC_RELEASE);
     if (owner_ == getpid()) {  // a forked child has nothing to join
-      __atomic_store_n(&posting_, ((posting_ >> 8) + 1) << 8, __ATOMIC_SEQ_CST);
+      __atomic_store_n(&posting_, ((posting_ >> 16) + 1) << 16, __ATOMIC_SEQ_CST);
       for (int w = 1; w <= started; ++w) {
         wake(worker_[w]);
         pthread_join(worker_[w].thread, nullptr);
