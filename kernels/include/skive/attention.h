@@ -67,7 +67,7 @@ struct attention {
     float* const scores = values + PackValues::floats;
     float* const zeros = scores + kScoreFloats;
     float* const inverse = zeros + kZeroFloats;
-    zero_floats(zeros, kZeroFloats);
+    clear_floats(zeros, kZeroFloats);
     constexpr ptrdiff_t count = ptrdiff_t{B} * Heads * kBlocks;
     ptrdiff_t packed = -1;
     for (ptrdiff_t item = part_begin(count, part), end = part_end(count, part); item < end; ++item) {

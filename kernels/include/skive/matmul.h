@@ -112,7 +112,7 @@ struct matmul {
     float* const panel = static_cast<float*>(scratch) + part.index * kSlice;
     float* const zeros = panel + kPanelFloats;
     float* const rows = zeros + kZeroFloats;
-    if constexpr (!kDirect) zero_floats(zeros, kZeroFloats);
+    if constexpr (!kDirect) clear_floats(zeros, kZeroFloats);
     constexpr ptrdiff_t count = Batch::size * kPanels;
     const ptrdiff_t begin = part_begin(count, part), end = part_end(count, part);
     using Rows = typename with_panels<Batch, AStrides, BStrides>::type;

@@ -76,7 +76,7 @@ struct lstm {
     float* const base = static_cast<float*>(scratch);
     float* const both = base + S::bias;
     float* const none = both + S::bias_size;
-    zero_floats(both, 2 * S::bias_size);
+    clear_floats(both, 2 * S::bias_size);
     for (int g = 0; g < 4 * H; ++g) both[g] = bias[g] + bias[4 * H + g];
     if constexpr (!Packed) {
       S::Input::Pack::run(w, base + S::w);
@@ -142,8 +142,8 @@ struct gru {
     float* const none = sum + S::bias_size;
     float* const hidden = base + candidate;
     float* const hidden_bias = hidden + round_up(N * H, 16);
-    zero_floats(sum, 2 * S::bias_size);
-    zero_floats(hidden_bias, Candidate::bias_floats);
+    clear_floats(sum, 2 * S::bias_size);
+    clear_floats(hidden_bias, Candidate::bias_floats);
     for (int g = 0; g < 2 * H; ++g) sum[g] = bias[g] + bias[3 * H + g];
     for (int g = 0; g < H; ++g) {
       sum[2 * H + g] = bias[2 * H + g];
@@ -201,7 +201,7 @@ struct rnn {
     float* const base = static_cast<float*>(scratch);
     float* const both = base + S::bias;
     float* const none = both + S::bias_size;
-    zero_floats(both, 2 * S::bias_size);
+    clear_floats(both, 2 * S::bias_size);
     for (int g = 0; g < H; ++g) both[g] = bias[g] + bias[H + g];
     if constexpr (!Packed) {
       S::Input::Pack::run(w, base + S::w);

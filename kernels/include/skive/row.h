@@ -8,6 +8,10 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
+SKIVE_INLINE void clear_floats(float* to, ptrdiff_t n) {
+  __builtin_memset(to, 0, static_cast<size_t>(n) * sizeof(float));
+}
+
 template <int N>
 struct Lanes {
   static constexpr int count = N;

@@ -1,0 +1,61 @@
+"""layer_norm, rms_norm and group_norm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from batch import Case, angle, check
+from driver import cpu_isas
+
+EPS = 1e-5
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_rows(isa: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    cases = []
+    for rows, n in [(4, 1), (3, 3), (2, 17), (4, 33), (7, 64), (1, 1029)]:
+        x = (rng.standard_normal((rows, n)) * 3 + 5).astype(np.float32)
+        scale, bias = rng.standard_normal((2, n)).astype(np.float32)
+        v = x.astype(np.float64)
+        d = v - v.mean(1, keepdims=True)
+        y = d / np.sqrt((d * d).mean(1, keepdims=True) + EPS) * scale
+        r = v / np.sqrt((v * v).mean(1, keepdims=True) + EPS) * scale
+        tail = f"part, {EPS}f)"
+        norm = angle("layer_norm", rows, n)
+        cases += [
+            Case(f"{norm}::run(x0, x1, x2, y0, {tail}", [x, scale, bias], [(y + bias).astype(np.float32)], atol=2e-6),
+            Case(f"{norm}::run(x0, x1, nullptr, y0, {tail}", [x, scale], [y.astype(np.float32)], atol=2e-6),
+            Case(f"{angle('rms_norm', rows, n)}::run(x0, x1, y0, {tail}", [x, scale], [r.astype(np.float32)], atol=2e-6),
+        ]
+    check(cases, ["norm.h"], isa, tmp_path)
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_layer_norm_of_a_large_offset(isa: str, tmp_path: Path) -> None:
+    """The variance comes from the differences, so an offset of 1000 deviations does no harm."""
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal((4, 256)) + 1000).astype(np.float32)
+    d = x.astype(np.float64) - x.astype(np.float64).mean(1, keepdims=True)
+    want = (d / np.sqrt((d * d).mean(1, keepdims=True) + EPS)).astype(np.float32)
+    ones = np.ones(256, np.float32)
+    case = Case(f"layer_norm<4, 256>::run(x0, x1, nullptr, y0, part, {EPS}f)", [x, ones], [want], atol=1e-4)
+    check([case], ["norm.h"], isa, tmp_path)
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_groups(isa: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    cases = []
+    for n, pixels, c, groups in [(1, 9, 3, 1), (2, 49, 17, 17), (3, 30, 33, 3), (2, 100, 64, 32), (4, 1, 8, 2)]:
+        x = (rng.standard_normal((n, pixels, c)) + 2).astype(np.float32)
+        scale, bias = rng.standard_normal((2, c)).astype(np.float32)
+        v = x.astype(np.float64).reshape(n, pixels, groups, c // groups)
+        d = v - v.mean((1, 3), keepdims=True)
+        y = (d / np.sqrt((d * d).mean((1, 3), keepdims=True) + EPS)).reshape(x.shape) * scale + bias
+        kernel = angle("group_norm", n, pixels, c, groups)
+        cases.append(Case(f"{kernel}::run(x0, x1, x2, y0, scratch, part, {EPS}f)", [x, scale, bias],
+                          [y.astype(np.float32)], kernel, atol=5e-6))  # fmt: skip
+    check(cases, ["norm.h"], isa, tmp_path)
