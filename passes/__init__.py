@@ -19,15 +19,14 @@ from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
            "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "merge_linear", "optimize",
-           "recognise_patterns", "sink_reshapes", "sink_transposes",
-           "transpose_free_attention"]
+           "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
 CANONICAL: list[str] = [
     "fold-constants",
     "eliminate-common",
-    "recognise-patterns",
+    "recognise-patterns{norms=false}",
     "sink-transposes",
     "eliminate-identity",
     "recognise-patterns",  # again: in channels-last order, and with bounds spelled as clip

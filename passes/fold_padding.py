@@ -1,4 +1,7 @@
-"""`fold-padding`: a constant padding before a window becomes the window's own padding."""
+"""`fold-padding`: a constant padding before a window becomes the window's own padding.
+
+The reverse too: rows and columns that are cut off before a window which would not reach them stay.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,17 @@ def pad_before_window(m: Match) -> Node | Declined | None:
         return Declined(str(e))
 
 
+@rule(op("conv2d|max_pool2d|avg_pool2d", where=lambda n: n.inputs[0].op == "slice" and not any(n.attrs["pad"])))
+def crop_before_window(m: Match) -> Node | Declined | None:
+    """Exporters cut what a stride does not reach; the windows start at the same places without that."""
+    node, cut = m.root, m.root.inputs[0]
+    x, a = cut.inputs[0], cut.attrs
+    if any(a["start"]) or any(s != 1 for s in a["step"]) or (x.shape[0], x.shape[3]) != (cut.shape[0], cut.shape[3]):
+        return None
+    whole = ops.make(node.op, x, *node.inputs[1:], origin=node.origin, label=node.name, **node.attrs)
+    return whole if whole.shape == node.shape else Declined("the windows reach what is cut off")
+
+
 @rule(op("pad", op("pad", Var("x"), name="inner", exclusive=True)))
 def pad_of_pad(m: Match) -> Node | None:
     a, b = m["inner"].attrs, m.root.attrs
@@ -53,5 +67,5 @@ def pad_of_pad(m: Match) -> Node | None:
 
 @pass_("fold-padding", exact=True)
 def fold_padding(graph: Graph, options: object) -> Graph:
-    """No padding by the neutral value directly before a convolution or pooling."""
-    return rewrite(graph, [pad_of_pad, pad_before_window])
+    """No padding by the neutral value, and no needless cropping, directly before a convolution or pooling."""
+    return rewrite(graph, [pad_of_pad, pad_before_window, crop_before_window])

@@ -7,6 +7,7 @@ shows the formula it looks for; commutative operands may stand in either order.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -346,11 +347,19 @@ def _orders(n: int) -> list[tuple[int, ...]]:
     return [(0,)] if n == 1 else [(0, 1), (1, 0)] if n == 2 else []
 
 
-RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *NORMS, norm_scale, norm_shift, *ACTIVATIONS, square, positive_axis,
-                     matmul_by_constant, scaled_dot_product, space_to_depth]
+RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *ACTIVATIONS, square, positive_axis, matmul_by_constant,
+                     scaled_dot_product, space_to_depth]
 
 
-@pass_("recognise-patterns", exact=True)
-def recognise_patterns(graph: Graph, options: object) -> Graph:
+@dataclass(frozen=True, slots=True)
+class RecognisePatterns:
+    """`norms`: whether to look for normalizations. They run over trailing axes only, so before the
+    layout is settled a decomposed one is better left to move with it."""
+
+    norms: bool = True
+
+
+@pass_("recognise-patterns", exact=True, options=RecognisePatterns)
+def recognise_patterns(graph: Graph, options: RecognisePatterns) -> Graph:
     """Activations, softmax, normalizations, attention and matrix products under their own names."""
-    return rewrite(graph, RULES)
+    return rewrite(graph, [*NORMS, norm_scale, norm_shift, *RULES] if options.norms else RULES)

@@ -10,6 +10,7 @@ Notation: `T_p(x)` has axis i = axis p[i] of x, so T_q(T_p(x)) = T_r(x) with r[i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -257,6 +258,37 @@ def _fold_into_columns(m: Match) -> Node | None:
     return ops.make("linear", flat, weights, *m.root.inputs[2:], origin=m.root.origin, label=m.root.name)
 
 
+def _contracted(m: Match, axis: int, matrix: Node) -> Node | None:
+    """T_p(x) contracted with `matrix` [O, K] along `axis` of T_p(x), as T_p of the same along an axis of x.
+
+    Where that axis is not the last of x, it is a product with the matrix from the left.
+    """
+    t = m["t"]
+    x, p = t.inputs[0], t.attrs["perm"]
+    if is_free(x.shape, p):
+        return None
+    a, origin = p[axis], m.root.origin
+    shape = (*x.shape[:a], matrix.shape[0], *x.shape[a + 1:])
+    if a == x.type.rank - 1:
+        return transposed(ops.make("linear", x, matrix, origin=origin), p)
+    flat = ops.make("reshape", x, origin=origin, shape=(math.prod(x.shape[:a]), x.shape[a], math.prod(x.shape[a + 1:])))
+    product = ops.make("matmul", matrix, flat, origin=origin, label=m.root.name)
+    return transposed(ops.make("reshape", product, shape=shape, origin=origin), p)
+
+
+@rule(op("matmul", op("const", name="w", where=lambda n: n.type.rank == 2), op("transpose", name="t"),
+         where=lambda n: not n.attrs["trans_a"] and not n.attrs["trans_b"]))
+def sink_through_product(m: Match) -> Node | None:
+    """A constant matrix from the left, such as an interpolation along the image's rows."""
+    return _contracted(m, -2, m["w"])
+
+
+@rule(op("linear", op("transpose", name="t"), op("const", name="w")))
+def sink_through_linear(m: Match) -> Node | None:
+    """Only without a bias: a linear layer with one has an epilogue to keep."""
+    return _contracted(m, -1, m["w"])
+
+
 # ------------------------------------------------------------------------------------ raising rules
 
 
@@ -299,7 +331,7 @@ def raise_through_reshape(m: Match) -> Node | None:
 
 
 SINK = [compose, drop_identity, rule(op(FLEXIBLE), _sink), sink_through_reshape, fold_into_columns,
-        fold_into_columns_with_bias]
+        fold_into_columns_with_bias, sink_through_product, sink_through_linear]
 RAISE = [compose, drop_identity, raise_through, raise_through_reshape]
 
 
