@@ -230,15 +230,21 @@ class Importer:
         for node in graph.node:
             self.node(node, env)
         self.depth -= 1
-        return [self.lookup(o.name, scope, "the output of the graph") for o in graph.output]
+        return [self.lookup(o.name, scope, "the output of the graph") or UNKNOWN for o in graph.output]
 
     def initializer(self, tensor: onnx.TensorProto) -> Value:
         if tensor.data_type not in DTYPES:
             self.problems.append((tensor.name, f"element type {elem_name(tensor.data_type)} is not supported", ""))
             return UNKNOWN
-        return constant(tensor_array(tensor, self.folder), name=tensor.name, origin=tensor.name)
+        value = tensor_array(tensor, self.folder)
+        # One NaN alone may be meant (a marker that Where selects); among weights it is damage.
+        if value.dtype.kind == "f" and value.size > 1 and np.isnan(value).any():
+            raise InvalidModelError(f"{tensor.name}: {np.count_nonzero(np.isnan(value))} of {value.size} weights are NaN; "
+                                    "train or export the model again")
+        return constant(value, name=tensor.name, origin=tensor.name)
 
-    def lookup(self, name: str, scope: Scope, user: str) -> Value:
+    def lookup(self, name: str, scope: Scope, user: str) -> Value | None:
+        """The tensor `name`, None for an optional input that a function was not given."""
         try:
             return scope[name]
         except KeyError:
@@ -291,7 +297,7 @@ class Importer:
             call = Call(node.op_type, node.name, origin, opset, values, inputs, list(node.output), self, env)
             try:
                 got = row(call)
-                return call.named([got] if isinstance(got, Node | SequenceValue | OptionalValue) else list(got))
+                return call.named([got] if isinstance(got, Node | SequenceValue | OptionalValue | UnknownValue) else list(got))
             except Decline as e:
                 reason = Unsupported(str(e))
         body = schema_function(node, bound, domain, opset, inputs)
