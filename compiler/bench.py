@@ -30,10 +30,9 @@ import numpy as np
 
 from skive.errors import InvalidModelError, SkiveError
 
-# A turn counts if a single-threaded worker had this share of its time on a core, ...
-_SHARE = 0.97
-# ... or, with more threads, if the rest of the machine used at most this many cores meanwhile.
-_FOREIGN_CORES = 0.1
+# How quiet a turn must be to count: for one thread, and for several, where the clock of the machine's
+# load ticks in 10 ms.
+_QUIET = {True: 0.97, False: 0.9}
 _ROUNDS = (5, 30)  # fewest and most rounds, in each of which every engine has one turn
 _TURN_SECONDS = 0.15
 _REPEATS = 3  # at most this many times as many rounds as wanted, if the machine is disturbed
@@ -182,12 +181,13 @@ def _busy_seconds() -> float:
 
 @dataclass(frozen=True)
 class Turn:
-    """Seconds of `calls` calls in a row; `clean` if the worker had its cores."""
+    """Seconds of `calls` calls in a row. `quiet` is 1 if nothing else ran meanwhile: the share of
+    its time that a single-threaded worker was on a core, else 1 minus the cores others used."""
 
     calls: int
     min: float
     median: float
-    clean: bool
+    quiet: float
 
 
 class Worker:
@@ -221,16 +221,15 @@ class Worker:
         return reply
 
     def turn(self, seconds: float) -> Turn:
-        """One turn of about `seconds`, and whether the worker had its cores."""
+        """One turn of about `seconds`."""
         time.sleep(_REST)
         busy, start = _busy_seconds(), time.perf_counter()
         reply = self._ask(str(seconds))
         if self.job.threads == 1:
-            clean = reply["share"] >= _SHARE
+            quiet = reply["share"]
         else:
-            foreign = _busy_seconds() - busy - reply["cpu"]
-            clean = foreign <= _FOREIGN_CORES * (time.perf_counter() - start)
-        return Turn(reply["calls"], reply["min"], reply["median"], clean)
+            quiet = 1 - (_busy_seconds() - busy - reply["cpu"]) / (time.perf_counter() - start)
+        return Turn(reply["calls"], reply["min"], reply["median"], quiet)
 
     def outputs(self) -> list[np.ndarray]:
         with np.load(self.job.outputs) as z:
@@ -369,7 +368,7 @@ def _measure(subject: Subject, engines: Sequence[str], seconds: float, folder: P
                 i = (k + len(rounds)) % len(workers)
                 turns[i] = workers[i].turn(seconds / wanted)
             rounds.append([t for t in turns if t is not None])
-            clean += all(t.clean for t in rounds[-1])
+            clean += _is_clean(rounds[-1], subject.threads)
             progress("measure", 0.5 + 0.5 * max(clean / wanted, len(rounds) / (_REPEATS * wanted)))
         return _results(subject, workers, rounds)
     finally:
@@ -377,13 +376,17 @@ def _measure(subject: Subject, engines: Sequence[str], seconds: float, folder: P
             w.stop()
 
 
+def _is_clean(turns: Sequence[Turn], threads: int) -> bool:
+    return all(t.quiet >= _QUIET[threads == 1] for t in turns)
+
+
 def _results(subject: Subject, workers: Sequence[Worker], rounds: Sequence[Sequence[Turn]],
              ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
     """The rows and the ratios of one subject."""
-    kept = [r for r in rounds if all(t.clean for t in r)]
+    kept = [r for r in rounds if _is_clean(r, subject.threads)]
     disturbed = len(kept) < _ROUNDS[0]
-    if disturbed:
-        kept = list(rounds)  # marked, but still in pairs: a load that lasts meets all engines
+    if disturbed:  # the least disturbed ones, and the rows are marked
+        kept = sorted(rounds, key=lambda r: -min(t.quiet for t in r))[:max(_ROUNDS[0], len(rounds) // _REPEATS)]
     reference = workers[1].outputs() if len(workers) > 1 else None
     rows = []
     for w, turns in zip(workers, zip(*kept, strict=True), strict=True):
