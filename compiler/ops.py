@@ -312,7 +312,7 @@ for _name, _fn, _domain in [
         ("add", np.add, NUMBERS), ("sub", np.subtract, NUMBERS), ("mul", np.multiply, NUMBERS),
         ("div", _trunc_div, NUMBERS), ("min", np.minimum, NUMBERS), ("max", np.maximum, NUMBERS),
         ("bit_and", np.bitwise_and, INTS), ("bit_or", np.bitwise_or, INTS), ("bit_xor", np.bitwise_xor, INTS)]:
-    _elementwise(_name, 2, _fn, _domain, cxx=_name + "_" if _name in ("min", "max") else _name,
+    _elementwise(_name, 2, _fn, _domain, cxx=_name + "_" if _name in ("div", "min", "max") else _name,  # libc has them too
                  tolerance=1e-6 if _name == "div" else 0.0, doc=f"{_name}(a, b)")
 for _name, _fn in [("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)]:
     _elementwise(_name, 2, _fn, frozenset({BOOL}), cxx=_name + "_", doc=f"logical {_name}")

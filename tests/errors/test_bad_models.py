@@ -182,8 +182,8 @@ def test_good_model_and_its_external_weights_compile(place: Path) -> None:
 
 HOSTILE = (
     '"; int injected; //', "*/ int injected; /*", "\nint injected;\n", "\r\n#define injected", "??/\nint injected;",
-    "\\\nint injected;", "int", "class", "__attribute__", "main", "\u202eint injected;\u2066", "名前", "\x00injected", "",
-    "a" * 70000, "%s%n", "../../injected", "R\"(injected)\"", "'injected'", "skive", "_9", "9", "x" * 64,
+    "\\\nint injected;", "int", "class", "__attribute__", "main", "\u202eint injected;\u2066", "名前", "\x00injected",
+    "", "a" * 70000, "%s%n", "../../injected", "R\"(injected)\"", "'injected'", "skive", "_9", "9", "x" * 64,
 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ template <class T, if_number<T> = 0> SKIVE_INLINE T neg(T a) {
   if constexpr (is_float<T>) return -a;
   else return static_cast<T>(wrapping_t<T>(0) - wrapping_t<T>(a));
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T div(T a, T b) {
+template <class T, if_number<T> = 0> SKIVE_INLINE T div_(T a, T b) {
   if constexpr (is_float<T>) {
     return a / b;
   } else {
@@ -127,7 +127,7 @@ template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V sub(A a, B b
 template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V mul(A a, B b) {
   return widen<V>(a) * widen<V>(b);
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V div(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V div_(A a, B b) {
   return widen<V>(a) / widen<V>(b);
 }
 template <int N> SKIVE_INLINE Vec<N> neg(Vec<N> a) { return -a; }
@@ -732,7 +732,8 @@ template <int N> SKIVE_INLINE Vec<N> acosh_(Vec<N> x) {
   const Vec<N> t = x - splat<N>(1.0f);
   const Vec<N> small = log1p_(t + sqrt_(t + t + t * t));
   const Vec<N> large = log_(x) + splat<N>(0.693147181f);
-  return select(less(splat<N>(1e9f), x), large, small);
+  const Vec<N> r = select(less(splat<N>(1e9f), x), large, small);
+  return select(less(x, splat<N>(1.0f)), splat<N>(__builtin_nanf("")), r);
 }
 template <int N> SKIVE_INLINE Vec<N> atanh_(Vec<N> x) {
   const Vec<N> a = abs_(x), one = splat<N>(1.0f);

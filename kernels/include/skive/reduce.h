@@ -41,7 +41,7 @@ struct Sum : Plain {
 };
 struct Mean : Sum {
   // 0 / 0 of an empty float axis is NaN; of an empty integer axis 0.
-  template <class T> static SKIVE_INLINE T finish(T r, ptrdiff_t n) { return div(r, static_cast<T>(n)); }
+  template <class T> static SKIVE_INLINE T finish(T r, ptrdiff_t n) { return div_(r, static_cast<T>(n)); }
 };
 struct Max : Plain {
   template <class T> static constexpr T identity() { return lowest<T>(); }
