@@ -4,6 +4,12 @@
 
 #include "skive/vec.h"
 
+// g++ needs help to allocate the tile's registers, see multiply_add. Sanitizers do not see the memory
+// that assembly reads.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define SKIVE_FMA_ASSEMBLY
+#endif
+
 namespace skive {
 inline namespace SKIVE_ISA {
 
@@ -49,7 +55,7 @@ struct F32Tile {
   // overwrites `x`, lets the accumulators wander, and copies them back at the end of a loop.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(SKIVE_FMA_ASSEMBLY)
     __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc.v) : "x"(x.v), "x"(w.v));
     return acc;
 #else
@@ -71,5 +77,7 @@ struct F32Tile {
 
 }  // namespace SKIVE_ISA
 }  // namespace skive
+
+#undef SKIVE_FMA_ASSEMBLY
 
 #endif  // SKIVE_ISA_TILE_AVX2_H

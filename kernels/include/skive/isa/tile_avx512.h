@@ -4,6 +4,12 @@
 
 #include "skive/vec.h"
 
+// g++ needs help to allocate the tile's registers, see multiply_add. Sanitizers do not see the memory
+// that assembly reads.
+#if defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define SKIVE_FMA_ASSEMBLY
+#endif
+
 namespace skive {
 inline namespace SKIVE_ISA {
 
@@ -58,7 +64,7 @@ struct F32Tile {
   // overwrites `x`, lets the accumulators wander, and copies them back at the end of a loop.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(SKIVE_FMA_ASSEMBLY)
     __asm__("vfmadd231ps %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
     return acc;
 #else
@@ -70,7 +76,7 @@ struct F32Tile {
   // acc + *x * w, for an input element that is used once.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const float* x, Lanes<L> w) {
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(SKIVE_FMA_ASSEMBLY)
     if constexpr (L > 8) __asm__("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
     else if constexpr (L == 8) __asm__("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
     else __asm__("vfmadd231ps %2%{1to4%}, %1, %0" : "+v"(acc.v) : "v"(w.v), "m"(*x));
@@ -89,5 +95,7 @@ struct F32Tile {
 
 }  // namespace SKIVE_ISA
 }  // namespace skive
+
+#undef SKIVE_FMA_ASSEMBLY
 
 #endif  // SKIVE_ISA_TILE_AVX512_H
