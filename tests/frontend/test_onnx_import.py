@@ -15,16 +15,17 @@ from skive.frontend.onnx import import_onnx
 from skive.frontend.onnx.table import ROWS
 from skive.reference import evaluate_graph
 
-ELEM = {np.dtype("float32"): TensorProto.FLOAT, np.dtype("int64"): TensorProto.INT64, np.dtype("bool"): TensorProto.BOOL}
+ELEM = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 
 
 def model_of(nodes: Sequence[NodeProto], inputs: Mapping[str, tuple[Sequence[int | str], str]], outputs: Sequence[str],
-             weights: Mapping[str, Any] = {}, opset: int = 18, output_type: str = "float32") -> ModelProto:  # noqa: B006
-    infos = [helper.make_tensor_value_info(n, ELEM[np.dtype(t)], list(s)) for n, (s, t) in inputs.items()]
-    results = [helper.make_tensor_value_info(n, ELEM[np.dtype(output_type)], None) for n in outputs]
+             weights: Mapping[str, Any] = {}) -> ModelProto:  # noqa: B006
+    """A model of opset 18 with float32 outputs; inputs are name -> (shape, element type)."""
+    infos = [helper.make_tensor_value_info(n, ELEM[t], list(s)) for n, (s, t) in inputs.items()]
+    results = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs]
     constants = [numpy_helper.from_array(np.asarray(v), n) for n, v in weights.items()]
     graph = helper.make_graph(list(nodes), "g", infos, results, constants)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
 def test_names() -> None:
@@ -39,7 +40,8 @@ def test_names() -> None:
 
 def test_shape_arithmetic_disappears() -> None:
     nodes = [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "zero"], ["n"]),
-             helper.make_node("Unsqueeze", ["n", "axes"], ["n1"]), helper.make_node("Concat", ["n1", "rest"], ["to"], axis=0),
+             helper.make_node("Unsqueeze", ["n", "axes"], ["n1"]),
+             helper.make_node("Concat", ["n1", "rest"], ["to"], axis=0),
              helper.make_node("Reshape", ["x", "to"], ["y"])]
     graph = import_onnx(model_of(nodes, {"x": ((2, 3, 4), "float32")}, ["y"],
                                  {"zero": np.int64(0), "axes": np.array([0]), "rest": np.array([-1])}))
@@ -54,7 +56,8 @@ def test_large_constants_stay_nodes() -> None:
 
 
 def test_every_problem_is_reported() -> None:
-    nodes = [helper.make_node("NonZero", ["x"], ["nz"], "where"), helper.make_node("Cast", ["nz"], ["f"], "convert", to=1),
+    nodes = [helper.make_node("NonZero", ["x"], ["nz"], "where"),
+             helper.make_node("Cast", ["nz"], ["f"], "convert", to=1),
              helper.make_node("RandomNormalLike", ["x"], ["r"], "noise"), helper.make_node("Det", ["q"], ["d"], "det"),
              helper.make_node("Nonsense", ["r"], ["z"], "nonsense"), helper.make_node("Relu", ["x"], ["y"], "fine")]
     model = model_of(nodes, {"x": ((2, 3), "float32"), "q": ((9, 9), "float32")}, ["y", "f", "z", "d"])
@@ -86,7 +89,7 @@ def test_fixed_inputs_are_checked() -> None:
 
 def test_symbolic_dimensions() -> None:
     model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (("N", 3, "H"), "float32")}, ["y"])
-    with pytest.raises(ShapeError, match="--input x=1x3x224x224"):
+    with pytest.raises(ShapeError, match="--input x=1x3"):
         import_onnx(model)
     assert import_onnx(model, input_shapes={"x": (2, 3, 5)}).outputs[0].shape == (2, 3, 5)
     assert import_onnx(model, input_shapes={"N": (4,), "H": (6,)}).outputs[0].shape == (4, 3, 6)
@@ -113,10 +116,12 @@ def test_constant_condition() -> None:
 def test_model_functions() -> None:
     function = helper.make_function("own", "Scaled", ["a"], ["b"],
                                     [helper.make_node("Constant", [], ["k"], value_float=3.0),
-                                     helper.make_node("LeakyRelu", ["a"], ["l"]), helper.make_node("Mul", ["l", "k"], ["b"])],
+                                     helper.make_node("LeakyRelu", ["a"], ["l"]),
+                                     helper.make_node("Mul", ["l", "k"], ["b"])],
                                     [helper.make_opsetid("", 18)], ["alpha"])
     function.node[1].attribute.add(name="alpha", ref_attr_name="alpha", type=onnx.AttributeProto.FLOAT)
-    model = model_of([helper.make_node("Scaled", ["x"], ["y"], "call", domain="own", alpha=0.5)], {"x": ((2,), "float32")}, ["y"])
+    call = helper.make_node("Scaled", ["x"], ["y"], "call", domain="own", alpha=0.5)
+    model = model_of([call], {"x": ((2,), "float32")}, ["y"])
     model.functions.append(function)
     model.opset_import.append(helper.make_opsetid("own", 1))
     x = np.array([-2, 2], np.float32)
@@ -160,7 +165,8 @@ W = np.ones((2, 3, 3, 3), np.float32)
      {"rows": np.array([-1, 4]), "m": np.eye(4, dtype=np.float32), "back": np.array([-1, 3, 4])}),
     ([helper.make_node("Shape", ["x"], ["s"]), helper.make_node("ConstantOfShape", ["s"], ["z"]),
       helper.make_node("Concat", ["x", "z"], ["y"], axis=1)], N, {}),
-    ([helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["y"])], N, {}),
+    ([helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),
+      helper.make_node("MatMul", ["x", "t"], ["y"])], N, {}),
 ])
 def test_separable(nodes: list[NodeProto], inputs: dict[str, Any], weights: dict[str, Any]) -> None:
     model = model_of(nodes, inputs, ["y"], weights)
@@ -174,7 +180,8 @@ def test_separable(nodes: list[NodeProto], inputs: dict[str, Any], weights: dict
 
 
 @pytest.mark.parametrize(("nodes", "weights"), [
-    ([helper.make_node("ReduceMean", ["x", "axes"], ["m"]), helper.make_node("Sub", ["x", "m"], ["y"])], {"axes": np.array([0])}),
+    ([helper.make_node("ReduceMean", ["x", "axes"], ["m"]), helper.make_node("Sub", ["x", "m"], ["y"])],
+     {"axes": np.array([0])}),
     ([helper.make_node("Softmax", ["x"], ["y"], axis=0)], {}),
     ([helper.make_node("Reshape", ["x", "to"], ["y"])], {"to": np.array([3, -1, 4])}),
     ([helper.make_node("Concat", ["x", "x"], ["y"], axis=0)], {}),

@@ -164,7 +164,8 @@ def test_deep_nesting() -> None:
         inner = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])])
     inner.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]))
     inner.initializer.append(numpy_helper.from_array(np.array(1), "n"))
-    refused(helper.make_model(inner, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), InvalidModelError, "deep")
+    model = helper.make_model(inner, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    refused(model, InvalidModelError, "deep")
 
 
 def recursive() -> ModelProto:
@@ -183,7 +184,8 @@ def test_recursion() -> None:
 
 
 def test_endless_loop() -> None:
-    body = helper.make_graph([helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Relu", ["a"], ["b"])], "body",
+    nodes = [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Relu", ["a"], ["b"])]
+    body = helper.make_graph(nodes, "body",
                              [helper.make_tensor_value_info("i", TensorProto.INT64, []),
                               helper.make_tensor_value_info("go", TensorProto.BOOL, []),
                               helper.make_tensor_value_info("a", TensorProto.FLOAT, [1])],

@@ -212,7 +212,7 @@ def _gather(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -
     data, index = axes
     k = b.attrs["axis"] % len(shapes[0])
     if data is None:
-        return k + index  # type: ignore[operator]
+        return None if index is None else k + index
     need(index is None and data != k, "gather picks samples")
     return data if data < k else data + len(shapes[1]) - 1
 
@@ -237,9 +237,9 @@ def _gather_nd(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]
 
 
 def _kept(b: Node, axis: int, gone: Sequence[int], rank: int) -> int:
-    gone = {g % rank for g in gone}
-    need(axis not in gone, f"{b.op} over the axis of the samples")
-    return axis if b.attrs["keep"] else axis - sum(g < axis for g in gone)
+    summed = {g % rank for g in gone}
+    need(axis not in summed, f"{b.op} over the axis of the samples")
+    return axis if b.attrs["keep"] else axis - sum(g < axis for g in summed)
 
 
 @rule("reduce_sum", "reduce_mean", "reduce_prod", "reduce_max", "reduce_min")
@@ -271,16 +271,16 @@ def _topk(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> 
 @rule("layer_norm", "rms_norm")
 def _norm(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     axis = axes[0]
-    need(axis is not None and not any(x is not None for x in axes[1:]) and same(a, b)
-         and axis < b.attrs["axis"] % b.type.rank, f"{b.op} over the axis of the samples")
+    separate = axis is not None and axis < b.attrs["axis"] % b.type.rank and axes[1:] == [None] * len(axes[1:])
+    need(same(a, b) and separate, f"{b.op} over the axis of the samples")
     return axis
 
 
 @rule("linear")
 def _linear(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     axis = axes[0]
-    need(axis is not None and not any(x is not None for x in axes[1:]) and axis < b.type.rank - 1,
-         "a product over the axis of the samples")
+    separate = axis is not None and axis < b.type.rank - 1 and axes[1:] == [None] * len(axes[1:])
+    need(separate, "a product over the axis of the samples")
     return axis
 
 
@@ -292,8 +292,9 @@ def _matmul(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -
     for shape, transposed, first in zip(shapes, (b.attrs["trans_a"], b.attrs["trans_b"]), (True, False)):
         free.append(len(shape) - (2 if transposed != first else 1))
     for i in range(2):
-        if axes[i] is not None and axes[i] >= len(shapes[i]) - 2:
-            need(axes[i] == free[i] and axes[1 - i] is None, "a product over the axis of the samples")
+        own = axes[i]
+        if own is not None and own >= len(shapes[i]) - 2:
+            need(own == free[i] and axes[1 - i] is None, "a product over the axis of the samples")
             return rank - 2 + i
     return broadcast_axis(rank, shapes, axes, "matmul")
 

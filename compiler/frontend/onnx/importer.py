@@ -297,7 +297,8 @@ class Importer:
             call = Call(node.op_type, node.name, origin, opset, values, inputs, list(node.output), self, env)
             try:
                 got = row(call)
-                return call.named([got] if isinstance(got, Node | SequenceValue | OptionalValue | UnknownValue) else list(got))
+                single = isinstance(got, Node | SequenceValue | OptionalValue | UnknownValue)
+                return call.named([got] if single else list(got))
             except Decline as e:
                 reason = Unsupported(str(e))
         body = schema_function(node, bound, domain, opset, inputs)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, SparseTensorProto, TensorProto
 
 from skive.errors import InvalidModelError, ShapeError
@@ -209,8 +209,8 @@ def check_tensor(tensor: TensorProto) -> None:
     stored = len(tensor.raw_data) // dtype.bytes if tensor.HasField("raw_data") else len(
         getattr(tensor, FIELDS.get(dtype, "int32_data")))
     if stored != count or (tensor.HasField("raw_data") and len(tensor.raw_data) % dtype.bytes):
-        raise InvalidModelError(f"{tensor.name or 'a tensor'}: shape {list(tensor.dims)} of {dtype.value} needs {count} "
-                                f"elements, but {stored} are stored")
+        raise InvalidModelError(f"{tensor.name or 'a tensor'}: shape {list(tensor.dims)} of {dtype.value} needs "
+                                f"{count} elements, but {stored} are stored")
 
 
 # ------------------------------------------------------------------------------------------ tensors
@@ -224,7 +224,8 @@ def tensor_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
         return np.frombuffer(external_bytes(tensor, folder), dtype.numpy.newbyteorder("<")).reshape(shape)
     check_tensor(tensor)
     if tensor.HasField("raw_data"):
-        return np.frombuffer(tensor.raw_data, dtype.numpy.newbyteorder("<")).astype(dtype.numpy, copy=False).reshape(shape)
+        stored = np.frombuffer(tensor.raw_data, dtype.numpy.newbyteorder("<"))
+        return stored.astype(dtype.numpy, copy=False).reshape(shape)
     values = getattr(tensor, FIELDS.get(dtype, "int32_data"))
     if dtype is DType.f16:  # stored as bit patterns
         return np.array(values, np.int32).astype(np.uint16).view(np.float16).reshape(shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -39,7 +40,12 @@ class OptionalValue:
     item: Value | None
 
 
-Value: TypeAlias = "Node | SequenceValue | OptionalValue"
+class UnknownValue:
+    """Stands for what a node that was reported as unsupported would have produced."""
+
+
+UNKNOWN = UnknownValue()
+Value: TypeAlias = "Node | SequenceValue | OptionalValue | UnknownValue"
 Results: TypeAlias = "Value | Sequence[Value | None]"
 Row: TypeAlias = "Callable[[Call], Results]"
 Operand: TypeAlias = "Node | np.ndarray | np.generic | float | int | bool"
@@ -201,7 +207,8 @@ class Call:
         tensors = [o for o in operands if isinstance(o, Node)]
         like = (tensors[1:] if op == "where" and len(tensors) > 1 and tensors[0] is operands[0] else tensors)
         nodes = [o if isinstance(o, Node) else self.lit(o, like[0].dtype) for o in operands]
-        if ops.op_of(op).kind not in ("movement", "index") and op != "cast" and any(n.dtype is DType.f16 for n in nodes):
+        computes = ops.op_of(op).kind not in ("movement", "index") and op != "cast"
+        if computes and any(n.dtype is DType.f16 for n in nodes):
             raise Unsupported("float16 arithmetic", "convert the model to float32")
         self.importer.step()
         node = folded(ops.make(op, *nodes, origin=self.origin, **attrs))
@@ -260,6 +267,16 @@ class Call:
         """Tensors of one shape joined along a new axis."""
         shape = parts[0].shape
         return self.concat([self.reshape(p, (*shape[:axis], 1, *shape[axis:])) for p in parts], axis)
+
+    def back(self, x: Node, perm: Sequence[int]) -> Node:
+        """The inverse of `transpose(x, perm)`."""
+        return self.transpose(x, [list(perm).index(i) for i in range(len(perm))])
+
+    def fold(self, op: str, parts: Sequence[Node]) -> Node:
+        """All parts joined by a binary operation; InvalidModelError if there are none."""
+        if not parts:
+            raise InvalidModelError(f"{op} of nothing")
+        return reduce(lambda a, b: self.make(op, a, b), parts)
 
     def axis(self, name: str, default: int, rank: int) -> int:
         """Attribute `name` as an axis counted from 0; InvalidModelError if outside the rank."""

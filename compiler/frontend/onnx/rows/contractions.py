@@ -121,7 +121,8 @@ def summed(c: Call, x: Node, axes: list[str], keep: set[str]) -> tuple[Node, lis
     return x, [n for n in axes if n in keep]
 
 
-def contract(c: Call, a: Node, a_axes: list[str], b: Node, b_axes: list[str], later: set[str]) -> tuple[Node, list[str]]:
+def contract(c: Call, a: Node, a_axes: list[str], b: Node, b_axes: list[str],
+             later: set[str]) -> tuple[Node, list[str]]:
     """The product of two tensors, summed over the common axes that are not needed later."""
     a, a_axes = summed(c, a, a_axes, later | set(b_axes))
     b, b_axes = summed(c, b, b_axes, later | set(a_axes))

@@ -12,11 +12,12 @@ from skive.ir import Node
 @onnx_op("NonMaxSuppression")
 def non_max_suppression(c: Call) -> Node:
     """The kept boxes [K, 3] as (batch, class, box). K depends on the values: boxes and scores must be constant."""
-    boxes, scores = c.const(0, "boxes, whose values decide the shape,"), c.const(1, "scores, whose values decide the shape,")
+    boxes = c.const(0, "boxes, whose values decide the shape,")
+    scores = c.const(1, "scores, whose values decide the shape,")
     most = int(c.const(2, "the number of boxes").reshape(-1)[0]) if c.has(2) else 0
     overlap = float(c.const(3, "the threshold").reshape(-1)[0]) if c.has(3) else 0.0
     lowest = float(c.const(4, "the threshold").reshape(-1)[0]) if c.has(4) else -np.inf
-    if boxes.ndim != 3 or scores.ndim != 3 or boxes.shape[2] != 4 or boxes.shape[:2] != (scores.shape[0], scores.shape[2]):
+    if boxes.ndim != 3 or scores.ndim != 3 or boxes.shape != (scores.shape[0], scores.shape[2], 4):
         raise InvalidModelError(f"boxes {list(boxes.shape)} and scores {list(scores.shape)}")
     corners = boxes.astype(np.float64)
     if c.attr("center_point_box", 0):  # (x, y, width, height)
@@ -27,7 +28,8 @@ def non_max_suppression(c: Call) -> Node:
     return c.lit(np.array(kept, np.int64).reshape(-1, 3))
 
 
-def suppressed(low: np.ndarray, high: np.ndarray, score: np.ndarray, most: int, overlap: float, lowest: float) -> list[int]:
+def suppressed(low: np.ndarray, high: np.ndarray, score: np.ndarray, most: int, overlap: float,
+               lowest: float) -> list[int]:
     """Indices of the boxes kept, the best first: a box goes when it overlaps a kept one too much."""
     area = np.prod(high - low, -1)
     kept: list[int] = []

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from functools import reduce
 
 from skive.errors import InvalidModelError
 from skive.frontend.onnx.load import DTYPES
-from skive.frontend.onnx.table import Call, Unsupported, onnx_op
+from skive.frontend.onnx.table import Call, Unsupported, Value, onnx_op
 from skive.ir import Node
 from skive.types import DType
 
@@ -59,7 +58,7 @@ def binary(c: Call) -> Node:
 @onnx_op("Sum", "Min", "Max", "Mean")
 def variadic(c: Call) -> Node:
     op = {"Sum": "add", "Mean": "add", "Min": "min", "Max": "max"}[c.op_type]
-    total = reduce(lambda a, b: c.make(op, a, b), c.tensors)
+    total = c.fold(op, c.tensors)
     if c.op_type == "Mean" and len(c.inputs) > 1:
         return c.make("mul", total, 1.0 / len(c.inputs))
     return total
@@ -72,8 +71,10 @@ def power(c: Call) -> Node:
         value = float(exponent.value.reshape(-1)[0])
         if value == 2.0:
             return c.make("mul", base, base)
-        if value == 0.5 and base.dtype.is_float:
-            return c.make("sqrt", base)
+        if value == 3.0:
+            return c.make("mul", c.make("mul", base, base), base)
+        if base.dtype.is_float and value in (0.5, -0.5, -1.0):
+            return c.make({0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}[value], base)
     if base.dtype is exponent.dtype:
         return c.make("pow", base, exponent)
     if base.dtype.is_int and exponent.dtype.is_float:
@@ -158,7 +159,7 @@ def cast_like(c: Call) -> Node:
 
 
 @onnx_op("Identity")
-def identity(c: Call) -> object:
+def identity(c: Call) -> Value:
     return c.value(0)
 
 

@@ -58,7 +58,8 @@ def layer_normalization(c: Call) -> list[Node]:
     axes = tuple(range(axis, x.type.rank))
     tail = x.shape[axis:]
     if not c.wants(1) and not c.wants(2) and all(p is None or math.prod(tail) == p.type.size for p in (scale, bias)):
-        return [c.make("layer_norm", x, *(c.reshape(p, tail) for p in (scale, bias) if p is not None), axis=axis, eps=eps)]
+        affine = [c.reshape(p, tail) for p in (scale, bias) if p is not None]
+        return [c.make("layer_norm", x, *affine, axis=axis, eps=eps)]
     mean = c.make("reduce_mean", x, axes=axes, keep=True)
     d = c.make("sub", x, mean)
     inverse = c.make("rsqrt", c.make("add", c.make("reduce_mean", c.make("mul", d, d), axes=axes, keep=True), eps))

@@ -118,9 +118,9 @@ def minor(c: Call, x: Node, row: int, columns: tuple[int, ...]) -> Node:
     """The determinant of the rows from `row` and the given columns."""
     if not columns:
         return c.lit(np.ones(x.shape[:-2]), x.dtype)
-    total = None
+    terms = []
     for k, column in enumerate(columns):
         entry = c.index(c.index(x, x.type.rank - 2, row), x.type.rank - 2, column)
-        term = c.make("mul", entry, minor(c, x, row + 1, columns[:k] + columns[k + 1:])) if len(columns) > 1 else entry
-        total = term if total is None else c.make("sub" if k % 2 else "add", total, term)
-    return total
+        entry = c.make("mul", entry, minor(c, x, row + 1, columns[:k] + columns[k + 1:])) if len(columns) > 1 else entry
+        terms.append(c.make("neg", entry) if k % 2 else entry)
+    return c.fold("add", terms)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -41,8 +41,9 @@ def source_positions(mode: str, size: int, out: int, scale: float, roi: tuple[fl
 
 def nearest(mode: str, x: np.ndarray, size: int) -> np.ndarray:
     """The index next to each position."""
-    rounding = {"round_prefer_floor": lambda v: np.ceil(v - 0.5), "round_prefer_ceil": lambda v: np.floor(v + 0.5),
-                "floor": np.floor, "ceil": np.ceil}
+    rounding: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "round_prefer_floor": lambda v: np.ceil(v - 0.5),
+        "round_prefer_ceil": lambda v: np.floor(v + 0.5), "floor": np.floor, "ceil": np.ceil}
     if mode not in rounding:
         raise InvalidModelError(f"nearest_mode {mode!r}")
     return np.clip(rounding[mode](x), 0, size - 1).astype(np.int64)
@@ -61,7 +62,8 @@ def cubic(d: np.ndarray, a: float) -> np.ndarray:
 
 def interpolation_matrix(c: Call, mode: str, x: np.ndarray, size: int, scale: float) -> np.ndarray:
     """[out, size]: the weight of every element in every result; rows sum to 1."""
-    kernel, reach = (triangle, 1) if mode == "linear" else (cubic, 2)
+    kernel = triangle if mode == "linear" else cubic
+    reach = 1 if mode == "linear" else 2
     shrink = min(scale, 1.0) if c.attr("antialias", 0) else 1.0
     a = float(c.attr("cubic_coeff_a", -0.75))
     support = math.ceil(reach / shrink)
@@ -84,7 +86,7 @@ def along_matrix(c: Call, x: Node, axis: int, matrix: np.ndarray) -> Node:
     if axis == x.type.rank - 2:
         return c.make("matmul", weights, x)
     perm = [i for i in range(x.type.rank) if i != axis] + [axis]
-    return c.transpose(c.make("linear", c.transpose(x, perm), weights), np.argsort(perm))
+    return c.back(c.make("linear", c.transpose(x, perm), weights), perm)
 
 
 @onnx_op("Resize", "Upsample")
@@ -114,7 +116,7 @@ def resize(c: Call) -> Node:
         policy = c.choice("keep_aspect_ratio_policy", "stretch", "not_larger", "not_smaller")
         if policy != "stretch":
             common = min(ratio) if policy == "not_larger" else max(ratio)
-            sizes = [math.floor(common * x.shape[a] + 0.5) for a in axes]
+            sizes = tuple(math.floor(common * x.shape[a] + 0.5) for a in axes)
             ratio = [common] * len(axes)
         for a, n, f in zip(axes, sizes, ratio):
             shape[a], factor[a] = n, f
@@ -197,26 +199,26 @@ def grid_sample(c: Call) -> Node:
         if mode == "linear":
             taps.append([(low, c.make("sub", 1.0, t)), (c.make("add", low, 1.0), t)])
         else:
-            taps.append([(c.make("add", low, float(o)), cubic_weight(c, c.make("sub", t, float(o)), o)) for o in range(-1, 3)])
-    total = None
+            taps.append([(c.make("add", low, float(o)), cubic_weight(c, c.make("sub", t, float(o)), o))
+                         for o in range(-1, 3)])
+    parts = []
     for corner in itertools.product(*taps):
-        indices, weight, valid = [], None, None
+        indices, weights, valid = [], [], []
         for (i, w), size in zip(corner, sizes):
             i = placed(c, i, size, padding, align) if mode == "cubic" else i
             if padding == "zeros":
-                inside = c.make("and", c.make("greater_equal", i, 0.0), c.make("less_equal", i, float(size - 1)))
-                valid = inside if valid is None else c.make("and", valid, inside)
+                valid += [c.make("greater_equal", i, 0.0), c.make("less_equal", i, float(size - 1))]
             i = c.make("clip", i, lo=0.0, hi=float(size - 1))
             indices.append(c.cast(i, DType.i64))
-            if w is not None:
-                weight = w if weight is None else c.make("mul", weight, w)
+            weights += [] if w is None else [w]
         value = c.make("gather_nd", pixels, c.stack(indices, 2), batch_dims=1)  # [N, points, C]
-        if valid is not None:
-            value = c.make("where", c.reshape(valid, (*valid.shape, 1)), value, c.lit(0, value.dtype))
-        if weight is not None:
-            value = c.make("mul", value, c.reshape(weight, (*weight.shape, 1)))
-        total = value if total is None else c.make("add", total, value)
-    total = c.reshape(total, (x.shape[0], *points, x.shape[1]))
+        if valid:
+            inside = c.reshape(c.fold("and", valid), (x.shape[0], count, 1))
+            value = c.make("where", inside, value, c.lit(0, value.dtype))
+        if weights:
+            value = c.make("mul", value, c.reshape(c.fold("mul", weights), (x.shape[0], count, 1)))
+        parts.append(value)
+    total = c.reshape(c.fold("add", parts), (x.shape[0], *points, x.shape[1]))
     return c.transpose(total, (0, n + 1, *range(1, n + 1)))
 
 
@@ -284,13 +286,13 @@ def col2im(c: Call) -> Node:
         raise InvalidModelError(f"blocks {list(block)} of {x.type} do not make an image {list(image)}")
     x = c.reshape(x, (x.shape[0], x.shape[1] // taps, taps, *steps))
     full = [image[i] + pads[i] + pads[n + i] for i in range(n)]
-    total = None
+    parts = []
     for t, offset in enumerate(itertools.product(*(range(b) for b in block))):
         part = spread(c, c.index(x, 2, t), 2, stride)
         before = [o * d for o, d in zip(offset, dilation)]
         after = [f - b - s for f, b, s in zip(full, before, part.shape[2:])]
-        part = c.make("pad", part, before=(0, 0, *before), after=(0, 0, *after))
-        total = part if total is None else c.make("add", total, part)
+        parts.append(c.make("pad", part, before=(0, 0, *before), after=(0, 0, *after)))
+    total = c.fold("add", parts)
     for i in range(n):
         total = c.slice(total, 2 + i, pads[i], image[i])
     return total
@@ -307,7 +309,8 @@ def max_unpool(c: Call) -> Node:
     out = list(c.ints(2, "output_shape")) if c.has(2) else [*x.shape[:2], *inner]
     # The indices count in the tensor that was pooled; a larger output_shape has it in its corner.
     flat = c.full([math.prod([*x.shape[:2], *inner])], 0, x.dtype)
-    y = c.make("scatter_elements", flat, c.reshape(c.cast(indices, DType.i64), (x.type.size,)), c.reshape(x, (x.type.size,)), axis=0)
+    places = c.reshape(c.cast(indices, DType.i64), (x.type.size,))
+    y = c.make("scatter_elements", flat, places, c.reshape(x, (x.type.size,)), axis=0)
     y = c.reshape(y, (*x.shape[:2], *inner))
     grow = [o - d for o, d in zip(out, y.shape)]
     if min(grow) < 0:
@@ -375,9 +378,7 @@ def roi_bins(c: Call, x: Node, rois: Node, batch: Node, oh: int, ow: int, sy: in
         weight = c.make("mul", c.reshape(wy, (count, ny, 1, 1)), c.reshape(wx, (count, 1, nx, 1)))
         values.append(c.make("mul", value, weight))
     largest = c.choice("mode", "avg", "max") == "max"
-    total = values[0]
-    for v in values[1:]:
-        total = c.make("max" if largest else "add", total, v)
+    total = c.fold("max" if largest else "add", values)
     valid = c.make("and", c.reshape(vy, (count, ny, 1, 1)), c.reshape(vx, (count, 1, nx, 1)))
     total = c.reshape(c.make("where", valid, total, c.lit(0, x.dtype)), (count, oh, sy, ow, sx, ch))
     y = c.make("reduce_max" if largest else "reduce_mean", total, axes=(2, 4), keep=False)
@@ -410,7 +411,8 @@ def deform_conv(c: Call) -> Node:
     stride, dilation = window_attr(c, "strides", 2, 1), window_attr(c, "dilations", 2, 1)
     pads = [int(p) for p in c.attr("pads", [0] * 4)]
     groups, parts = int(c.attr("group", 1)), int(c.attr("offset_group", 1))
-    oh, ow = ((d + pads[i] + pads[2 + i] - k_dilated(k, dilation[i])) // stride[i] + 1 for i, (d, k) in enumerate(((h, kh), (wd, kw))))
+    oh, ow = ((d + pads[i] + pads[2 + i] - k_dilated(k, dilation[i])) // stride[i] + 1
+              for i, (d, k) in enumerate(((h, kh), (wd, kw))))
     if groups < 1 or parts < 1 or ch % parts or offset.shape != (n, parts * kh * kw * 2, oh, ow):
         raise InvalidModelError(f"offsets {offset.type} for {x.type} and {w.type}")
     count, taps = oh * ow, kh * kw
@@ -421,25 +423,24 @@ def deform_conv(c: Call) -> Node:
     ys = np.broadcast_to(base[0][:, None, :, None], (kh, kw, oh, ow)).reshape(taps, count)
     xs = np.broadcast_to(base[1][None, :, None, :], (kh, kw, oh, ow)).reshape(taps, count)
     flat = (n * parts, taps * count)
-    position = [c.reshape(c.make("add", c.index(offset, 3, i), c.lit(at, x.dtype)), flat) for i, at in enumerate((ys, xs))]
+    position = [c.reshape(c.make("add", c.index(offset, 3, i), c.lit(at, x.dtype)), flat)
+                for i, at in enumerate((ys, xs))]
     image = c.reshape(x, (n * parts, ch // parts, h, wd))
     image = c.transpose(image, (0, 2, 3, 1))
-    total = None
+    corners = []
     for dy, dx in itertools.product((0.0, 1.0), repeat=2):
-        weight, valid, index = None, None, []
+        share, valid, index = [], [], []
         for p, d, size in zip(position, (dy, dx), (h, wd)):
             low = c.make("floor", p)
             t = c.make("sub", p, low)
-            share = t if d else c.make("sub", 1.0, t)
+            share.append(t if d else c.make("sub", 1.0, t))
             at = c.make("add", low, d) if d else low
-            inside = c.make("and", c.make("greater_equal", at, 0.0), c.make("less_equal", at, float(size - 1)))
-            weight = share if weight is None else c.make("mul", weight, share)
-            valid = inside if valid is None else c.make("and", valid, inside)
+            valid += [c.make("greater_equal", at, 0.0), c.make("less_equal", at, float(size - 1))]
             index.append(c.cast(c.make("clip", at, lo=0.0, hi=float(size - 1)), DType.i64))
-        weight = c.make("where", valid, weight, c.lit(0, x.dtype))
-        value = c.make("mul", c.make("gather_nd", image, c.stack(index, 2), batch_dims=1), c.reshape(weight, (*flat, 1)))
-        total = value if total is None else c.make("add", total, value)
-    samples = c.reshape(total, (n, parts, taps, count, ch // parts))
+        weight = c.make("where", c.fold("and", valid), c.fold("mul", share), c.lit(0, x.dtype))
+        value = c.make("gather_nd", image, c.stack(index, 2), batch_dims=1)
+        corners.append(c.make("mul", value, c.reshape(weight, (*flat, 1))))
+    samples = c.reshape(c.fold("add", corners), (n, parts, taps, count, ch // parts))
     if mask is not None:
         samples = c.make("mul", samples, c.reshape(mask, (n, parts, taps, count, 1)))
     samples = c.transpose(samples, (0, 1, 4, 2, 3))  # [N, parts, C/parts, taps, places]

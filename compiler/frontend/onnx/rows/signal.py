@@ -10,7 +10,6 @@ from skive.errors import InvalidModelError
 from skive.frontend.onnx.load import DTYPES
 from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
 from skive.ir import Node
-from skive.types import DType
 
 
 def fourier(size: int, bins: int, inverse: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -62,10 +61,10 @@ def dft(c: Call) -> Node:
     if inverse and onesided:
         size = size if c.has(1) else 2 * (x.shape[axis] - 1)
         x = fitted(c, x, axis, size // 2 + 1)
-        return c.transpose(real_inverse(c, c.transpose(x, perm), size), np.argsort(perm))
+        return c.back(real_inverse(c, c.transpose(x, perm), size), perm)
     x = fitted(c, x, axis, size)
     y = transform(c, c.transpose(x, perm), size, size // 2 + 1 if onesided else size, inverse)
-    return c.transpose(y, np.argsort(perm))
+    return c.back(y, perm)
 
 
 def real_inverse(c: Call, x: Node, size: int) -> Node:
@@ -144,4 +143,4 @@ def mel_weight_matrix(c: Call) -> Node:
                 matrix[k, i] = (k - left) / (centre - left)
         for k in range(centre, right):
             matrix[k, i] = (right - k) / (right - centre)
-    return c.lit(matrix, DTYPES[to] if to in DTYPES else DType.f32)
+    return c.lit(matrix, DTYPES[to])

@@ -243,7 +243,7 @@ def eye_like(c: Call) -> Node:
     if to and to not in DTYPES:
         raise Unsupported("the element type that EyeLike produces is not supported")
     c.room(x.type.size, "an identity matrix")
-    return c.lit(np.eye(*x.shape, k=int(c.attr("k", 0))), DTYPES[to] if to else x.dtype)
+    return c.lit(np.eye(x.shape[0], x.shape[1], k=int(c.attr("k", 0))), DTYPES[to] if to else x.dtype)
 
 
 @onnx_op("Range")

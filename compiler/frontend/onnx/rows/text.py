@@ -63,15 +63,12 @@ def tf_idf(c: Call) -> Node:
 def occurrences(c: Call, rows: Node, words: np.ndarray, skips: int) -> Node:
     """[N, 1]: how often `words` stand in each row, 1 to 1 + skips apart."""
     n, length = rows.shape
-    total = None
+    counts = [c.full((n, 1), 0, DType.f32)]
     for distance in range(1, skips + 2):
         places = length - (len(words) - 1) * distance
         if places < 1:
             break
-        found = None
-        for k, word in enumerate(words):
-            here = c.make("equal", c.slice(rows, 1, k * distance, places), c.lit(word))
-            found = here if found is None else c.make("and", found, here)
-        count = c.make("reduce_sum", c.cast(found, DType.f32), axes=(1,), keep=True)
-        total = count if total is None else c.make("add", total, count)
-    return c.full((n, 1), 0, DType.f32) if total is None else total
+        found = c.fold("and", [c.make("equal", c.slice(rows, 1, k * distance, places), c.lit(word))
+                               for k, word in enumerate(words)])
+        counts.append(c.make("reduce_sum", c.cast(found, DType.f32), axes=(1,), keep=True))
+    return c.fold("add", counts[1:] or counts)

@@ -64,7 +64,8 @@ def adam(c: Call) -> list[Node]:
     def unbiased(base: float) -> Node:
         return c.make("sub", 1.0, c.make("pow", c.lit(base, rate.dtype), count))
 
-    corrected = c.make("where", late, c.make("div", c.make("mul", rate, c.make("sqrt", unbiased(beta))), unbiased(alpha)), rate)
+    scaled = c.make("div", c.make("mul", rate, c.make("sqrt", unbiased(beta))), unbiased(alpha))
+    corrected = c.make("where", late, scaled, rate)
 
     def step(x: Node, gradient: Node, first: Node, second: Node) -> tuple[Node, ...]:
         g = regularised(c, x, gradient)

@@ -122,15 +122,15 @@ def conv3d(c: Call, x: Node, w: Node, b: Node | None, stride: Sequence[int], dil
     x = c.transpose(x, (0, 2, 3, 4, 1))  # [N, D, H, W, C]
     if before[0] or after[0]:
         x = c.make("pad", x, before=(0, before[0], 0, 0, 0), after=(0, after[0], 0, 0, 0))
-    total = None
+    parts = []
     for tap in range(w.shape[2]):
-        part = c.slice(x, 1, tap * dilation[0], out_d, stride[0])
-        part = c.reshape(part, (n * out_d, h, wd, ch))
+        image = c.slice(x, 1, tap * dilation[0], out_d, stride[0])
+        image = c.reshape(image, (n * out_d, h, wd, ch))
         kernel = c.transpose(c.index(w, 2, tap), (0, 2, 3, 1))
         bias = [b] if b is not None and tap == 0 else []
-        y = c.make("conv2d", part, kernel, *bias, stride=tuple(stride[1:]), dilation=tuple(dilation[1:]),
-                   pad=(before[1], before[2], after[1], after[2]), groups=groups)
-        total = y if total is None else c.make("add", total, y)
+        parts.append(c.make("conv2d", image, kernel, *bias, stride=tuple(stride[1:]), dilation=tuple(dilation[1:]),
+                            pad=(before[1], before[2], after[1], after[2]), groups=groups))
+    total = c.fold("add", parts)
     total = c.reshape(total, (n, out_d, *total.shape[1:3], oc))
     return c.transpose(total, (0, 4, 1, 2, 3))
 
@@ -175,9 +175,13 @@ def conv_transpose(c: Call) -> Node:
     else:
         if n == 1:
             w = c.reshape(w, (w.shape[0], 1, *w.shape[1:]))
-        y = c.make("conv_transpose2d", to_channels_last(c, x), w, stride=two(stride, 1), dilation=two(dilation, 1),
-                   pad=(*two(before, 0), *two(after, 0)), out_pad=two(out_pad, 0), groups=groups)
+        bias = [b] if b is not None and not any(grow) else []
+        y = c.make("conv_transpose2d", to_channels_last(c, x), w, *bias, stride=two(stride, 1),
+                   dilation=two(dilation, 1), pad=(*two(before, 0), *two(after, 0)), out_pad=two(out_pad, 0),
+                   groups=groups)
         y = to_channels_first(c, y, n + 2)
+        if bias:
+            return y
     if any(grow):
         y = c.make("pad", y, before=(0, 0, *grow), after=(0,) * (n + 2))
     if b is not None:
@@ -191,18 +195,19 @@ def conv_transpose3d(c: Call, x: Node, w: Node, stride: Sequence[int], dilation:
     n, ch, d, h, wd = x.shape
     images = c.reshape(c.transpose(x, (0, 2, 3, 4, 1)), (n * d, h, wd, ch))
     depth = (d - 1) * stride[0] + k_dilated(w.shape[1], dilation[0]) + out_pad[0]
-    total = None
+    parts = []
     for tap in range(w.shape[1]):
-        y = c.make("conv_transpose2d", images, c.index(w, 1, tap), stride=tuple(stride[1:]), dilation=tuple(dilation[1:]),
-                   pad=(before[1], before[2], after[1], after[2]), out_pad=tuple(out_pad[1:]), groups=groups)
+        y = c.make("conv_transpose2d", images, c.index(w, 1, tap), stride=tuple(stride[1:]),
+                   dilation=tuple(dilation[1:]), pad=(before[1], before[2], after[1], after[2]),
+                   out_pad=tuple(out_pad[1:]), groups=groups)
         y = c.reshape(y, (n, d, 1, *y.shape[1:]))
         gap = stride[0] - 1
         y = c.make("pad", y, before=(0,) * 6, after=(0, 0, gap, 0, 0, 0)) if gap else y
         y = c.slice(c.reshape(y, (n, d * stride[0], *y.shape[3:])), 1, 0, (d - 1) * stride[0] + 1)
         front = tap * dilation[0]
         y = c.make("pad", y, before=(0, front, 0, 0, 0), after=(0, depth - front - y.shape[1], 0, 0, 0))
-        total = y if total is None else c.make("add", total, y)
-    total = c.slice(total, 1, before[0], depth - before[0] - after[0])
+        parts.append(y)
+    total = c.slice(c.fold("add", parts), 1, before[0], depth - before[0] - after[0])
     return c.transpose(total, (0, 4, 1, 2, 3))
 
 
@@ -252,19 +257,14 @@ def max_pool(c: Call) -> Node | list[Node]:
     if c.wants(1):
         return max_pool_indices(c, x, kernel, stride, dilation, before, out)
     n = len(kernel)
-    after = tuple(needed(x.shape[2 + i], kernel[i], stride[i], dilation[i], before[i], out[i]) for i in range(n))
-    for i in range(n):  # what exceeds the padding is never read
-        keep = x.shape[2 + i] + min(0, after[i])
-        x = c.slice(x, 2 + i, 0, keep)
-    after = tuple(max(0, a) for a in after)
+    after = needed(x, kernel, stride, dilation, before, out)
     if any(max(b, a) > dl * (k - 1) for b, a, k, dl in zip(before, after, kernel, dilation)):
         x = c.make("pad", x, before=(0, 0, *before), after=(0, 0, *after), value=lowest(x.dtype))
         before = after = (0,) * n
     if n <= 2:
         return pooled(c, "max_pool2d", x, kernel, stride, dilation, before, after)
     for i in range(n):  # the maximum of a box is that of its axes, one after the other
-        x = along_axis(c, x, 2 + i, lambda v, i=i: pooled(
-            c, "max_pool2d", v, kernel[i:i + 1], stride[i:i + 1], dilation[i:i + 1], before[i:i + 1], after[i:i + 1]))
+        x = pooled_along(c, "max_pool2d", x, 2 + i, kernel[i], stride[i], dilation[i], before[i], after[i])
     return x
 
 
@@ -299,19 +299,21 @@ def max_pool_indices(c: Call, x: Node, kernel: Sequence[int], stride: Sequence[i
     return [c.reshape(values, (n, ch, *out)), c.reshape(where, (n, ch, *out))]
 
 
-def needed(size: int, kernel: int, stride: int, dilation: int, before: int, out: int) -> int:
-    """Padding behind an axis that gives exactly `out` windows; negative if some of it is not read."""
-    return (out - 1) * stride + k_dilated(kernel, dilation) - size - before
+def needed(x: Node, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], before: Sequence[int],
+           out: Sequence[int]) -> tuple[int, ...]:
+    """The padding behind each axis that gives exactly `out` windows; some of the image may stay unread."""
+    return tuple(max(0, (o - 1) * s + k_dilated(k, dl) - d - b)
+                 for d, k, s, dl, b, o in zip(x.shape[2:], kernel, stride, dilation, before, out))
 
 
-def along_axis(c: Call, x: Node, axis: int, fn: object) -> Node:
-    """`fn`, which maps [M, 1, L] to [M, 1, L'], applied along one axis of x."""
-    rank = x.type.rank
-    perm = [i for i in range(rank) if i != axis] + [axis]
+def pooled_along(c: Call, op: str, x: Node, axis: int, kernel: int, stride: int, dilation: int, before: int,
+                 after: int, **attrs: object) -> Node:
+    """A pooling of one axis of x."""
+    perm = [i for i in range(x.type.rank) if i != axis] + [axis]
     moved = c.transpose(x, perm)
-    y = fn(c.reshape(moved, (math.prod(moved.shape[:-1]), 1, moved.shape[-1])))  # type: ignore[operator]
-    y = c.reshape(y, (*moved.shape[:-1], y.shape[-1]))
-    return c.transpose(y, np.argsort(perm))
+    rows = c.reshape(moved, (math.prod(moved.shape[:-1]), 1, moved.shape[-1]))
+    y = pooled(c, op, rows, [kernel], [stride], [dilation], [before], [after], **attrs)
+    return c.back(c.reshape(y, (*moved.shape[:-1], y.shape[-1])), perm)
 
 
 @onnx_op("AveragePool")
@@ -320,13 +322,11 @@ def average_pool(c: Call) -> Node:
     kernel, stride, dilation, before, after, out = pool_window(c, x)
     n = len(kernel)
     count_pad = bool(c.attr("count_include_pad", 0))
-    exact = tuple(needed(x.shape[2 + i], kernel[i], stride[i], dilation[i], before[i], out[i]) for i in range(n))
-    if n <= 2 and max(e - a for e, a in zip(exact, after)) <= 0 and all(
+    exact = needed(x, kernel, stride, dilation, before, out)
+    if n <= 2 and all(e <= a for e, a in zip(exact, after)) and all(
             max(b, e) <= dl * (k - 1) for b, e, k, dl in zip(before, exact, kernel, dilation)):
-        for i in range(n):
-            x = c.slice(x, 2 + i, 0, x.shape[2 + i] + min(0, exact[i]))
-        return pooled(c, "avg_pool2d", x, kernel, stride, dilation, before, [max(0, e) for e in exact], count_pad=count_pad)
-    total = window_sum(c, x, kernel, stride, dilation, before, exact, out)
+        return pooled(c, "avg_pool2d", x, kernel, stride, dilation, before, exact, count_pad=count_pad)
+    total = window_sum(c, x, kernel, stride, dilation, before, exact)
     # How many elements each window averages: the image's own, or those of the declared padding too.
     c.room(math.prod(out) + max(o * k for o, k in zip(out, kernel)), "a table of counts")
     counts = np.ones((1,) * n)
@@ -339,18 +339,13 @@ def average_pool(c: Call) -> Node:
 
 
 def window_sum(c: Call, x: Node, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int],
-               before: Sequence[int], exact: Sequence[int], out: Sequence[int]) -> Node:
+               before: Sequence[int], after: Sequence[int]) -> Node:
     """The sum over each window, the padding counting as zero: one axis after the other."""
-    for i in range(len(kernel)):
-        size = x.shape[2 + i]
-        x = c.slice(x, 2 + i, 0, size + min(0, exact[i]))
-        wide = [0] * x.type.rank, [0] * x.type.rank
-        wide[0][2 + i], wide[1][2 + i] = before[i], max(0, exact[i])
-        if any(wide[0]) or any(wide[1]):
-            x = c.make("pad", x, before=tuple(wide[0]), after=tuple(wide[1]))
-        x = along_axis(c, x, 2 + i, lambda v, i=i: c.make("mul", pooled(
-            c, "avg_pool2d", v, kernel[i:i + 1], stride[i:i + 1], dilation[i:i + 1], (0,), (0,), count_pad=True), float(kernel[i])))
-    return x
+    if any(before) or any(after):
+        x = c.make("pad", x, before=(0, 0, *before), after=(0, 0, *after))
+    for i, (k, s, d) in enumerate(zip(kernel, stride, dilation)):
+        x = pooled_along(c, "avg_pool2d", x, 2 + i, k, s, d, 0, 0, count_pad=True)
+    return c.make("mul", x, float(math.prod(kernel)))
 
 
 @onnx_op("LpPool")
@@ -358,9 +353,9 @@ def lp_pool(c: Call) -> Node:
     x = c[0]
     p = float(c.attr("p", 2))
     kernel, stride, dilation, before, _, out = pool_window(c, x)
-    exact = [needed(x.shape[2 + i], kernel[i], stride[i], dilation[i], before[i], out[i]) for i in range(len(kernel))]
+    exact = needed(x, kernel, stride, dilation, before, out)
     powers = c.make("mul", x, x) if p == 2 else c.make("pow", c.make("abs", x), p)
-    total = window_sum(c, powers, kernel, stride, dilation, before, exact, out)
+    total = window_sum(c, powers, kernel, stride, dilation, before, exact)
     return c.make("sqrt", total) if p == 2 else c.make("pow", total, 1.0 / p)
 
 
