@@ -8,9 +8,9 @@
 // Summed over input channels, the product in the middle is 36 independent matrix products
 // [tiles x IC] x [IC x OC], which run on the register tile of the dense convolution.
 //
-// Interpolation points 0, +-5/8, +-3/2 and infinity. The usual 0, +-1, +-2 lose ten times more of
-// float32 (benchmarks/kernels/bench_winograd.py --error); these also keep every constant of the
-// transforms exact in float32.
+// Interpolation points 0, +-5/8, +-3/2 and infinity: a smaller rounding error than the usual 0, +-1,
+// +-2, and every constant of the transforms is still exact in float32. The largest error is two to
+// three times that of the direct method (benchmarks/kernels/bench_winograd.py prints both).
 //
 // Order: chunks of tiles whose transformed input stays in L2; in it blocks of NB output channels;
 // in it the 36 products, then the output transform of that block. Every output element is computed
