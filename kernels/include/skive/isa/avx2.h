@@ -167,6 +167,17 @@ template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
+// a * 2^n for integral n in [-252, 252], with gradual underflow and overflow to infinity: two
+// factors, because 2^n itself may lie outside the normal range.
+template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
+  const Vec<N> magic = splat<N>(12582912.0f);  // 1.5 * 2^23: the integer lands in the low bits
+  const Ints<N> whole = bits(n + magic) - bits(magic);
+  const Ints<N> half = shift_lanes_right<1>(whole);
+  const Ints<N> one = bits(splat<N>(1.0f));
+  return a * from_bits(one + shift_lanes_left<23>(half)) *
+         from_bits(one + shift_lanes_left<23>(whole - half));
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

@@ -161,6 +161,11 @@ template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
+// a * 2^n for integral n in [-252, 252], with gradual underflow and overflow to infinity.
+template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
+  return {_mm512_scalef_ps(a.v, n.v)};
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 
