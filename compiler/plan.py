@@ -6,11 +6,13 @@ and byte offsets, knows nothing of the IR, and can be written as JSON.
 
 from __future__ import annotations
 
+import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+IMPROVEMENTS = 1000  # moves tried on an arena that is larger than its lower bound
 ALIGN = 64  # bytes: one cache line and one AVX-512 register
 
 
@@ -156,7 +158,8 @@ def place(blocks: list[Block]) -> tuple[int, int]:
 
     Returns (arena bytes, lower bound): the bound is the largest sum of live blocks at any call.
     Greedy best fit in several orders (Pisarchyk, Lee: Efficient Memory Management for Deep Neural
-    Net Inference, 2020, find size order near optimal); the best of them is kept.
+    Net Inference, 2020, find size order near optimal); where none reaches the bound, the best order
+    is improved by moving single blocks to another turn or end of their gap, with a fixed seed.
     """
     live = [b for b in blocks if b.bytes]
     events: dict[int, int] = {}
@@ -167,25 +170,48 @@ def place(blocks: list[Block]) -> tuple[int, int]:
     for t in sorted(events):
         total += events[t]
         bound = max(bound, total)
-    best: tuple[int, list[int]] | None = None
-    orders = [lambda b: (-b.bytes, b.first), lambda b: (b.first, -b.bytes),
-              lambda b: (-(b.last - b.first), -b.bytes), lambda b: (-b.bytes * (b.last - b.first + 1), b.first)]
-    for key in orders:
-        offsets, height = _best_fit(sorted(range(len(live)), key=lambda i: key(live[i])), live)
-        if best is None or height < best[0]:
-            best = (height, offsets)
+    keys = [lambda b: (-b.bytes, b.first), lambda b: (b.first, -b.bytes),
+            lambda b: (-(b.last - b.first), -b.bytes), lambda b: (-b.bytes * (b.last - b.first + 1), b.first)]
+    tried = []
+    for key in keys:
+        order = sorted(range(len(live)), key=lambda i: key(live[i]))
+        tried.append((*_best_fit(order, live, bound, frozenset())[::-1], order))
+    height, offsets, _ = min(tried, key=lambda t: t[0])
+    rng = random.Random(0)
+    for start_height, start_offsets, start in tried:
         if height == bound:
             break
-    if best:
-        for b, offset in zip(live, best[1], strict=True):
-            b.offset = offset
+        climbed = _improve(start_height, start_offsets, start, live, bound, rng)
+        height, offsets = min((height, offsets), climbed, key=lambda t: t[0])
+    for b, offset in zip(live, offsets, strict=True):
+        b.offset = offset
     for b in blocks:
         if not b.bytes:
             b.offset = 0
-    return (best[0] if best else 0), bound
+    return height, bound
 
 
-def _best_fit(order: list[int], blocks: list[Block]) -> tuple[list[int], int]:
+def _improve(height: int, offsets: list[int], order: list[int], live: list[Block], bound: int,
+             rng: random.Random) -> tuple[int, list[int]]:
+    """(height, offsets) after moves that never raise the height."""
+    high: frozenset[int] = frozenset()
+    for _ in range(min(IMPROVEMENTS, 1_000_000 // (len(live) ** 2 + 1))):
+        new_order, new_high = order.copy(), high
+        if rng.random() < 0.5:
+            new_order.insert(rng.randrange(len(live)), new_order.pop(rng.randrange(len(live))))
+        else:
+            new_high = high ^ {rng.randrange(len(live))}
+        new_offsets, new_height = _best_fit(new_order, live, bound, new_high)
+        if new_height <= height:
+            height, offsets, order, high = new_height, new_offsets, new_order, new_high
+        if height == bound:
+            break
+    return height, offsets
+
+
+def _best_fit(order: list[int], blocks: list[Block], bound: int, high: frozenset[int]) -> tuple[list[int], int]:
+    """(offsets, height) of placing blocks in `order`, each into the smallest gap below `bound` that
+    holds it (at the gap's upper end if in `high`), or on top of what is there."""
     placed: list[int] = []
     offsets = [0] * len(blocks)
     height = 0
@@ -194,12 +220,11 @@ def _best_fit(order: list[int], blocks: list[Block]) -> tuple[list[int], int]:
         size = aligned(b.bytes)
         taken = sorted((offsets[j], offsets[j] + aligned(blocks[j].bytes)) for j in placed
                        if blocks[j].first <= b.last and b.first <= blocks[j].last)
-        at, gap = None, None
-        end = 0
-        for lo, hi in taken:
+        at, gap, end = None, None, 0
+        for lo, hi in [*taken, (bound, bound)]:
             if lo - end >= size and (gap is None or lo - end < gap):
-                at, gap = end, lo - end
-            end = max(end, hi)
+                at, gap = (lo - size if i in high else end), lo - end
+            end = max(end, hi) if lo < bound else end
         offsets[i] = end if at is None else at
         height = max(height, offsets[i] + size)
         placed.append(i)
