@@ -58,10 +58,10 @@ def test_gru_and_rnn(isa: str, tmp_path: Path) -> None:
                 rec = reset * (state @ rh.T + ch) if reset_after else (reset * state) @ rh.T + ch
                 state = (1 - z) * np.tanh(step @ wh.T + bh + rec) + z * state
                 want.append(state)
-            kernel = angle("gru", t, n, i, h, "Sigmoid", "Tanh", str(reset_after).lower())
+            kernel = angle("gru", t, n, i, h, "SigmoidFn", "TanhFn", str(reset_after).lower())
             cases.append(Case(f"{kernel}::run(x0, x1, x2, x3, x4, y0, scratch, part)", arrays,
                               [np.stack(want).astype(np.float32)], kernel, atol=3e-6))  # fmt: skip
-        for name, fn in (("Tanh", np.tanh),) if n > 1 else (("Relu", lambda v: np.maximum(v, 0)),):
+        for name, fn in (("TanhFn", np.tanh),) if n > 1 else (("ReluFn", lambda v: np.maximum(v, 0)),):
             arrays = _operands(rng, t, n, i, h, 1)[:5]
             x, w, r, b, state = (a.astype(np.float64) for a in arrays)
             want = []

@@ -565,11 +565,13 @@ template <int N> SKIVE_INLINE Vec<N> log_(Vec<N> x) {
   const Vec<N> low = select(equal(x, zero<N>()), -inf, splat<N>(__builtin_nanf("")));
   return select(equal(x, inf), inf, select(less(zero<N>(), x), r, low));
 }
-// log(1 + x): the rounding error of 1 + x is divided back in (W. Kahan's correction).
+// log(1 + x): the rounding error of 1 + x is divided back in (W. Kahan's correction), unless 1 + x is
+// so large that it does not count.
 template <int N> SKIVE_INLINE Vec<N> log1p_(Vec<N> x) {
-  const Vec<N> u = x + splat<N>(1.0f);
-  const Vec<N> r = log_(u) + (x - (u - splat<N>(1.0f))) / u;
-  return select(less(abs_(x), splat<N>(1e-7f)), x, select(less(abs_(u), splat<N>(3e38f)) & less(zero<N>(), u), r, log_(u)));
+  const Vec<N> u = x + splat<N>(1.0f), l = log_(u);
+  const Vec<N> r = l + (x - (u - splat<N>(1.0f))) / u;
+  const Mask<N> corrected = less(zero<N>(), u) & less(u, splat<N>(3e38f));
+  return select(less(abs_(x), splat<N>(1e-7f)), x, select(corrected, r, l));
 }
 
 // Odd rational approximation x P(x^2) / Q(x^2) on [-9.02, 9.02], where tanh rounds to 1.

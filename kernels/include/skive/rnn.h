@@ -18,16 +18,16 @@ namespace skive {
 inline namespace SKIVE_ISA {
 
 // The activations by their names in the IR.
-struct Sigmoid {
+struct SigmoidFn {
   template <class V> static SKIVE_INLINE V apply(V x) { return sigmoid(x); }
 };
-struct Tanh {
+struct TanhFn {
   template <class V> static SKIVE_INLINE V apply(V x) { return tanh_(x); }
 };
-struct Relu {
+struct ReluFn {
   template <class V> static SKIVE_INLINE V apply(V x) { return relu(x); }
 };
-struct Identity {
+struct IdentityFn {
   template <class V> static SKIVE_INLINE V apply(V x) { return x; }
 };
 
@@ -65,7 +65,7 @@ struct RecurrentShape {
 
 
 // y [T, 2, N, H]: h and c after each step. peephole [3 H] (i o f) or null.
-template <int T, int N, int I, int H, class F = Sigmoid, class Cell = Tanh, class Out = Tanh, bool Packed = false>
+template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, class Out = TanhFn, bool Packed = false>
 struct lstm {
   using S = RecurrentShape<T, N, I, H, 4, Packed>;
   static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
@@ -125,7 +125,7 @@ struct lstm {
 
 // y [T, N, H]. ResetAfter (linear_before_reset): the reset gate scales the recurrent product, else it
 // scales the state before it. Packed recurrent weights are two panels: z and r, then h.
-template <int T, int N, int I, int H, class F = Sigmoid, class Cell = Tanh, bool ResetAfter = false, bool Packed = false>
+template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, bool ResetAfter = false, bool Packed = false>
 struct gru {
   using S = RecurrentShape<T, N, I, H, 3, Packed>;
   using Gates = gate_product<N, H, 2 * H>;      // z and r
@@ -190,7 +190,7 @@ struct gru {
 };
 
 // y [T, N, H] = F(w x + r h + bias).
-template <int T, int N, int I, int H, class F = Tanh, bool Packed = false>
+template <int T, int N, int I, int H, class F = TanhFn, bool Packed = false>
 struct rnn {
   using S = RecurrentShape<T, N, I, H, 1, Packed>;
   static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
