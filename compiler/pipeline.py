@@ -126,7 +126,7 @@ def _parse_options(p: Pass, text: str) -> Any:
         key, eq, value = item.partition("=")
         if not eq or key not in fields:
             raise InvalidModelError(f"pass {p.name}: unknown option {item!r}; it has {', '.join(fields) or 'none'}")
-        kind = type(fields[key].default)
+        kind: Any = type(fields[key].default)
         try:
             if kind is bool:
                 values[key] = {"true": True, "false": False, "1": True, "0": False}[value.lower()]
@@ -173,6 +173,7 @@ def random_inputs(graph: Graph, seed: int = 0) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     arrays = []
     for i in graph.inputs:
+        a: np.ndarray
         if i.dtype.is_float:
             a = rng.standard_normal(i.shape)
         elif i.dtype.is_int:

@@ -434,7 +434,8 @@ def parse_graph(text: str, constants: Mapping[str, np.ndarray] | None = None) ->
 def save_text(graph: Graph, path: str | Path) -> None:
     """Writes the text to `path` and the larger constants beside it, with the suffix `.npz`."""
     path = Path(path)
-    np.savez(path.with_suffix(".npz"), **constants_of(graph))
+    values: dict[str, Any] = dict(constants_of(graph))
+    np.savez(path.with_suffix(".npz"), **values)
     path.write_text(print_graph(graph), encoding="utf-8")
 
 

@@ -276,15 +276,15 @@ def scaled_dot_product(m: Match) -> Node | Declined | None:
             a, b = b, a
         scores, mask = a, b
     while m.only_use(scores):
-        inner, c = _scalar_factor(scores, m)
+        inner, factor = _scalar_factor(scores, m)
         if inner is scores:
             break
-        scores, scale = inner, scale * c
+        scores, scale = inner, scale * factor
     if scores.op != "matmul" or not m.only_use(scores) or scores.attrs["trans_a"]:
         return Declined("the scores are not one scaled product")
     q, k = scores.inputs
-    (q, a), (k, b) = _scalar_factor(q, m), _scalar_factor(k, m)
-    scale *= a * b
+    (q, of_q), (k, of_k) = _scalar_factor(q, m), _scalar_factor(k, m)
+    scale *= of_q * of_k
     if not scores.attrs["trans_b"]:
         k = _swapped(k)
     causal = mask is not None and mask.is_const and _is_causal(mask.value, p.shape)
