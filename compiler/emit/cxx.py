@@ -66,7 +66,8 @@ def _lambda(fn: Fn) -> str:
     used = {arg for s in fn.steps for arg in s.args}
     needs_lanes = fn.vector and any("<N>" in names[u] for u in used if u in names)
     if needs_lanes:
-        lines.append("constexpr int N = decltype(x0)::lanes;")
+        value = next(i for i, a in enumerate(fn.operands) if a.mode == "value")
+        lines.append(f"constexpr int N = decltype(x{value})::lanes;")
     if not fn.steps:
         lines.append("return x0;")
     for n, s in enumerate(fn.steps):
