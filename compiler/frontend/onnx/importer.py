@@ -297,8 +297,9 @@ class Importer:
             call = Call(node.op_type, node.name, origin, opset, values, inputs, list(node.output), self, env)
             try:
                 got = row(call)
-                single = isinstance(got, Node | SequenceValue | OptionalValue | UnknownValue)
-                return call.named([got] if single else list(got))
+                if isinstance(got, Node | SequenceValue | OptionalValue | UnknownValue):
+                    got = [got]
+                return call.named(got)
             except Decline as e:
                 reason = Unsupported(str(e))
         body = schema_function(node, bound, domain, opset, inputs)
