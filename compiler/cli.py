@@ -389,20 +389,20 @@ def run(artefact: str, input_file: str, output: str | None, as_json: bool) -> No
     if output is not None:
         def write(path: Path) -> None:
             with path.open("wb") as f:  # a file object: savez would add .npz to the name
-                np.savez(f, **joined)
+                np.savez(f, **joined)  # type: ignore[arg-type]  # its stub takes every name for an option
 
         write_file(output, write)
-    summary = {"calls": len(seconds), "median_ms": float(np.median(seconds)) * 1e3,
-               "outputs": [_statistics(k, v) for k, v in joined.items()]}
+    statistics = [_statistics(k, v) for k, v in joined.items()]
+    median_ms = float(np.median(seconds)) * 1e3
     if as_json:
-        print_json(summary)
+        print_json({"calls": len(seconds), "median_ms": median_ms, "outputs": statistics})
         return
     print_table(["output", "shape", "dtype", ">min", ">mean", ">max"],
-           [[o["name"], str(o["shape"]), o["dtype"],
-             *("-" if o[k] is None else f"{o[k]:.6g}" for k in ("min", "mean", "max"))]
-            for o in summary["outputs"]])
-    click.echo(f"{summary['calls']} call{'s' * (summary['calls'] > 1)}, "
-               f"median {summary['median_ms']:.3f} ms" + (f", written to {printable(output)}" if output else ""))
+                [[o["name"], str(o["shape"]), o["dtype"],
+                  *("-" if o[k] is None else f"{o[k]:.6g}" for k in ("min", "mean", "max"))]
+                 for o in statistics])
+    click.echo(f"{len(seconds)} call{'s' * (len(seconds) > 1)}, median {median_ms:.3f} ms"
+               + (f", written to {printable(output)}" if output else ""))
 
 
 def _statistics(name: str, a: np.ndarray) -> dict[str, Any]:
@@ -519,7 +519,7 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
                f"{count_text(facts['model']['macs'])} MACs, {bytes_text(facts['model']['weight_bytes'])} of weights")
     _print_ports(sides)
     print_table(["operation", ">count", ">MACs"],
-           [[o["op"], str(o["count"]), count_text(o["macs"]) if o["macs"] else "-"] for o in facts["operations"]])
+                [[o["op"], str(o["count"]), count_text(o["macs"]) if o["macs"] else "-"] for o in facts["operations"]])
 
 
 def _print_ports(sides: Mapping[str, Sequence[TensorInfo]]) -> None:
@@ -584,7 +584,7 @@ def opt(model: str, pipeline: str, output: str | None,
 
     if pipeline == "help":
         print_table(["pass", "exact", "result"],
-               [[p.name, "yes" if p.exact else "no", p.doc] for p in PASSES.values()])
+                    [[p.name, "yes" if p.exact else "no", p.doc] for p in PASSES.values()])
         return
     steps = parse_pipeline(pipeline)
     graph = _open(model, **_requested(inputs, batch_max, example)).graph()
@@ -622,10 +622,10 @@ def profile(artefact: str, rounds: int | None, html: str | None, as_json: bool) 
         print_json(result)
         return
     print_table([">#", "layer", "kernel", ">us", ">share", ">GMAC/s", ">GB/s"],
-           [[str(i), layer["name"] or layer["op"], layer["kernel"], f"{layer['us']:.2f}",
-             f"{100 * layer['share']:.1f} %",
-             f"{layer['gmac_per_s']:.1f}" if layer["macs"] else "-", f"{layer['gb_per_s']:.1f}"]
-            for i, layer in enumerate(result["layers"])])
+                [[str(i), layer["name"] or layer["op"], layer["kernel"], f"{layer['us']:.2f}",
+                  f"{100 * layer['share']:.1f} %",
+                  f"{layer['gmac_per_s']:.1f}" if layer["macs"] else "-", f"{layer['gb_per_s']:.1f}"]
+                 for i, layer in enumerate(result["layers"])])
     click.echo(f"{result['rounds']} rounds; layers together {result['layers_us']:.1f} us, "
                f"the whole network in one call {result['run_us']:.1f} us")
 
@@ -671,12 +671,15 @@ def bench(subjects: tuple[str, ...], threads: int | None, seconds: float, agains
     machine = result["machine"]
     click.echo(printable(f"{machine['cpu']}, {machine['isa']}, {machine['cores']} cores"))
     print_table(["model", "engine", "version", ">threads", ">median ms", ">min ms", ">spread", ">runs", ""],
-           [[r["model"], r["engine"], r["version"], str(r["threads"]), f"{r['median_ms']:.4f}",
-             f"{r['min_ms']:.4f}", f"{100 * r['spread']:.1f} %", str(r["runs"]), _remarks(r)]
-            for r in result["results"]])
+                [[r["model"], r["engine"], r["version"], str(r["threads"]), f"{r['median_ms']:.4f}",
+                  f"{r['min_ms']:.4f}", f"{100 * r['spread']:.1f} %", str(r["runs"]), _remarks(r)]
+                 for r in result["results"]])
     for engine, ratio in result["ratio"].items():
-        click.echo(f"{engine} takes {ratio:.2f} x the time of skive"
-                   + (" (geometric mean)" if len(subjects) > 1 else ""))
+        if ratio is None:
+            click.echo(f"{engine} has no ratio: the outputs differ")
+        else:
+            click.echo(f"{engine} takes {ratio:.2f} x the time of skive"
+                       + (" (geometric mean)" if len(subjects) > 1 else ""))
 
 
 def _remarks(row: Mapping[str, Any]) -> str:
@@ -709,8 +712,8 @@ def targets(as_json: bool) -> None:
         print_json({"targets": rows, "compiler": toolchain})
         return
     print_table(["target", "runs here", "what"],
-           [[str(r["name"]), ("yes, `host`" if r["host"] else "yes") if r["runs_here"] else "no", str(r["doc"])]
-            for r in rows])
+                [[str(r["name"]), ("yes, `host`" if r["host"] else "yes") if r["runs_here"] else "no", str(r["doc"])]
+                 for r in rows])
     if toolchain["command"]:
         click.echo(printable(f"compiler: {' '.join(toolchain['command'])} ({toolchain['version']})"))
     else:

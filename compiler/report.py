@@ -59,7 +59,7 @@ class Drawn:
 def outline(graph: Graph) -> tuple[Drawn, ...]:
     """The nodes of `graph` without its constants, in execution order."""
     index: dict[Node, int] = {}
-    drawn = []
+    drawn: list[Drawn] = []
     for n in graph.nodes:
         if n.is_const:
             continue
