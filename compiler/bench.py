@@ -205,7 +205,11 @@ class Worker:
         process = subprocess.Popen([sys.executable, "-m", "skive.bench"], env=environment, text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         started = Worker(job, process)
-        started.version = str(started._ask(json.dumps(dataclasses.asdict(job)))["version"])
+        try:
+            started.version = str(started._ask(json.dumps(dataclasses.asdict(job)))["version"])
+        except BaseException:
+            started.stop()
+            raise
         return started
 
     def _ask(self, line: str) -> dict[str, Any]:
