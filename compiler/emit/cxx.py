@@ -297,7 +297,7 @@ def _weights_unit(name: str) -> str:
             '#if defined(__ELF__)\n    .section .note.GNU-stack,"",%progbits\n#endif\n')
 
 
-FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off",
+FLAGS = ("-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off",
          "-fvisibility=hidden", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 
 

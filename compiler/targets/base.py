@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from skive.errors import TargetError
 from skive.ir import Node
 
+WINOGRAD_WEIGHT_BYTES = 12 << 20
+
 
 @dataclass(frozen=True)
 class Target:
@@ -22,10 +24,15 @@ class Target:
     doc: str
 
     def winograd_pays(self, conv: Node) -> bool:
-        """Whether F(4x4, 3x3) beats the direct kernel on `conv` (measured: benchmarks/kernels/bench_winograd.py)."""
-        _, kh, kw, ic = conv.inputs[1].shape
+        """Whether F(4x4, 3x3) beats the direct kernel on `conv` (measured: benchmarks/kernels/bench_winograd.py).
+
+        It does from 8 channels and 4x4 outputs on, as long as the transformed weights, four times the
+        original, come from the cache: beyond that their traffic costs what the arithmetic saves.
+        """
+        oc, kh, kw, ic = conv.inputs[1].shape
         return (self.lanes > 4 and (kh, kw) == (3, 3) and conv.attrs["groups"] == 1 and conv.attrs["stride"] == (1, 1)
-                and conv.attrs["dilation"] == (1, 1) and ic >= 16 and conv.shape[3] >= 16 and min(conv.shape[1:3]) >= 8)
+                and conv.attrs["dilation"] == (1, 1) and min(ic, oc) >= 8 and min(conv.shape[1:3]) >= 4
+                and 36 * 4 * ic * oc <= WINOGRAD_WEIGHT_BYTES)
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
