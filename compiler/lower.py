@@ -736,12 +736,20 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
     x, w, r = node.inputs[:3]
     t, b, i = x.shape
     h = r.shape[1]
-    gates = [f"{a.capitalize()}Gate" for a in node.attrs["activations"]]
-    template: list[object] = [t, b, i, h, *gates]
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[node.op]
+    packed, isa = w.is_const and r.is_const, ctx.target.name
+    template: list[object] = [t, b, i, h, *(f"{a.capitalize()}Fn" for a in node.attrs["activations"])]
     if node.op == "gru":
         template.append(_bool(node.attrs["reset_after"]))
-    args = [ctx.read("x", x), _transposed(ctx, node, "w", w), _transposed(ctx, node, "r", r), ctx.read("bias", node.inputs[3]),
-            ctx.read("h0", node.inputs[4])]
+    template.append(_bool(packed))
+    if packed:
+        # The reset gate of a GRU stands between its first two gates and the third: two panels.
+        panels = np.split(r.value, [2 * h]) if node.op == "gru" else [r.value]
+        weights = [ctx.packed("w", pack.pack_gates(w.value, t * b, isa)),
+                   ctx.packed("r", np.concatenate([pack.pack_gates(p, b, isa) for p in panels]))]
+    else:
+        weights = [ctx.read("w", w), ctx.read("r", r)]
+    args = [ctx.read("x", x), *weights, ctx.read("bias", node.inputs[3]), ctx.read("h0", node.inputs[4])]
     order = ["x", "w", "r", "bias", "h0"]
     if node.op == "lstm":
         args.append(ctx.read("c0", node.inputs[5]))
@@ -751,18 +759,8 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
         order.append("peep" if len(node.inputs) > 6 else "nullptr")
     args.append(ctx.write("y", node))
     order.append("y")
-    scratch = {"lstm": 4, "gru": 5, "rnn": 0}[node.op] * 4 * h * ctx.threads
-    ctx.call(node, node.op, "rnn.h", template, [*order, *(["scratch"] if scratch else []), "part"], args, scratch=scratch)
-
-
-def _transposed(ctx: Lowering, node: Node, name: str, w: Node) -> tuple[View, Arg]:
-    """A matrix with its axes swapped: packed if constant, else by a call into scratch."""
-    if w.is_const:
-        return ctx.packed(name, np.ascontiguousarray(w.value.T))
-    view, _ = ctx.temporary(name, w.type.bytes)
-    ctx.call(node, "transpose", "transpose.h", [w.dtype.ctype, _tag("Shape", w.shape), "Perm<1, 0>"], ["y", "x", "part"],
-             [ctx.read("x", w), (view, Arg("y", w.dtype.ctype, "", const=False))])
-    return view, Arg(name, w.dtype.ctype, "")
+    ctx.call(node, node.op, "rnn.h", template, [*order, "scratch", "part"], args,
+             scratch=pack.recurrent_scratch_bytes(gates, t, b, i, h, packed, isa))
 
 
 # -- reductions

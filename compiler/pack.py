@@ -242,6 +242,39 @@ def attention_scratch_bytes(queries: int, keys: int, width: int, value_width: in
                 + _round_up(rows * keys, 16) + _round_up(max(keys, value_width) + 3 * lanes, 16) + _round_up(rows, 16))
 
 
+def _gate_block(gates: int, rows: int, isa: str) -> int:
+    """rnn_block of rnn.h."""
+    wide = (8 if rows == 1 else 2) * _BLOCK_VECTORS[isa]
+    return min(_round_up(gates, _CHANNEL_QUANTUM), wide) if gates < wide else wide
+
+
+def pack_gates(weights: np.ndarray, rows: int, isa: str) -> Floats:
+    """Weights [gates, K] of a recurrent layer whose product has `rows` rows, as rnn.h reads them."""
+    return pack_conv2d(weights[:, None, None, :], _gate_block(weights.shape[0], rows, isa))
+
+
+def recurrent_scratch_bytes(gates: int, steps: int, batch: int, inputs: int, hidden: int, packed: bool, isa: str) -> int:
+    """`scratch_bytes` of lstm (4 gates), gru (3) and rnn (1) of rnn.h; `packed`: weights by pack_gates."""
+
+    def bias(outputs: int, rows: int) -> int:
+        block = _gate_block(outputs, rows, isa)
+        return _round_up(_round_up(outputs, block), 16)
+
+    def weights(outputs: int, width: int, rows: int) -> int:
+        return _panel_floats(width, outputs, _gate_block(outputs, rows, isa))
+
+    n = gates * hidden
+    total = _round_up(steps * batch * n, 16) + _round_up(batch * n, 16) + 2 * max(bias(n, steps * batch), bias(n, batch))
+    total += _round_up(batch * hidden, 16)
+    if not packed:
+        total += weights(n, inputs, steps * batch) + weights(n, hidden, batch)
+    if gates == 3:
+        total += _round_up(batch * hidden, 16) + bias(hidden, batch)
+        if not packed:
+            total += weights(2 * hidden, hidden, batch) + weights(hidden, hidden, batch)
+    return 4 * total
+
+
 @dataclass(frozen=True)
 class _Phase:
     """`Phase` of conv.h: the taps of one axis that reach every stride-th output position."""
