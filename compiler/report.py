@@ -23,6 +23,10 @@ from skive.ir import Graph, Node
 
 # A drawing of more nodes than this is no longer read: the page lists them instead.
 DRAWN_NODES = 400
+DRAWN_WIDTH = 2200  # pixels; the same for one with many ways side by side
+
+# Pixels for a drawing on the page: beside the other one, and alone.
+_COLUMN, _ROW = 520, 1088
 
 # Pixels of a drawing.
 _BOX_WIDTH, _BOX_HEIGHT = 184, 36
@@ -45,9 +49,9 @@ class Drawn:
 
     @property
     def dims(self) -> str:
-        """The shape alone, if it is short."""
+        """The shape alone, if it fits beside the operation: letters of 7 and digits of 6 pixels."""
         text = self.type.partition("[")[2].removesuffix("]").replace(",", "×")
-        return text if len(text) <= 15 else ""
+        return text if 7 * len(self.op) + 6 * len(text) <= _BOX_WIDTH - 36 else ""
 
     @property
     def kind(self) -> str:
@@ -312,16 +316,19 @@ def _from_data(text: str) -> dict[str, tuple[Drawn, ...]]:
 def _page(report: Mapping[str, Any], graphs: Mapping[str, Sequence[Drawn]],
           profile: Mapping[str, Any] | None) -> str:
     layers = report.get("layers") or []
-    views = [{"title": title, "nodes": graphs[key],
-              "operations": sum(n.op != "input" for n in graphs[key]),
-              "picture": draw(graphs[key]) if len(graphs[key]) <= DRAWN_NODES else None}
-             for key, title in (("before", "As imported"), ("after", "As compiled"))]
+    views: list[dict[str, Any]] = []
+    for key, title in (("before", "As imported"), ("after", "As compiled")):
+        picture = draw(graphs[key]) if len(graphs[key]) <= DRAWN_NODES else None
+        views.append({"title": title, "nodes": graphs[key],
+                      "operations": sum(n.op != "input" for n in graphs[key]),
+                      "picture": picture if picture and picture.width <= DRAWN_WIDTH else None})
+    wide = any(v["picture"] and v["picture"].width > _COLUMN for v in views)
     path = (report.get("model") or {}).get("path") or ""
     return _template().render(
         report=report, model=report.get("model") or {}, target=report.get("target"),
         compiled=report.get("compiled"), passes=report.get("passes") or [], layers=layers,
         verification=report.get("verification"), verified="verification" in report, profile=profile,
-        title=clean(Path(str(path)).name or "model"), views=views,
+        title=clean(Path(str(path)).name or "model"), views=views, wide=wide, room=_ROW if wide else _COLUMN,
         plot=plot(layers, profile) if layers else None, data=Markup(_as_data(graphs)))
 
 

@@ -139,6 +139,19 @@ def test_a_large_graph_is_listed() -> None:
     assert f"layer{report.DRAWN_NODES}" in text
 
 
+def test_a_wide_graph_has_the_page_to_itself_and_a_very_wide_one_is_listed() -> None:
+    def fan(ways: int) -> Graph:
+        x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x")
+        ends = tuple(ops.make("relu", x, origin=f"way{i}") for i in range(ways))
+        return Graph("fan", (x,), ends, tuple(f"y{i}" for i in range(ways)))
+
+    assert 'class="pair"' in report.render(facts(), fan(2), fan(2))
+    wide = report.render(facts(), fan(2), fan(8))
+    assert 'class="pair wide"' in wide and "<details>" not in wide
+    assert max(int(w) for w in re.findall(r'<svg width="(\d+)"', wide)) <= report._ROW
+    assert report.render(facts(), fan(2), fan(30)).count("<details>") == 1
+
+
 def test_a_profile_is_added_to_the_page_of_an_artefact(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(facts("</script>")))
     (tmp_path / "report.html").write_text(report.render(facts("</script>"), block(), chain(2, name="</script>")))
