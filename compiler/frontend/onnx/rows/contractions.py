@@ -1,4 +1,4 @@
-"""Matrix products."""
+"""Matrix products, Einsum and attention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from skive.errors import InvalidModelError
-from skive.frontend.onnx.table import Call, onnx_op
+from skive.frontend.onnx.table import Call, Decline, onnx_op
 from skive.ir import Node
+from skive.ops import broadcast_shapes
 from skive.types import DType
 
 
@@ -144,3 +145,53 @@ def contract(c: Call, a: Node, a_axes: list[str], b: Node, b_axes: list[str],
         y = c.make("matmul", arranged(a, a_axes, [batch, rows, inner]), arranged(b, b_axes, [batch, inner, columns]))
     axes = [*batch, *rows, *columns]
     return c.reshape(y, [size[n] for n in axes]), axes
+
+
+# ---------------------------------------------------------------------------------------- Attention
+
+
+@onnx_op("Attention")
+def attention(c: Call) -> Node:
+    """Scaled dot-product attention in its plain form; the function body does caches, caps and windows."""
+    known = {"q_num_heads", "kv_num_heads", "scale", "is_causal", "softcap", "softmax_precision"}
+    q, k, v = c[0], c[1], c[2]
+    if (set(c.attrs) - known or c.attr("softcap", 0.0) or any(c.has(i) for i in range(4, 7))
+            or any(c.wants(i) for i in range(1, 4)) or any(t.dtype is not DType.f32 for t in (q, k, v))):
+        raise Decline("attention with more than queries, keys, values and a mask")
+    flat = q.type.rank == 3
+    if flat:
+        queries, keys = int(c.required("q_num_heads")), int(c.required("kv_num_heads"))
+        q, k, v = split_heads(c, q, queries), split_heads(c, k, keys), split_heads(c, v, keys)
+    if any(t.type.rank != 4 for t in (q, k, v)) or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise InvalidModelError(f"attention of {q.type}, {k.type}, {v.type}")
+    mask = c.get(3)
+    full = (*q.shape[:3], k.shape[2])
+    if mask is not None and not plain_mask(mask, full):
+        raise Decline("a mask that may hide every key of a query")
+    causal = bool(c.attr("is_causal", 0))
+    if causal and q.shape[2] != k.shape[2]:
+        raise Decline("causal attention of unequal lengths")
+    k, v = (repeat_heads(c, t, q.shape[1] // t.shape[1]) for t in (k, v))
+    scale = float(c.attr("scale", 0.0)) or 1.0 / math.sqrt(q.shape[3])
+    y = c.make("attention", q, k, v, *([] if mask is None else [mask]), scale=scale, causal=causal)
+    return c.reshape(c.transpose(y, (0, 2, 1, 3)), (y.shape[0], y.shape[2], y.shape[1] * y.shape[3])) if flat else y
+
+
+def plain_mask(mask: Node, full: tuple[int, ...]) -> bool:
+    """Whether a mask is a constant to be added that leaves every query at least one key."""
+    return (mask.is_const and mask.dtype is DType.f32 and broadcast_shapes(mask.shape, full) == full
+            and bool(np.isfinite(mask.value).any(-1).all()))
+
+
+def split_heads(c: Call, x: Node, heads: int) -> Node:
+    """[N, L, heads D] as [N, heads, L, D]."""
+    if x.type.rank != 3 or heads < 1 or x.shape[2] % heads:
+        raise InvalidModelError(f"{heads} heads of {x.type}")
+    return c.transpose(c.reshape(x, (*x.shape[:2], heads, x.shape[2] // heads)), (0, 2, 1, 3))
+
+
+def repeat_heads(c: Call, x: Node, times: int) -> Node:
+    """Every head of [N, heads, L, D] `times` in a row: grouped queries share keys and values."""
+    n, heads, length, depth = x.shape
+    wide = c.expand(c.reshape(x, (n, heads, 1, length, depth)), (n, heads, times, length, depth))
+    return c.reshape(wide, (n, heads * times, length, depth))
