@@ -15,11 +15,18 @@ from timing import aligned, arguments, build, peak_gmacs, pointer, print_rows, s
 
 # name, heads, queries, keys, features
 ATTENTION = [
-    ("bert-base 128", 12, 128, 128, 64), ("vit-b/16", 12, 197, 197, 64), ("vit-tiny", 3, 197, 197, 64),
-    ("decoder step", 12, 1, 512, 64), ("small transformer", 4, 32, 32, 32),
-]  # fmt: skip
+    ("bert-base 128", 12, 128, 128, 64),
+    ("vit-b/16", 12, 197, 197, 64),
+    ("vit-tiny", 3, 197, 197, 64),
+    ("decoder step", 12, 1, 512, 64),
+    ("small transformer", 4, 32, 32, 32),
+]
 # name, M, K, N, B transposed
-PRODUCTS = [("matmul 384", 384, 384, 384, False), ("matmul 384 trans b", 384, 384, 384, True), ("matvec", 1, 1024, 1024, False)]
+PRODUCTS = [
+    ("matmul 384", 384, 384, 384, False),
+    ("matmul 384 trans b", 384, 384, 384, True),
+    ("matvec", 1, 1024, 1024, False),
+]
 # name, kernel, T, I, H, gates
 RECURRENT = [("lstm speech", "lstm", 50, 40, 128, 4), ("gru denoise", "gru", 50, 42, 96, 3)]
 
@@ -33,16 +40,29 @@ def main() -> None:
         calls.append((name, f"{kind}::run(x, x, x, nullptr, y, scratch, Part{{}}, 0.125f)", 2.0 * h * nq * nk * d))
     for name, m, k_, n, trans in PRODUCTS:
         kind = f"matmul<Shape<>, {m}, {k_}, {n}, Strides<>, Strides<>, false, {str(trans).lower()}>"
-        calls.append((name, f"{kind}::run(x, x, y, scratch, Part{{}}, [](auto v, ptrdiff_t, int) {{ return v; }})",
-                      float(m * k_ * n)))  # fmt: skip
+        calls.append(
+            (
+                name,
+                f"{kind}::run(x, x, y, scratch, Part{{}}, [](auto v, ptrdiff_t, int) {{ return v; }})",
+                float(m * k_ * n),
+            )
+        )
     for name, kind, t, i, h, gates in RECURRENT:
         state = "x, x, nullptr" if kind == "lstm" else "x"
-        calls.append((name, f"{kind}<{t}, 1, {i}, {h}>::run(x, x, x, x, {state}, y, scratch, Part{{}})",
-                      float(t * gates * h * (i + h))))  # fmt: skip
+        calls.append(
+            (
+                name,
+                f"{kind}<{t}, 1, {i}, {h}>::run(x, x, x, x, {state}, y, scratch, Part{{}})",
+                float(t * gates * h * (i + h)),
+            )
+        )
     calls = [call for call in calls if args.only in call[0]]
     body = "alignas(64) static float scratch[1 << 22];\n"
-    body += "".join(f'extern "C" void bench_{n}(const float* x, float* y, int samples, double* times) {{\n'
-                    f"  repeat([=] {{ {call[1]}; }}, samples, times);\n}}\n" for n, call in enumerate(calls))  # fmt: skip
+    body += "".join(
+        f'extern "C" void bench_{n}(const float* x, float* y, int samples, double* times) {{\n'
+        f"  repeat([=] {{ {call[1]}; }}, samples, times);\n}}\n"
+        for n, call in enumerate(calls)
+    )
     library = build(["attention", "rnn"], body, args.isa, args.opt)
     peak = peak_gmacs(library)
     rng = np.random.default_rng(0)
@@ -52,8 +72,15 @@ def main() -> None:
     for n, (name, _, macs) in enumerate(calls):
         times = seconds(getattr(library, f"bench_{n}"), pointer(x), pointer(y))
         speed = macs / times.min() * 1e-9
-        rows.append({"kernel": name, "us": float(times.min() * 1e6), "median us": float(np.median(times) * 1e6),
-                     "GMAC/s": float(speed), "share %": float(100 * speed / peak)})  # fmt: skip
+        rows.append(
+            {
+                "kernel": name,
+                "us": float(times.min() * 1e6),
+                "median us": float(np.median(times) * 1e6),
+                "GMAC/s": float(speed),
+                "share %": float(100 * speed / peak),
+            }
+        )
     print_rows(rows, as_json=args.json, isa=args.isa, peak=f"{peak:.1f} GMAC/s")
 
 

@@ -21,21 +21,42 @@ CALLS = [
     ("layer norm bert 128x768", "layer_norm<128, 768>::run(x, x, x, y, Part{}, 1e-5f)", 128 * 768, 128 * 768),
     ("layer norm vit-tiny 197x192", "layer_norm<197, 192>::run(x, x, x, y, Part{}, 1e-5f)", 197 * 192, 197 * 192),
     ("rms norm 128x768", "rms_norm<128, 768>::run(x, x, y, Part{}, 1e-5f)", 128 * 768, 128 * 768),
-    ("instance norm 56x56x64", "group_norm<1, 3136, 64, 64>::run(x, x, x, y, scratch, Part{}, 1e-5f)", 3136 * 64, 3136 * 64),
-    ("mean over pixels 49x1280", "reduce<Mean, float, Shape<1280>, Strides<1>, Shape<49>, Strides<1280>>::run(x, y, Part{})",
-     49 * 1280, 1280),
-    ("sum of rows 1280x49", "reduce<Sum, float, Shape<1280>, Strides<49>, Shape<49>, Strides<1>>::run(x, y, Part{})",
-     49 * 1280, 1280),
-    ("max of all 65536", "reduce<Max, float, Shape<>, Strides<>, Shape<65536>, Strides<1>>::run(x, y, Part{})", 65536, 1),
-]  # fmt: skip
+    (
+        "instance norm 56x56x64",
+        "group_norm<1, 3136, 64, 64>::run(x, x, x, y, scratch, Part{}, 1e-5f)",
+        3136 * 64,
+        3136 * 64,
+    ),
+    (
+        "mean over pixels 49x1280",
+        "reduce<Mean, float, Shape<1280>, Strides<1>, Shape<49>, Strides<1280>>::run(x, y, Part{})",
+        49 * 1280,
+        1280,
+    ),
+    (
+        "sum of rows 1280x49",
+        "reduce<Sum, float, Shape<1280>, Strides<49>, Shape<49>, Strides<1>>::run(x, y, Part{})",
+        49 * 1280,
+        1280,
+    ),
+    (
+        "max of all 65536",
+        "reduce<Max, float, Shape<>, Strides<>, Shape<65536>, Strides<1>>::run(x, y, Part{})",
+        65536,
+        1,
+    ),
+]
 
 
 def main() -> None:
     args = arguments(__doc__)
     calls = [call for call in CALLS if args.only in call[0]]
     body = "alignas(64) [[maybe_unused]] static float scratch[4096];\n"
-    body += "".join(f'extern "C" void bench_{i}(const float* x, float* y, int samples, double* times) {{\n'
-                    f"  repeat([=] {{ {call[1]}; }}, samples, times);\n}}\n" for i, call in enumerate(calls))  # fmt: skip
+    body += "".join(
+        f'extern "C" void bench_{i}(const float* x, float* y, int samples, double* times) {{\n'
+        f"  repeat([=] {{ {call[1]}; }}, samples, times);\n}}\n"
+        for i, call in enumerate(calls)
+    )
     library = build(["softmax", "norm", "reduce"], body, args.isa, args.opt)
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
@@ -43,8 +64,14 @@ def main() -> None:
         x = aligned(rng.standard_normal(inputs).astype(np.float32))
         y = aligned(np.zeros(outputs, np.float32))
         times = seconds(getattr(library, f"bench_{i}"), pointer(x), pointer(y))
-        rows.append({"kernel": name, "us": float(times.min() * 1e6), "median us": float(np.median(times) * 1e6),
-                     "GB/s": float((x.nbytes + y.nbytes) / times.min() * 1e-9)})  # fmt: skip
+        rows.append(
+            {
+                "kernel": name,
+                "us": float(times.min() * 1e6),
+                "median us": float(np.median(times) * 1e6),
+                "GB/s": float((x.nbytes + y.nbytes) / times.min() * 1e-9),
+            }
+        )
     print_rows(rows, as_json=args.json, isa=args.isa)
 
 

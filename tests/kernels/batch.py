@@ -12,11 +12,18 @@ from driver import compile_library
 from numpy.typing import NDArray
 
 CTYPE = {
-    np.dtype(np.float32): "float", np.dtype(np.float64): "double", np.dtype(np.bool_): "uint8_t",
-    np.dtype(np.int8): "int8_t", np.dtype(np.uint8): "uint8_t", np.dtype(np.int16): "int16_t",
-    np.dtype(np.uint16): "uint16_t", np.dtype(np.int32): "int32_t", np.dtype(np.uint32): "uint32_t",
-    np.dtype(np.int64): "int64_t", np.dtype(np.uint64): "uint64_t",
-}  # fmt: skip
+    np.dtype(np.float32): "float",
+    np.dtype(np.float64): "double",
+    np.dtype(np.bool_): "uint8_t",
+    np.dtype(np.int8): "int8_t",
+    np.dtype(np.uint8): "uint8_t",
+    np.dtype(np.int16): "int16_t",
+    np.dtype(np.uint16): "uint16_t",
+    np.dtype(np.int32): "int32_t",
+    np.dtype(np.uint32): "uint32_t",
+    np.dtype(np.int64): "int64_t",
+    np.dtype(np.uint64): "uint64_t",
+}
 _GUARD = 64  # bytes of canary on either side of a buffer
 _CANARY = 0xA5
 
@@ -66,16 +73,23 @@ def _source(cases: Sequence[Case], headers: Sequence[str]) -> str:
     lines = [f'#include "skive/{h}"' for h in headers]
     lines.append("using namespace skive;\n")
     for n, case in enumerate(cases):
-        arguments = [f"[[maybe_unused]] auto* x{i} = static_cast<const {CTYPE[a.dtype]}*>(p[{i}]);"
-                     for i, a in enumerate(case.inputs)]  # fmt: skip
-        arguments += [f"[[maybe_unused]] auto* y{i} = static_cast<{CTYPE[a.dtype]}*>(p[{len(case.inputs) + i}]);"
-                      for i, a in enumerate(case.want)]  # fmt: skip
+        arguments = [
+            f"[[maybe_unused]] auto* x{i} = static_cast<const {CTYPE[a.dtype]}*>(p[{i}]);"
+            for i, a in enumerate(case.inputs)
+        ]
+        arguments += [
+            f"[[maybe_unused]] auto* y{i} = static_cast<{CTYPE[a.dtype]}*>(p[{len(case.inputs) + i}]);"
+            for i, a in enumerate(case.want)
+        ]
         need = f"{case.scratch_of}::scratch_bytes(parts)" if case.scratch_of else "parts * 0"
         lines += [
             f'extern "C" void case_{n}(void* const* p, [[maybe_unused]] void* scratch, int index, int count) {{',
-            "  [[maybe_unused]] const Part part{index, count};", *("  " + a for a in arguments), f"  {case.text};", "}",
+            "  [[maybe_unused]] const Part part{index, count};",
+            *("  " + a for a in arguments),
+            f"  {case.text};",
+            "}",
             f'extern "C" size_t scratch_{n}([[maybe_unused]] int parts) {{ return {need}; }}\n',
-        ]  # fmt: skip
+        ]
     return "\n".join(lines)
 
 
@@ -113,8 +127,9 @@ def check(cases: Sequence[Case], headers: Sequence[str], isa: str, folder: Path)
             for g, w in zip(outputs, case.want, strict=True):
                 if not _agree(g.view, w, case):
                     error = np.nanmax(np.abs(g.view.astype(np.float64) - w.astype(np.float64)))
-                    problems.append(f"{case.text}: {parts} parts, max error {error}, got {g.view.ravel()[:6]}, "
-                                    f"want {w.ravel()[:6]}")  # fmt: skip
+                    problems.append(
+                        f"{case.text}: {parts} parts, max error {error}, got {g.view.ravel()[:6]}, want {w.ravel()[:6]}"
+                    )
             bits = [g.view.tobytes() for g in outputs]
             if first and bits != first:
                 problems.append(f"{case.text}: {parts} parts give other bits than {case.parts[0]}")

@@ -23,10 +23,19 @@ def test_attention(isa: str, tmp_path: Path) -> None:
                 for interleaved in (False, True):  # [B, N, heads, D], as a fused projection leaves it
                     # Every option with the second shape, one combination each with the others.
                     pick_one = n_shape == 1 and not interleaved
-                    if not pick_one and (n_mask != n_shape or causal != (n_shape == 2) or interleaved != (n_shape == 3)):
+                    if not pick_one and (
+                        n_mask != n_shape or causal != (n_shape == 2) or interleaved != (n_shape == 3)
+                    ):
                         continue
-                    q, k, v = (rng.standard_normal((b, h, n, w)).astype(np.float32) for n, w in ((nq, d), (nk, d), (nk, dv)))
-                    mask_shape = {"none": (0, 0, 0, 0), "full": (b, h, nq, nk), "keys": (b, 1, 1, nk), "queries": (1, 1, nq, 1)}
+                    q, k, v = (
+                        rng.standard_normal((b, h, n, w)).astype(np.float32) for n, w in ((nq, d), (nk, d), (nk, dv))
+                    )
+                    mask_shape = {
+                        "none": (0, 0, 0, 0),
+                        "full": (b, h, nq, nk),
+                        "keys": (b, 1, 1, nk),
+                        "queries": (1, 1, nq, 1),
+                    }
                     mask = rng.standard_normal(mask_shape[mask_kind]).astype(np.float32)
                     s = q.astype(np.float64) @ np.swapaxes(k, 2, 3).astype(np.float64) * 0.25
                     if mask_kind != "none":
@@ -42,14 +51,38 @@ def test_attention(isa: str, tmp_path: Path) -> None:
                     shape = mask_shape[mask_kind]
                     steps = [0 if extent == 1 else int(np.prod(shape[i + 1 :])) for i, extent in enumerate(shape)]
                     mask_tag = "NoMask" if mask_kind == "none" else angle("MaskStrides", *steps)
-                    kernel = angle("attention", b, h, nq, nk, d, dv, tag(nq, d), tag(nk, d), tag(nk, dv), tag(nq, dv), mask_tag,
-                                   str(causal).lower())  # fmt: skip
-                    pick = (lambda t: np.ascontiguousarray(t.transpose(0, 2, 1, 3))) if interleaved else np.ascontiguousarray
+                    kernel = angle(
+                        "attention",
+                        b,
+                        h,
+                        nq,
+                        nk,
+                        d,
+                        dv,
+                        tag(nq, d),
+                        tag(nk, d),
+                        tag(nk, dv),
+                        tag(nq, dv),
+                        mask_tag,
+                        str(causal).lower(),
+                    )
+                    pick = (
+                        (lambda t: np.ascontiguousarray(t.transpose(0, 2, 1, 3)))
+                        if interleaved
+                        else np.ascontiguousarray
+                    )
                     inputs = [pick(q), pick(k), pick(v)]
                     pointer = "nullptr"
                     if mask_kind != "none":
                         inputs.append(mask)
                         pointer = "x3"
-                    cases.append(Case(f"{kernel}::run(x0, x1, x2, {pointer}, y0, scratch, part, 0.25f)", inputs, [pick(want)],
-                                      kernel, atol=3e-6))  # fmt: skip
+                    cases.append(
+                        Case(
+                            f"{kernel}::run(x0, x1, x2, {pointer}, y0, scratch, part, 0.25f)",
+                            inputs,
+                            [pick(want)],
+                            kernel,
+                            atol=3e-6,
+                        )
+                    )
     check(cases, ["attention.h"], isa, tmp_path)

@@ -13,9 +13,19 @@ from driver import cpu_isas
 
 # result shape, shape of the second operand (broadcast)
 BROADCASTS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-    ((), ()), ((1,), (1,)), ((7,), (1,)), ((1000,), (1000,)), ((5, 33), (33,)), ((5, 33), (5, 1)), ((2, 3, 17), (3, 1)),
-    ((2, 3, 4, 5), (2, 1, 4, 1)), ((40, 3), (3,)), ((2, 4097), (4097,)), ((0, 5), (5,)), ((2, 1, 2, 1, 3, 2, 1, 9), (3, 1, 1, 9)),
-]  # fmt: skip
+    ((), ()),
+    ((1,), (1,)),
+    ((7,), (1,)),
+    ((1000,), (1000,)),
+    ((5, 33), (33,)),
+    ((5, 33), (5, 1)),
+    ((2, 3, 17), (3, 1)),
+    ((2, 3, 4, 5), (2, 1, 4, 1)),
+    ((40, 3), (3,)),
+    ((2, 4097), (4097,)),
+    ((0, 5), (5,)),
+    ((2, 1, 2, 1, 3, 2, 1, 9), (3, 1, 1, 9)),
+]
 
 
 def broadcast_strides(shape: tuple[int, ...], full: tuple[int, ...]) -> list[int]:
@@ -28,7 +38,11 @@ def test_map(isa: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(20)
     cases = []
     for full, other in BROADCASTS:
-        tags = angle("Shape", *full), angle("Strides", *broadcast_strides(full, full)), angle("Strides", *broadcast_strides(other, full))
+        tags = (
+            angle("Shape", *full),
+            angle("Strides", *broadcast_strides(full, full)),
+            angle("Strides", *broadcast_strides(other, full)),
+        )
         fn = "[](auto a, auto b) { return relu(add(mul(a, b), 0.5f)); }"
         a = np.asarray(rng.standard_normal(full)).astype(np.float32)
         b = np.asarray(rng.standard_normal(other)).astype(np.float32)
@@ -36,7 +50,9 @@ def test_map(isa: str, tmp_path: Path) -> None:
         cases.append(Case(f"{angle('vmap', *tags)}::run(y0, part, {fn}, x0, x1)", [a, b], [want], atol=1e-6))
         i, j = (np.asarray(rng.integers(-100, 100, s)).astype(t) for s, t in ((full, np.int8), (other, np.int64)))
         less = "[](auto a, auto b) { return less(cast<int64_t>(a), b); }"
-        cases.append(Case(f"{angle('map', 'uint8_t', *tags)}::run(y0, part, {less}, x0, x1)", [i, j], [np.asarray(i < j)]))
+        cases.append(
+            Case(f"{angle('map', 'uint8_t', *tags)}::run(y0, part, {less}, x0, x1)", [i, j], [np.asarray(i < j)])
+        )
     check(cases, ["map.h"], isa, tmp_path)
 
 
@@ -74,19 +90,32 @@ def test_copies(isa: str, tmp_path: Path) -> None:
     want[:, :, 3:9] = x[::-2]
     tiled = np.tile(x[:1], (3, 1, 1))
     cases = [
-        Case("copy_strided<int16_t, Shape<2, 5, 6>, Strides<45, 9, 1>, Strides<-60, 6, 1>>::run(y0 + 3, x0 + 90, part)", [x], [want]),
+        Case(
+            "copy_strided<int16_t, Shape<2, 5, 6>, Strides<45, 9, 1>, Strides<-60, 6, 1>>::run(y0 + 3, x0 + 90, part)",
+            [x],
+            [want],
+        ),
         Case("copy_strided<int16_t, Shape<3, 30>, Strides<30, 1>, Strides<0, 1>>::run(y0, x0, part)", [x], [tiled]),
-        Case("copy_strided<int16_t, Shape<4, 5, 6>, Strides<30, 6, 1>, Strides<-30, 6, -1>>::run(y0, x0 + 95, part)", [x],
-             [np.ascontiguousarray(x[::-1, :, ::-1])]),
+        Case(
+            "copy_strided<int16_t, Shape<4, 5, 6>, Strides<30, 6, 1>, Strides<-30, 6, -1>>::run(y0, x0 + 95, part)",
+            [x],
+            [np.ascontiguousarray(x[::-1, :, ::-1])],
+        ),
         Case("copy_linear<int16_t, 120>::run(x0, y0, part)", [x], [x]),
-        Case("fill<int16_t, Shape<4, 5, 6>, Strides<30, 6, 1>>::run(y0, int16_t{9}, part)", [], [np.full((4, 5, 6), 9, np.int16)]),
-    ]  # fmt: skip
+        Case(
+            "fill<int16_t, Shape<4, 5, 6>, Strides<30, 6, 1>>::run(y0, int16_t{9}, part)",
+            [],
+            [np.full((4, 5, 6), 9, np.int16)],
+        ),
+    ]
     for before, after in [((1, 0, 2), (0, 3, 1)), ((0, 0, 0), (1, 1, 1)), ((3, 4, 5), (3, 4, 5))]:
         out = tuple(d + p + q for d, p, q in zip(x.shape, before, after, strict=True))
         for mode in ("constant", "edge", "reflect", "wrap"):
             options = {"constant_values": 42} if mode == "constant" else {}
             y = np.pad(x, list(zip(before, after, strict=True)), mode=mode, **options)  # type: ignore[call-overload]
-            kernel = angle("pad", "int16_t", f"PadMode::{mode}", "Shape<4, 5, 6>", angle("Shape", *out), angle("Strides", *before))
+            kernel = angle(
+                "pad", "int16_t", f"PadMode::{mode}", "Shape<4, 5, 6>", angle("Shape", *out), angle("Strides", *before)
+            )
             cases.append(Case(f"{kernel}::run(y0, x0, int16_t{{42}}, part)", [x], [y]))
     cut = "pad<int16_t, PadMode::constant, Shape<4, 5, 6>, Shape<3, 6, 2>, Strides<-1, 1, -2>>"
     want = np.pad(x, [(0, 0), (1, 0), (0, 0)], constant_values=42)[1:, :, 2:4]

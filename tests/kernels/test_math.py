@@ -44,7 +44,12 @@ UNARY: dict[str, tuple[str, Callable[[Floats], Floats], float, float]] = {
     "silu": ("silu(x)", lambda x: x * _sigmoid(x), 5, 3e-43),
     # A subnormal sigmoid times x; 1 + erf and 1 + tanh cancel in the left tail: absolute error there.
     "gelu": ("gelu(x)", lambda x: 0.5 * x * _erfc(-x / math.sqrt(2)).astype(np.float64), 6, 1e-6),
-    "gelu_tanh": ("gelu_tanh(x)", lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), 8, 1e-6),
+    "gelu_tanh": (
+        "gelu_tanh(x)",
+        lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+        8,
+        1e-6,
+    ),
     "softplus": ("softplus(x)", _softplus, 4, 0),
     "mish": ("mish(x)", lambda x: x * np.tanh(_softplus(x)), 8, 1e-37),
     "elu": ("elu(x, 0.7)", lambda x: np.where(x > 0, x, np.float32(0.7) * np.expm1(np.minimum(x, 0))), 4, 0),
@@ -79,15 +84,25 @@ UNARY: dict[str, tuple[str, Callable[[Floats], Floats], float, float]] = {
     "leaky_relu": ("leaky_relu(x, 0.125)", lambda x: np.where(x < 0, 0.125 * x, x), 0.51, 0),
     "prelu": ("prelu(x, 0.25f)", lambda x: np.where(x < 0, 0.25 * x, x), 0.51, 0),
     "thresholded_relu": ("thresholded_relu(x, 1.0)", lambda x: np.where(x > 1, x, 0), 0, 0),
-    "shrink": ("shrink(x, 0.5, 1.5)", lambda x: np.where(x < -1.5, x + 0.5, np.where(x > 1.5, x - 0.5, x * 0)), 0.51, 0),
+    "shrink": (
+        "shrink(x, 0.5, 1.5)",
+        lambda x: np.where(x < -1.5, x + 0.5, np.where(x > 1.5, x - 0.5, x * 0)),
+        0.51,
+        0,
+    ),
     "pow2": ("pow_(x, 2.0f)", lambda x: x * x, 0.51, 0),
     "pow": ("pow_(abs_(x), 1.7f)", lambda x: np.abs(x) ** np.float64(np.float32(1.7)), 1, 0),
     "mod": ("mod_(x, 3.0f)", _mod, 1, 0),
     "min_max": ("min_(max_(x, -2.0f), 3.0f)", lambda x: np.minimum(np.maximum(x, -2), 3), 0, 0),
-    "where": ("where(and_(less(x, 2.0f), not_(less_equal(x, -2.0f))), x, neg(x))",
-              lambda x: np.where((x < 2) & ~(x <= -2), x, -x), 0, 0),
+    "where": (
+        "where(and_(less(x, 2.0f), not_(less_equal(x, -2.0f))), x, neg(x))",
+        lambda x: np.where((x < 2) & ~(x <= -2), x, -x),
+        0,
+        0,
+    ),
     "is_nan": ("cast<float>(or_(is_nan(x), is_inf(x, true, false)))", lambda x: np.isnan(x) | np.isneginf(x), 0, 0),
-}  # fmt: skip
+}
+
 
 def sweep() -> NDArray[np.float32]:
     """Every 4,099th float32 by bit pattern, the small integers, and a fine grid around zero."""
@@ -106,8 +121,11 @@ def ulp_error(got: NDArray[np.float32], want: Floats, excused: float) -> Floats:
         error = np.abs(got.astype(np.float64) - want)
         # Overflow one step early or late counts as one unit.
         edge = np.isinf(got) & (np.abs(want) > 3.4028e38) | np.isinf(rounded) & (np.abs(got) > 3.4028e38)
-    return np.where(same | (error <= excused), np.where(np.isfinite(want) & same, np.minimum(error / unit, 0.5), 0),
-                    np.where(edge, 1, np.where(np.isfinite(error), error / unit, np.inf)))
+    return np.where(
+        same | (error <= excused),
+        np.where(np.isfinite(want) & same, np.minimum(error / unit, 0.5), 0),
+        np.where(edge, 1, np.where(np.isfinite(error), error / unit, np.inf)),
+    )
 
 
 @pytest.fixture(scope="module", params=cpu_isas())
@@ -115,11 +133,13 @@ def vectors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """All functions of UNARY over whole vectors and over vectors of three lanes."""
     lines = ['#include "skive/map.h"', "using namespace skive;"]
     for name, (text, *_rest) in UNARY.items():
-        lines.append(f'extern "C" void {name}_(const float* in, float* out, ptrdiff_t n) {{\n'
-                     f"  ptrdiff_t i = 0;\n  auto f = [](auto x) {{ return {text}; }};\n"
-                     f"  for (; i + kLanes <= n; i += kLanes) store(out + i, f(load<kLanes>(in + i)));\n"
-                     f"  for (; i + 3 <= n; i += 3) store(out + i, f(load<3>(in + i)));\n"
-                     f"  for (; i < n; ++i) out[i] = static_cast<float>(f(in[i]));\n}}")  # fmt: skip
+        lines.append(
+            f'extern "C" void {name}_(const float* in, float* out, ptrdiff_t n) {{\n'
+            f"  ptrdiff_t i = 0;\n  auto f = [](auto x) {{ return {text}; }};\n"
+            f"  for (; i + kLanes <= n; i += kLanes) store(out + i, f(load<kLanes>(in + i)));\n"
+            f"  for (; i + 3 <= n; i += 3) store(out + i, f(load<3>(in + i)));\n"
+            f"  for (; i < n; ++i) out[i] = static_cast<float>(f(in[i]));\n}}"
+        )
     return compile_library("\n".join(lines), request.param, tmp_path_factory.mktemp("math"))
 
 
@@ -165,30 +185,62 @@ def test_integers(isa: str, tmp_path: Path) -> None:
             return np.array([v & (2**n - 1) for v in values], np.dtype(f"u{n // 8}")).view(to)
 
         rows = {
-            "add(p, q)": [p + q for p, q in pairs], "sub(p, q)": [p - q for p, q in pairs], "mul(p, q)": [p * q for p, q in pairs],
-            "div_(p, q)": [_divide(p, q) for p, q in pairs], "neg(p)": [-p for p, _ in pairs], "abs_(p)": [abs(p) for p, _ in pairs],
+            "add(p, q)": [p + q for p, q in pairs],
+            "sub(p, q)": [p - q for p, q in pairs],
+            "mul(p, q)": [p * q for p, q in pairs],
+            "div_(p, q)": [_divide(p, q) for p, q in pairs],
+            "neg(p)": [-p for p, _ in pairs],
+            "abs_(p)": [abs(p) for p, _ in pairs],
             "mod_(p, q)": [p % q if q else 0 for p, q in pairs],
             "fmod_(p, q)": [p - q * _divide(p, q) if q else 0 for p, q in pairs],
-            "min_(p, q)": [min(t) for t in pairs], "max_(p, q)": [max(t) for t in pairs],
-            "sign(p)": [(p > 0) - (p < 0) for p, _ in pairs], "relu(p)": [max(p, 0) for p, _ in pairs],
-            "bit_and(p, q)": [p & q for p, q in pairs], "bit_or(p, q)": [p | q for p, q in pairs],
-            "bit_xor(p, q)": [p ^ q for p, q in pairs], "bit_not(p)": [~p for p, _ in pairs],
+            "min_(p, q)": [min(t) for t in pairs],
+            "max_(p, q)": [max(t) for t in pairs],
+            "sign(p)": [(p > 0) - (p < 0) for p, _ in pairs],
+            "relu(p)": [max(p, 0) for p, _ in pairs],
+            "bit_and(p, q)": [p & q for p, q in pairs],
+            "bit_or(p, q)": [p | q for p, q in pairs],
+            "bit_xor(p, q)": [p ^ q for p, q in pairs],
+            "bit_not(p)": [~p for p, _ in pairs],
             "shift_left(p, q)": [_shift(p, q, bits, True) for p, q in pairs],
             "shift_right(p, q)": [_shift(p, q, bits, False) for p, q in pairs],
             "clip(p, 1, 6)": [min(max(p, 1), 6) for p, _ in pairs],
             "where(greater(p, q), p, q)": [max(t) for t in pairs],
             "pow_(p, bit_and(q, static_cast<decltype(q)>(7)))": [p ** (q & 7) for p, q in pairs],
-        }  # fmt: skip
+        }
         for text, want in rows.items():
-            loop = f"for (int i = 0; i < {a.size}; ++i) {{ [[maybe_unused]] {ctype} p = x0[i], q = x1[i]; y0[i] = {text}; }}"
+            operands = f"[[maybe_unused]] {ctype} p = x0[i], q = x1[i];"
+            loop = f"for (int i = 0; i < {a.size}; ++i) {{ {operands} y0[i] = {text}; }}"
             cases.append(Case(loop, [a, b], [wrapped(want)], parts=(1,)))
     check(cases, ["math.h"], isa, tmp_path)
 
 
 @pytest.mark.parametrize("isa", ["generic"])
 def test_cast(isa: str, tmp_path: Path) -> None:
-    x = np.array([0, -0.5, 1.9, -1.9, 127.9, 128, -129, 300, 3e9, -3e9, 1e10, 9.3e18, 1.8e19, -1e19, 1e30, np.inf, -np.inf,
-                  np.nan, 65535, 2147483648.0], np.float32)  # fmt: skip
+    x = np.array(
+        [
+            0,
+            -0.5,
+            1.9,
+            -1.9,
+            127.9,
+            128,
+            -129,
+            300,
+            3e9,
+            -3e9,
+            1e10,
+            9.3e18,
+            1.8e19,
+            -1e19,
+            1e30,
+            np.inf,
+            -np.inf,
+            np.nan,
+            65535,
+            2147483648.0,
+        ],
+        np.float32,
+    )
     cases = []
     for source in (x, x.astype(np.float64)):
         for dtype in [*INTEGERS, np.uint16]:
@@ -198,10 +250,20 @@ def test_cast(isa: str, tmp_path: Path) -> None:
                 wide.append((int(v) if inside else -(2**63)) & (2**64 - 1))
             want = np.array(wide, np.uint64).astype(np.dtype(f"u{np.dtype(dtype).itemsize}")).view(dtype)
             ctype = CTYPE[np.dtype(dtype)]
-            cases.append(Case(f"for (int i = 0; i < {x.size}; ++i) y0[i] = cast<{ctype}>(x0[i])", [source], [want], parts=(1,)))
-        cases.append(Case(f"for (int i = 0; i < {x.size}; ++i) y0[i] = cast<bool>(x0[i])", [source], [source != 0], parts=(1,)))
+            cases.append(
+                Case(f"for (int i = 0; i < {x.size}; ++i) y0[i] = cast<{ctype}>(x0[i])", [source], [want], parts=(1,))
+            )
+        cases.append(
+            Case(f"for (int i = 0; i < {x.size}; ++i) y0[i] = cast<bool>(x0[i])", [source], [source != 0], parts=(1,))
+        )
     i = np.array([0, -1, 300, -129, 2**31 - 1, 2**40], np.int64)
     for dtype in INTEGERS:
-        cases.append(Case(f"for (int i = 0; i < {i.size}; ++i) y0[i] = cast<{CTYPE[np.dtype(dtype)]}>(x0[i])", [i],
-                          [i.astype(dtype)], parts=(1,)))  # fmt: skip
+        cases.append(
+            Case(
+                f"for (int i = 0; i < {i.size}; ++i) y0[i] = cast<{CTYPE[np.dtype(dtype)]}>(x0[i])",
+                [i],
+                [i.astype(dtype)],
+                parts=(1,),
+            )
+        )
     check(cases, ["math.h"], isa, tmp_path)

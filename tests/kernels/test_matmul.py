@@ -12,10 +12,18 @@ from driver import cpu_isas
 
 # batch of a, batch of b, M, K, N
 SHAPES = [
-    ((), (), 1, 1, 1), ((), (), 1, 64, 100), ((), (), 3, 17, 33), ((), (), 5, 7, 3), ((), (), 40, 33, 200),
-    ((2,), (2,), 9, 16, 17), ((3, 1), (1, 2), 6, 5, 7), ((2, 3), (), 11, 8, 65), ((), (4,), 2, 9, 40), ((2,), (2,), 7, 0, 3),
+    ((), (), 1, 1, 1),
+    ((), (), 1, 64, 100),
+    ((), (), 3, 17, 33),
+    ((), (), 5, 7, 3),
+    ((), (), 40, 33, 200),
+    ((2,), (2,), 9, 16, 17),
+    ((3, 1), (1, 2), 6, 5, 7),
+    ((2, 3), (), 11, 8, 65),
+    ((), (4,), 2, 9, 40),
+    ((2,), (2,), 7, 0, 3),
     ((), (), 33, 130, 70),
-]  # fmt: skip
+]
 
 
 def strides(batch: tuple[int, ...], full: tuple[int, ...], matrix: int) -> list[int]:
@@ -38,8 +46,17 @@ def test_float(isa: str, tmp_path: Path) -> None:
                 left = np.swapaxes(a, -1, -2) if ta else a
                 right = np.swapaxes(b, -1, -2) if tb else b
                 want = left.astype(np.float64) @ right.astype(np.float64)
-                kernel = angle("matmul", angle("Shape", *full), m, k, n, angle("Strides", *strides(ba, full, m * k)),
-                               angle("Strides", *strides(bb, full, k * n)), str(ta).lower(), str(tb).lower())  # fmt: skip
+                kernel = angle(
+                    "matmul",
+                    angle("Shape", *full),
+                    m,
+                    k,
+                    n,
+                    angle("Strides", *strides(ba, full, m * k)),
+                    angle("Strides", *strides(bb, full, k * n)),
+                    str(ta).lower(),
+                    str(tb).lower(),
+                )
                 text = f"{kernel}::run(x0, x1, y0, scratch, part, [](auto v, ptrdiff_t, int) {{ return v; }})"
                 cases.append(Case(text, [a, b], [want.astype(np.float32)], kernel, rtol=1e-5, atol=1e-6))
     check(cases, ["matmul.h"], isa, tmp_path)
@@ -56,7 +73,9 @@ def test_epilogue_sees_row_and_column(isa: str, tmp_path: Path) -> None:
         want = np.maximum(a.astype(np.float64) @ b + residual, 0).astype(np.float32)
         kernel = angle("matmul", "Shape<2>", m, 8, n, angle("Strides", m * 8), angle("Strides", 8 * n))
         fn = f"[=](auto v, ptrdiff_t r, int c) {{ return relu(v + load<decltype(v)::lanes>(x2 + r * {n} + c)); }}"
-        cases.append(Case(f"{kernel}::run(x0, x1, y0, scratch, part, {fn})", [a, b, residual], [want], kernel, atol=1e-6))
+        cases.append(
+            Case(f"{kernel}::run(x0, x1, y0, scratch, part, {fn})", [a, b, residual], [want], kernel, atol=1e-6)
+        )
     check(cases, ["matmul.h"], isa, tmp_path)
 
 
@@ -74,7 +93,18 @@ def test_integers(isa: str, tmp_path: Path) -> None:
                 with np.errstate(over="ignore"):
                     want = np.matmul(left, (b.T if tb else b).astype(result))
                 names = {np.int32: "int32_t", np.int64: "int64_t", np.uint8: "uint8_t", np.int8: "int8_t"}
-                kernel = angle("plain_matmul", names[dtype], names[result], "Shape<2>", 5, 7, 9, "Strides<35>", "Strides<0>",
-                               str(ta).lower(), str(tb).lower())  # fmt: skip
+                kernel = angle(
+                    "plain_matmul",
+                    names[dtype],
+                    names[result],
+                    "Shape<2>",
+                    5,
+                    7,
+                    9,
+                    "Strides<35>",
+                    "Strides<0>",
+                    str(ta).lower(),
+                    str(tb).lower(),
+                )
                 cases.append(Case(f"{kernel}::run(x0, x1, y0, part)", [a, b], [want]))
     check(cases, ["matmul.h"], isa, tmp_path)

@@ -28,7 +28,9 @@ def test_rows(isa: str, tmp_path: Path) -> None:
         cases += [
             Case(f"{norm}::run(x0, x1, x2, y0, {tail}", [x, scale, bias], [(y + bias).astype(np.float32)], atol=2e-6),
             Case(f"{norm}::run(x0, x1, nullptr, y0, {tail}", [x, scale], [y.astype(np.float32)], atol=2e-6),
-            Case(f"{angle('rms_norm', rows, n)}::run(x0, x1, y0, {tail}", [x, scale], [r.astype(np.float32)], atol=2e-6),
+            Case(
+                f"{angle('rms_norm', rows, n)}::run(x0, x1, y0, {tail}", [x, scale], [r.astype(np.float32)], atol=2e-6
+            ),
         ]
     check(cases, ["norm.h"], isa, tmp_path)
 
@@ -56,6 +58,13 @@ def test_groups(isa: str, tmp_path: Path) -> None:
         d = v - v.mean((1, 3), keepdims=True)
         y = (d / np.sqrt((d * d).mean((1, 3), keepdims=True) + EPS)).reshape(x.shape) * scale + bias
         kernel = angle("group_norm", n, pixels, c, groups)
-        cases.append(Case(f"{kernel}::run(x0, x1, x2, y0, scratch, part, {EPS}f)", [x, scale, bias],
-                          [y.astype(np.float32)], kernel, atol=5e-6))  # fmt: skip
+        cases.append(
+            Case(
+                f"{kernel}::run(x0, x1, x2, y0, scratch, part, {EPS}f)",
+                [x, scale, bias],
+                [y.astype(np.float32)],
+                kernel,
+                atol=5e-6,
+            )
+        )
     check(cases, ["norm.h"], isa, tmp_path)

@@ -13,23 +13,42 @@ from driver import cpu_isas
 from numpy.typing import NDArray
 
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
-    ((7,), (0,)), ((5, 33), (1,)), ((33, 5), (0,)), ((2, 9, 17), (0, 2)), ((3, 49, 64), (1,)), ((2, 5, 130), (1,)),
-    ((4, 1000), (1,)), ((1, 20011), (1,)), ((2, 3, 4, 5), (1, 3)), ((2, 3, 4, 5), (0, 1, 2, 3)), ((3, 0), (1,)),
-    ((300, 3), (0,)), ((6, 2, 3), (0,)), ((17, 2), (1,)),
-]  # fmt: skip
+    ((7,), (0,)),
+    ((5, 33), (1,)),
+    ((33, 5), (0,)),
+    ((2, 9, 17), (0, 2)),
+    ((3, 49, 64), (1,)),
+    ((2, 5, 130), (1,)),
+    ((4, 1000), (1,)),
+    ((1, 20011), (1,)),
+    ((2, 3, 4, 5), (1, 3)),
+    ((2, 3, 4, 5), (0, 1, 2, 3)),
+    ((3, 0), (1,)),
+    ((300, 3), (0,)),
+    ((6, 2, 3), (0,)),
+    ((17, 2), (1,)),
+]
 
 OPS: dict[str, tuple[Callable[..., NDArray[np.float64]], float]] = {
-    "Sum": (np.sum, 1e-6), "Mean": (np.mean, 1e-6), "Max": (np.max, 0), "Min": (np.min, 0), "Prod": (np.prod, 1e-5),
-    "SumSquare": (lambda v, axis: np.sum(v * v, axis), 1e-6), "L1": (lambda v, axis: np.sum(np.abs(v), axis), 1e-6),
+    "Sum": (np.sum, 1e-6),
+    "Mean": (np.mean, 1e-6),
+    "Max": (np.max, 0),
+    "Min": (np.min, 0),
+    "Prod": (np.prod, 1e-5),
+    "SumSquare": (lambda v, axis: np.sum(v * v, axis), 1e-6),
+    "L1": (lambda v, axis: np.sum(np.abs(v), axis), 1e-6),
     "L2": (lambda v, axis: np.sqrt(np.sum(v * v, axis)), 1e-6),
-}  # fmt: skip
+}
 
 
 def kernel(op: str, ctype: str, shape: tuple[int, ...], axes: tuple[int, ...]) -> str:
     strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     kept = [i for i in range(len(shape)) if i not in axes]
-    tags = [angle(tag, *(source[i] for i in dims)) for dims in (kept, axes)
-            for tag, source in (("Shape", shape), ("Strides", strides))]  # fmt: skip
+    tags = [
+        angle(tag, *(source[i] for i in dims))
+        for dims in (kept, axes)
+        for tag, source in (("Shape", shape), ("Strides", strides))
+    ]
     return angle("reduce", op, ctype, *tags)
 
 
@@ -59,8 +78,12 @@ def test_integers_wrap(isa: str, tmp_path: Path) -> None:
         for dtype, ctype in ((np.int8, "int8_t"), (np.uint8, "uint8_t"), (np.int32, "int32_t"), (np.int64, "int64_t")):
             info = np.iinfo(dtype)
             x = rng.integers(info.min, info.max, shape, dtype, endpoint=True)
-            for op, want in (("Sum", np.sum(x, axes, dtype=dtype)), ("Max", np.max(x, axes)), ("Min", np.min(x, axes)),
-                             ("Prod", np.prod(x, axes, dtype=dtype))):  # fmt: skip
+            for op, want in (
+                ("Sum", np.sum(x, axes, dtype=dtype)),
+                ("Max", np.max(x, axes)),
+                ("Min", np.min(x, axes)),
+                ("Prod", np.prod(x, axes, dtype=dtype)),
+            ):
                 cases.append(Case(f"{kernel(op, ctype, shape, axes)}::run(x0, y0, part)", [x], [np.asarray(want)]))
     check(cases, ["reduce.h"], isa, tmp_path)
 
@@ -84,9 +107,13 @@ def test_sum_of_many(isa: str, tmp_path: Path) -> None:
     wide = np.random.default_rng(8).uniform(0, 1, (100_003, 3)).astype(np.float32)
     cases = [
         Case(f"{kernel('Sum', 'float', x.shape, (0,))}::run(x0, y0, part)", [x], [want], rtol=5e-7),
-        Case(f"{kernel('Sum', 'float', wide.shape, (0,))}::run(x0, y0, part)", [wide],
-             [wide.astype(np.float64).sum(0).astype(np.float32)], rtol=3e-6),
-    ]  # fmt: skip
+        Case(
+            f"{kernel('Sum', 'float', wide.shape, (0,))}::run(x0, y0, part)",
+            [wide],
+            [wide.astype(np.float64).sum(0).astype(np.float32)],
+            rtol=3e-6,
+        ),
+    ]
     check(cases, ["reduce.h"], isa, tmp_path)
 
 
@@ -98,8 +125,12 @@ def test_log_sum_exp(isa: str, tmp_path: Path) -> None:
     top = np.where(np.isfinite(v.max(1)), v.max(1), 0)
     with np.errstate(divide="ignore"):
         want = np.log(np.exp(v - top[:, None]).sum(1)) + top
-    check([Case("log_sum_exp<float, 3, 7, 5>::run(x0, y0, part)", [x], [want.astype(np.float32)], rtol=1e-6)],
-          ["reduce.h"], isa, tmp_path)  # fmt: skip
+    check(
+        [Case("log_sum_exp<float, 3, 7, 5>::run(x0, y0, part)", [x], [want.astype(np.float32)], rtol=1e-6)],
+        ["reduce.h"],
+        isa,
+        tmp_path,
+    )
 
 
 @pytest.mark.parametrize("isa", cpu_isas())
@@ -135,6 +166,12 @@ def test_extremum_scan_topk(isa: str, tmp_path: Path) -> None:
             x = rng.integers(-20, 20, (o, n)).astype(np.float32)
             order = np.argsort(-x if largest else x, axis=1, kind="stable")[:, :k]
             kernel_name = angle("topk", "float", o, n, k, str(largest).lower())
-            cases.append(Case(f"{kernel_name}::run(x0, y0, y1, scratch, part)", [x],
-                              [np.take_along_axis(x, order, 1), order.astype(np.int64)], kernel_name))  # fmt: skip
+            cases.append(
+                Case(
+                    f"{kernel_name}::run(x0, y0, y1, scratch, part)",
+                    [x],
+                    [np.take_along_axis(x, order, 1), order.astype(np.int64)],
+                    kernel_name,
+                )
+            )
     check(cases, ["reduce.h", "topk.h"], isa, tmp_path)

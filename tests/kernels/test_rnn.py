@@ -59,8 +59,15 @@ def test_gru_and_rnn(isa: str, tmp_path: Path) -> None:
                 state = (1 - z) * np.tanh(step @ wh.T + bh + rec) + z * state
                 want.append(state)
             kernel = angle("gru", t, n, i, h, "SigmoidFn", "TanhFn", str(reset_after).lower())
-            cases.append(Case(f"{kernel}::run(x0, x1, x2, x3, x4, y0, scratch, part)", arrays,
-                              [np.stack(want).astype(np.float32)], kernel, atol=3e-6))  # fmt: skip
+            cases.append(
+                Case(
+                    f"{kernel}::run(x0, x1, x2, x3, x4, y0, scratch, part)",
+                    arrays,
+                    [np.stack(want).astype(np.float32)],
+                    kernel,
+                    atol=3e-6,
+                )
+            )
         for name, fn in (("TanhFn", np.tanh),) if n > 1 else (("ReluFn", lambda v: np.maximum(v, 0)),):
             arrays = _operands(rng, t, n, i, h, 1)[:5]
             x, w, r, b, state = (a.astype(np.float64) for a in arrays)
@@ -69,6 +76,13 @@ def test_gru_and_rnn(isa: str, tmp_path: Path) -> None:
                 state = fn(step @ w.T + state @ r.T + b[0] + b[1])
                 want.append(state)
             kernel = angle("rnn", t, n, i, h, name)
-            cases.append(Case(f"{kernel}::run(x0, x1, x2, x3, x4, y0, scratch, part)", arrays,
-                              [np.stack(want).astype(np.float32)], kernel, atol=3e-6))  # fmt: skip
+            cases.append(
+                Case(
+                    f"{kernel}::run(x0, x1, x2, x3, x4, y0, scratch, part)",
+                    arrays,
+                    [np.stack(want).astype(np.float32)],
+                    kernel,
+                    atol=3e-6,
+                )
+            )
     check(cases, ["rnn.h"], isa, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from batch import Case, angle, check
 from driver import cpu_isas
 
-SHAPES = [(5, 1, 1), (4, 3, 1), (3, 17, 1), (7, 33, 1), (2, 1000, 1), (2, 5, 3), (1, 21, 33), (3, 7, 130), (0, 4, 1)]  # fmt: skip
+SHAPES = [(5, 1, 1), (4, 3, 1), (3, 17, 1), (7, 33, 1), (2, 1000, 1), (2, 5, 3), (1, 21, 33), (3, 7, 130), (0, 4, 1)]
 
 
 @pytest.mark.parametrize("isa", cpu_isas())
@@ -31,11 +31,20 @@ def test_softmax(isa: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("isa", cpu_isas())
 def test_softmax_of_infinities_and_nan(isa: str, tmp_path: Path) -> None:
     inf, nan = np.inf, np.nan
-    x = np.array([[0, -inf, 1, -inf, 3], [-inf, -inf, -inf, -inf, -inf], [1, nan, 2, 3, 4], [1e38, -1e38, 0, 0, 0]], np.float32)
+    x = np.array(
+        [[0, -inf, 1, -inf, 3], [-inf, -inf, -inf, -inf, -inf], [1, nan, 2, 3, 4], [1e38, -1e38, 0, 0, 0]], np.float32
+    )
     with np.errstate(invalid="ignore", over="ignore"):
         v = x.astype(np.float64)
         e = np.exp(v - v.max(1, keepdims=True))
         want = (e / e.sum(1, keepdims=True)).astype(np.float32)
     cases = [Case("softmax<4, 5, 1>::run(x0, y0, part)", [x], [want], rtol=1e-6)]
-    cases.append(Case("softmax<1, 5, 4>::run(x0, y0, part)", [np.ascontiguousarray(x.T)], [np.ascontiguousarray(want.T)], rtol=1e-6))
+    cases.append(
+        Case(
+            "softmax<1, 5, 4>::run(x0, y0, part)",
+            [np.ascontiguousarray(x.T)],
+            [np.ascontiguousarray(want.T)],
+            rtol=1e-6,
+        )
+    )
     check(cases, ["softmax.h"], isa, tmp_path)

@@ -1,8 +1,9 @@
-// Scaled dot-product attention, softmax(q k^T scale + mask) v, over [B, heads, N, D] given by strides
-// (A. Vaswani et al., Attention Is All You Need, 2017).
+// Scaled dot-product attention, softmax(q k^T scale + mask) v, over [B, heads, N, D] given by
+// strides (A. Vaswani et al., Attention Is All You Need, 2017).
 //
-// Per head the keys (transposed) and the values are packed once; then blocks of query rows pass: their
-// scores stay in L1 or L2, the division by the row sum is part of the second product's epilogue.
+// Per head the keys (transposed) and the values are packed once; then blocks of query rows pass:
+// their scores stay in L1 or L2, the division by the row sum is part of the second product's
+// epilogue.
 #ifndef SKIVE_ATTENTION_H
 #define SKIVE_ATTENTION_H
 
@@ -36,9 +37,11 @@ SKIVE_INLINE Vec<N> lane_numbers() {
 }
 
 // Causal: query i sees keys 0 to i.
-template <int B, int Heads, int Nq, int Nk, int D, int Dv, class Q, class K, class V, class Y, class Mask, bool Causal>
+template <int B, int Heads, int Nq, int Nk, int D, int Dv, class Q, class K, class V, class Y,
+          class Mask, bool Causal>
 struct attention {
-  static_assert(!Mask::present || Mask::Key == 0 || Mask::Key == 1, "a mask is contiguous along the keys");
+  static_assert(!Mask::present || Mask::Key == 0 || Mask::Key == 1,
+                "a mask is contiguous along the keys");
   static constexpr int kScoreBlock = panel_block(Nk), kValueBlock = panel_block(Dv);
   // Query rows whose scores take at most 128 KiB.
   static constexpr int rows() {
@@ -60,8 +63,8 @@ struct attention {
   }
 
   // mask may be null if there is NoMask.
-  static void run(const float* q, const float* k, const float* v, const float* mask, float* y, void* scratch, Part part,
-                  float scale) {
+  static void run(const float* q, const float* k, const float* v, const float* mask, float* y,
+                  void* scratch, Part part, float scale) {
     float* const keys = static_cast<float*>(scratch) + part.index * kSlice;
     float* const values = keys + PackKeys::floats;
     float* const scores = values + PackValues::floats;
@@ -70,7 +73,8 @@ struct attention {
     clear_floats(zeros, kZeroFloats);
     constexpr ptrdiff_t count = ptrdiff_t{B} * Heads * kBlocks;
     ptrdiff_t packed = -1;
-    for (ptrdiff_t item = part_begin(count, part), end = part_end(count, part); item < end; ++item) {
+    for (ptrdiff_t item = part_begin(count, part), end = part_end(count, part); item < end;
+         ++item) {
       const ptrdiff_t head = item / kBlocks, b = head / Heads, h = head % Heads;
       if (packed != head) {
         PackKeys::run(k + b * K::Batch + h * K::Head, keys);
@@ -78,11 +82,14 @@ struct attention {
         packed = head;
       }
       const int first = static_cast<int>(item % kBlocks) * kRows;
-      const Block at{q + b * Q::Batch + h * Q::Head + first * static_cast<ptrdiff_t>(Q::Row),
-                     Mask::present ? mask + b * Mask::Batch + h * Mask::Head + first * Mask::Query : nullptr,
-                     y + b * Y::Batch + h * Y::Head + first * static_cast<ptrdiff_t>(Y::Row), first};
-      if (first + kRows <= Nq) block<kRows>(at, keys, values, scores, zeros, inverse, scale);
-      else block<kLastRows>(at, keys, values, scores, zeros, inverse, scale);
+      const Block at{
+          q + b * Q::Batch + h * Q::Head + first * static_cast<ptrdiff_t>(Q::Row),
+          Mask::present ? mask + b * Mask::Batch + h * Mask::Head + first * Mask::Query : nullptr,
+          y + b * Y::Batch + h * Y::Head + first * static_cast<ptrdiff_t>(Y::Row), first};
+      if (first + kRows <= Nq)
+        block<kRows>(at, keys, values, scores, zeros, inverse, scale);
+      else
+        block<kLastRows>(at, keys, values, scores, zeros, inverse, scale);
     }
   }
 
@@ -94,8 +101,8 @@ struct attention {
     int first;  // query row
   };
   template <int Rows>
-  static SKIVE_INLINE void block(const Block& at, const float* keys, const float* values, float* scores,
-                                 const float* zeros, float* inverse, float scale) {
+  static SKIVE_INLINE void block(const Block& at, const float* keys, const float* values,
+                                 float* scores, const float* zeros, float* inverse, float scale) {
     packed_product<Rows, D, Nk, kScoreBlock, Q::Row, Nk>::run(
         at.q, keys, zeros, scores, nullptr, Part{},
         [=](auto acc, ptrdiff_t row, int key) __attribute__((always_inline)) {
@@ -103,16 +110,20 @@ struct attention {
           auto s = acc * splat<n>(scale);
           if constexpr (Mask::present) {
             const float* m = at.mask + row * Mask::Query;
-            if constexpr (Mask::Key == 1) s = s + load<n>(m + key);
-            else s = s + splat<n>(*m);
+            if constexpr (Mask::Key == 1)
+              s = s + load<n>(m + key);
+            else
+              s = s + splat<n>(*m);
           }
           if constexpr (Causal) {
             const auto number = lane_numbers<n>() + splat<n>(static_cast<float>(key));
-            s = select(less(splat<n>(static_cast<float>(at.first + row)), number), splat<n>(-__builtin_inff()), s);
+            s = select(less(splat<n>(static_cast<float>(at.first + row)), number),
+                       splat<n>(-__builtin_inff()), s);
           }
           return s;
         });
-    for (int r = 0; r < Rows; ++r) inverse[r] = 1.0f / exp_row(scores + static_cast<ptrdiff_t>(r) * Nk);
+    for (int r = 0; r < Rows; ++r)
+      inverse[r] = 1.0f / exp_row(scores + static_cast<ptrdiff_t>(r) * Nk);
     packed_product<Rows, Nk, Dv, kValueBlock, Nk, Y::Row>::run(
         scores, values, zeros, at.y, nullptr, Part{},
         [=](auto acc, ptrdiff_t row, int) __attribute__((always_inline)) {
@@ -121,7 +132,8 @@ struct attention {
   }
   // Replaces a row of scores by exp(score - max); returns their sum.
   static SKIVE_NOINLINE float exp_row(float* s) {
-    const float top = max_row<Nk>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(s + i); });
+    const float top =
+        max_row<Nk>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(s + i); });
     return sum_row<Nk>([&](ptrdiff_t i, auto lanes) {
       constexpr int n = decltype(lanes)::count;
       const Vec<n> e = exp_(load<n>(s + i) - splat<n>(top));

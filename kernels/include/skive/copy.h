@@ -7,8 +7,8 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
-// out[i] = in[i] over a shape. `out` and `in` point at the element of index 0; strides may be 0 (in)
-// or negative. The two must not overlap.
+// out[i] = in[i] over a shape. `out` and `in` point at the element of index 0; strides may be 0
+// (in) or negative. The two must not overlap.
 template <class T, class S, class Out, class In>
 struct copy_strided {
   static void run(T* out, const T* in, Part part) {
@@ -22,7 +22,8 @@ struct copy_strided {
         if constexpr (Out::stride(last) == 1 && In::stride(last) == 1) {
           __builtin_memcpy(to, from, inner * sizeof(T));
         } else {
-          for (ptrdiff_t i = 0; i < inner; ++i) to[i * Out::stride(last)] = from[i * In::stride(last)];
+          for (ptrdiff_t i = 0; i < inner; ++i)
+            to[i * Out::stride(last)] = from[i * In::stride(last)];
         }
       });
     }
@@ -34,7 +35,8 @@ template <class T, ptrdiff_t Size>
 struct copy_linear {
   static void run(const T* x, T* y, Part part) {
     const ptrdiff_t begin = part_begin(Size, part), end = part_end(Size, part);
-    if (begin < end) __builtin_memcpy(y + begin, x + begin, static_cast<size_t>(end - begin) * sizeof(T));
+    if (begin < end)
+      __builtin_memcpy(y + begin, x + begin, static_cast<size_t>(end - begin) * sizeof(T));
   }
 };
 
@@ -73,7 +75,8 @@ template <class T, PadMode Mode, class In, class Out, class Before>
 struct pad {
   static void run(T* out, const T* in, T value, Part part) {
     if constexpr (Out::size > 0) {
-      constexpr ptrdiff_t rows = row_count<Out>(), inner = Out::rank == 0 ? 1 : Out::dim(Out::rank - 1);
+      constexpr ptrdiff_t rows = row_count<Out>(),
+                          inner = Out::rank == 0 ? 1 : Out::dim(Out::rank - 1);
       for (ptrdiff_t r = part_begin(rows, part), end = part_end(rows, part); r < end; ++r)
         row(out + r * inner, in, value, r);
     }
@@ -91,8 +94,10 @@ struct pad {
       for (int d = last - 1; d >= 0; --d) {
         ptrdiff_t i = r % Out::dim(d) - Before::stride(d);
         r /= Out::dim(d);
-        if constexpr (Mode == PadMode::constant) inside = inside && i >= 0 && i < In::dim(d);
-        else i = pad_source<Mode>(i, In::dim(d));
+        if constexpr (Mode == PadMode::constant)
+          inside = inside && i >= 0 && i < In::dim(d);
+        else
+          i = pad_source<Mode>(i, In::dim(d));
         offset += i * In::stride(d);
       }
       if constexpr (Mode == PadMode::constant) {
@@ -102,18 +107,22 @@ struct pad {
         }
       }
       // [left, right) of the result row lies inside the input.
-      constexpr ptrdiff_t clipped_left = before > 0 ? before : 0, clipped_right = before + n < width ? before + n : width;
+      constexpr ptrdiff_t clipped_left = before > 0 ? before : 0,
+                          clipped_right = before + n < width ? before + n : width;
       constexpr ptrdiff_t left = clipped_left < width ? clipped_left : width;
       constexpr ptrdiff_t right = clipped_right > left ? clipped_right : left;
       const T* from = in + offset;
       for (ptrdiff_t i = 0; i < left; ++i) out[i] = border(from, i - before, n, value);
-      if constexpr (right > left) __builtin_memcpy(out + left, from + (left - before), (right - left) * sizeof(T));
+      if constexpr (right > left)
+        __builtin_memcpy(out + left, from + (left - before), (right - left) * sizeof(T));
       for (ptrdiff_t i = right; i < width; ++i) out[i] = border(from, i - before, n, value);
     }
   }
   static SKIVE_INLINE T border(const T* from, ptrdiff_t i, ptrdiff_t n, T value) {
-    if constexpr (Mode == PadMode::constant) return static_cast<void>(from), static_cast<void>(i), static_cast<void>(n), value;
-    else return static_cast<void>(value), from[pad_source<Mode>(i, n)];
+    if constexpr (Mode == PadMode::constant)
+      return static_cast<void>(from), static_cast<void>(i), static_cast<void>(n), value;
+    else
+      return static_cast<void>(value), from[pad_source<Mode>(i, n)];
   }
 };
 

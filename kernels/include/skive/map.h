@@ -7,7 +7,8 @@
 //       any element types, a lambda over scalars; bool is stored as uint8_t 0 or 1
 //   vmap_to / map_to: the same with the result's Strides after the shape (a slice of a larger
 //       tensor); otherwise the result is dense.
-// The result may be one of the operands if both have the same strides; other overlap is not allowed.
+// The result may be one of the operands if both have the same strides; other overlap is not
+// allowed.
 #ifndef SKIVE_MAP_H
 #define SKIVE_MAP_H
 
@@ -48,8 +49,10 @@ struct vmap_to {
 
   template <int N, ptrdiff_t Step>
   static SKIVE_INLINE Vec<N> operand(const float* p, ptrdiff_t i) {
-    if constexpr (Step == 0) return splat<N>(*p);
-    else return load<N>(p + i);
+    if constexpr (Step == 0)
+      return splat<N>(*p);
+    else
+      return load<N>(p + i);
   }
   template <int N, class F, class... P>
   static SKIVE_INLINE void step(float* out, ptrdiff_t i, const F& fn, P... p) {
@@ -90,8 +93,8 @@ struct vmap_to {
     }
   }
   template <int... I, class F, class... P>
-  static SKIVE_INLINE void row_at(Index<I...>, float* out, const Offsets<1 + sizeof...(In)>& at, ptrdiff_t begin,
-                                  ptrdiff_t end, const F& fn, const P*... p) {
+  static SKIVE_INLINE void row_at(Index<I...>, float* out, const Offsets<1 + sizeof...(In)>& at,
+                                  ptrdiff_t begin, ptrdiff_t end, const F& fn, const P*... p) {
     row(out + at.at[0], begin, end, fn, (p + at.at[I + 1])...);
   }
   template <class F, class... P>
@@ -118,8 +121,8 @@ struct map_to {
       out[i * Out::stride(last)] = static_cast<T>(fn(p[i * In::stride(last)]...));
   }
   template <int... I, class F, class... P>
-  static SKIVE_INLINE void row_at(Index<I...>, T* out, const Offsets<1 + sizeof...(In)>& at, ptrdiff_t begin,
-                                  ptrdiff_t end, const F& fn, const P*... p) {
+  static SKIVE_INLINE void row_at(Index<I...>, T* out, const Offsets<1 + sizeof...(In)>& at,
+                                  ptrdiff_t begin, ptrdiff_t end, const F& fn, const P*... p) {
     row(out + at.at[0], begin, end, fn, (p + at.at[I + 1])...);
   }
   template <class F, class... P>
@@ -136,8 +139,10 @@ struct map_to {
 };
 
 // The Shape itself serves as the dense result's strides.
-template <class S, class... In> using vmap = vmap_to<S, S, In...>;
-template <class T, class S, class... In> using map = map_to<T, S, S, In...>;
+template <class S, class... In>
+using vmap = vmap_to<S, S, In...>;
+template <class T, class S, class... In>
+using map = map_to<T, S, S, In...>;
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

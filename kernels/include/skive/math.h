@@ -3,7 +3,8 @@
 // `Vec<N>`. A generic lambda over these names therefore serves the scalar loop and the vector loop.
 //
 // Meaning, everywhere:
-//   integers   arithmetic wraps; x / 0 = 0, x mod 0 = 0, INT_MIN / -1 = INT_MIN, INT_MIN mod -1 = 0;
+//   integers   arithmetic wraps; x / 0 = 0, x mod 0 = 0, INT_MIN / -1 = INT_MIN, INT_MIN mod -1 =
+//   0;
 //              shifting by the width or more gives 0
 //   floats     IEEE: NaN propagates through min, max, clip and relu; nothing is flushed
 //   cast       float to integer truncates and then wraps as the conversion to int64 does; NaN and
@@ -23,50 +24,98 @@ inline namespace SKIVE_ISA {
 
 // ---------------------------------------------------------------------------------- type traits
 
-template <bool Condition, class T = int> struct enable_if {};
-template <class T> struct enable_if<true, T> { using type = T; };
+template <bool Condition, class T = int>
+struct enable_if {};
+template <class T>
+struct enable_if<true, T> {
+  using type = T;
+};
 
-template <class A, class B> constexpr bool same_type = false;
-template <class A> constexpr bool same_type<A, A> = true;
+template <class A, class B>
+constexpr bool same_type = false;
+template <class A>
+constexpr bool same_type<A, A> = true;
 
-template <class T> constexpr bool is_number = false;
-template <> constexpr bool is_number<bool> = true;
-template <> constexpr bool is_number<int8_t> = true;
-template <> constexpr bool is_number<uint8_t> = true;
-template <> constexpr bool is_number<int16_t> = true;
-template <> constexpr bool is_number<uint16_t> = true;
-template <> constexpr bool is_number<int32_t> = true;
-template <> constexpr bool is_number<uint32_t> = true;
-template <> constexpr bool is_number<int64_t> = true;
-template <> constexpr bool is_number<uint64_t> = true;
-template <> constexpr bool is_number<float> = true;
-template <> constexpr bool is_number<double> = true;
+template <class T>
+constexpr bool is_number = false;
+template <>
+constexpr bool is_number<bool> = true;
+template <>
+constexpr bool is_number<int8_t> = true;
+template <>
+constexpr bool is_number<uint8_t> = true;
+template <>
+constexpr bool is_number<int16_t> = true;
+template <>
+constexpr bool is_number<uint16_t> = true;
+template <>
+constexpr bool is_number<int32_t> = true;
+template <>
+constexpr bool is_number<uint32_t> = true;
+template <>
+constexpr bool is_number<int64_t> = true;
+template <>
+constexpr bool is_number<uint64_t> = true;
+template <>
+constexpr bool is_number<float> = true;
+template <>
+constexpr bool is_number<double> = true;
 
-template <class T> constexpr bool is_float = same_type<T, float> || same_type<T, double>;
-template <class T> constexpr bool is_signed = static_cast<T>(-1) < static_cast<T>(0);
+template <class T>
+constexpr bool is_float = same_type<T, float> || same_type<T, double>;
+template <class T>
+constexpr bool is_signed = static_cast<T>(-1) < static_cast<T>(0);
 
 // Constrains an overload to scalars, or to floating-point scalars.
-template <class T> using if_number = typename enable_if<is_number<T>>::type;
-template <class T> using if_float = typename enable_if<is_float<T>>::type;
+template <class T>
+using if_number = typename enable_if<is_number<T>>::type;
+template <class T>
+using if_float = typename enable_if<is_float<T>>::type;
 
 // The unsigned type in which arithmetic on T wraps without being promoted to a signed int.
-template <size_t Bytes> struct wrapping { using type = uint32_t; };
-template <> struct wrapping<8> { using type = uint64_t; };
-template <class T> using wrapping_t = typename wrapping<sizeof(T)>::type;
+template <size_t Bytes>
+struct wrapping {
+  using type = uint32_t;
+};
+template <>
+struct wrapping<8> {
+  using type = uint64_t;
+};
+template <class T>
+using wrapping_t = typename wrapping<sizeof(T)>::type;
 
 // The Vec type of an operation on A and B of which one is a Vec and the other a Vec or a float.
-template <class A, class B> struct lanes_of {};
-template <int N> struct lanes_of<Vec<N>, Vec<N>> { using type = Vec<N>; };
-template <int N> struct lanes_of<Vec<N>, float> { using type = Vec<N>; };
-template <int N> struct lanes_of<float, Vec<N>> { using type = Vec<N>; };
-template <class A, class B> using lanes_t = typename lanes_of<A, B>::type;
+template <class A, class B>
+struct lanes_of {};
+template <int N>
+struct lanes_of<Vec<N>, Vec<N>> {
+  using type = Vec<N>;
+};
+template <int N>
+struct lanes_of<Vec<N>, float> {
+  using type = Vec<N>;
+};
+template <int N>
+struct lanes_of<float, Vec<N>> {
+  using type = Vec<N>;
+};
+template <class A, class B>
+using lanes_t = typename lanes_of<A, B>::type;
 
-template <class V> SKIVE_INLINE V widen(V a) { return a; }
-template <class V> SKIVE_INLINE V widen(float a) { return splat<V::lanes>(a); }
+template <class V>
+SKIVE_INLINE V widen(V a) {
+  return a;
+}
+template <class V>
+SKIVE_INLINE V widen(float a) {
+  return splat<V::lanes>(a);
+}
 
 // c[0] + x (c[1] + x (c[2] + ...)).
 template <int N>
-SKIVE_INLINE Vec<N> polynomial(Vec<N>, float c) { return splat<N>(c); }
+SKIVE_INLINE Vec<N> polynomial(Vec<N>, float c) {
+  return splat<N>(c);
+}
 template <int N, class... C>
 SKIVE_INLINE Vec<N> polynomial(Vec<N> x, float c, C... rest) {
   return fma(polynomial(x, rest...), x, splat<N>(c));
@@ -91,23 +140,36 @@ SKIVE_NOINLINE Vec<N> per_lane(Vec<N> a, Vec<N> b, F f) {
 
 // ----------------------------------------------------------------------------------- arithmetic
 
-template <class T, if_number<T> = 0> SKIVE_INLINE T add(T a, T b) {
-  if constexpr (is_float<T>) return a + b;
-  else return static_cast<T>(wrapping_t<T>(a) + wrapping_t<T>(b));
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T add(T a, T b) {
+  if constexpr (is_float<T>)
+    return a + b;
+  else
+    return static_cast<T>(wrapping_t<T>(a) + wrapping_t<T>(b));
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T sub(T a, T b) {
-  if constexpr (is_float<T>) return a - b;
-  else return static_cast<T>(wrapping_t<T>(a) - wrapping_t<T>(b));
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T sub(T a, T b) {
+  if constexpr (is_float<T>)
+    return a - b;
+  else
+    return static_cast<T>(wrapping_t<T>(a) - wrapping_t<T>(b));
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T mul(T a, T b) {
-  if constexpr (is_float<T>) return a * b;
-  else return static_cast<T>(wrapping_t<T>(a) * wrapping_t<T>(b));
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T mul(T a, T b) {
+  if constexpr (is_float<T>)
+    return a * b;
+  else
+    return static_cast<T>(wrapping_t<T>(a) * wrapping_t<T>(b));
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T neg(T a) {
-  if constexpr (is_float<T>) return -a;
-  else return static_cast<T>(wrapping_t<T>(0) - wrapping_t<T>(a));
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T neg(T a) {
+  if constexpr (is_float<T>)
+    return -a;
+  else
+    return static_cast<T>(wrapping_t<T>(0) - wrapping_t<T>(a));
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T div_(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T div_(T a, T b) {
   if constexpr (is_float<T>) {
     return a / b;
   } else {
@@ -118,35 +180,68 @@ template <class T, if_number<T> = 0> SKIVE_INLINE T div_(T a, T b) {
     return static_cast<T>(a / b);
   }
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V add(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V add(A a, B b) {
   return widen<V>(a) + widen<V>(b);
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V sub(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V sub(A a, B b) {
   return widen<V>(a) - widen<V>(b);
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V mul(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V mul(A a, B b) {
   return widen<V>(a) * widen<V>(b);
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V div_(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V div_(A a, B b) {
   return widen<V>(a) / widen<V>(b);
 }
-template <int N> SKIVE_INLINE Vec<N> neg(Vec<N> a) { return -a; }
+template <int N>
+SKIVE_INLINE Vec<N> neg(Vec<N> a) {
+  return -a;
+}
 
 // -------------------------------------------------------------------- comparison, logic, choice
 
-template <class T, if_number<T> = 0> SKIVE_INLINE bool less(T a, T b) { return a < b; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool less_equal(T a, T b) { return a <= b; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool greater(T a, T b) { return a > b; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool greater_equal(T a, T b) { return a >= b; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool equal_(T a, T b) { return a == b; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool not_equal_(T a, T b) { return a != b; }
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool less(T a, T b) {
+  return a < b;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool less_equal(T a, T b) {
+  return a <= b;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool greater(T a, T b) {
+  return a > b;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool greater_equal(T a, T b) {
+  return a >= b;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool equal_(T a, T b) {
+  return a == b;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool not_equal_(T a, T b) {
+  return a != b;
+}
 
-template <int N> SKIVE_INLINE Mask<N> less(Vec<N> a, float b) { return less(a, splat<N>(b)); }
-template <int N> SKIVE_INLINE Mask<N> less(float a, Vec<N> b) { return less(splat<N>(a), b); }
-template <int N> SKIVE_INLINE Mask<N> less_equal(Vec<N> a, float b) {
+template <int N>
+SKIVE_INLINE Mask<N> less(Vec<N> a, float b) {
+  return less(a, splat<N>(b));
+}
+template <int N>
+SKIVE_INLINE Mask<N> less(float a, Vec<N> b) {
+  return less(splat<N>(a), b);
+}
+template <int N>
+SKIVE_INLINE Mask<N> less_equal(Vec<N> a, float b) {
   return less_equal(a, splat<N>(b));
 }
-template <int N> SKIVE_INLINE Mask<N> less_equal(float a, Vec<N> b) {
+template <int N>
+SKIVE_INLINE Mask<N> less_equal(float a, Vec<N> b) {
   return less_equal(splat<N>(a), b);
 }
 template <class A, class B, class V = lanes_t<A, B>>
@@ -165,16 +260,32 @@ template <class A, class B, class V = lanes_t<A, B>>
 SKIVE_INLINE Mask<V::lanes> not_equal_(A a, B b) {
   return not_equal(widen<V>(a), widen<V>(b));
 }
-template <int N> SKIVE_INLINE Mask<N> equal_(Mask<N> a, Mask<N> b) { return !(a ^ b); }
-template <int N> SKIVE_INLINE Mask<N> not_equal_(Mask<N> a, Mask<N> b) { return a ^ b; }
+template <int N>
+SKIVE_INLINE Mask<N> equal_(Mask<N> a, Mask<N> b) {
+  return !(a ^ b);
+}
+template <int N>
+SKIVE_INLINE Mask<N> not_equal_(Mask<N> a, Mask<N> b) {
+  return a ^ b;
+}
 
 // Logic on bool, stored as uint8_t 0 or 1.
-template <class T, if_number<T> = 0> SKIVE_INLINE bool and_(T a, T b) { return a != 0 && b != 0; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool or_(T a, T b) { return a != 0 || b != 0; }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool xor_(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool and_(T a, T b) {
+  return a != 0 && b != 0;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool or_(T a, T b) {
+  return a != 0 || b != 0;
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool xor_(T a, T b) {
   return (a != 0) != (b != 0);
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE bool not_(T a) { return a == 0; }
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool not_(T a) {
+  return a == 0;
+}
 // A bool read from storage is uint8_t, one just computed is bool: both may meet in one expression.
 SKIVE_INLINE bool and_(bool a, uint8_t b) { return a && b != 0; }
 SKIVE_INLINE bool and_(uint8_t a, bool b) { return a != 0 && b; }
@@ -182,32 +293,54 @@ SKIVE_INLINE bool or_(bool a, uint8_t b) { return a || b != 0; }
 SKIVE_INLINE bool or_(uint8_t a, bool b) { return a != 0 || b; }
 SKIVE_INLINE bool xor_(bool a, uint8_t b) { return a != (b != 0); }
 SKIVE_INLINE bool xor_(uint8_t a, bool b) { return (a != 0) != b; }
-template <int N> SKIVE_INLINE Mask<N> and_(Mask<N> a, Mask<N> b) { return a & b; }
-template <int N> SKIVE_INLINE Mask<N> or_(Mask<N> a, Mask<N> b) { return a | b; }
-template <int N> SKIVE_INLINE Mask<N> xor_(Mask<N> a, Mask<N> b) { return a ^ b; }
-template <int N> SKIVE_INLINE Mask<N> not_(Mask<N> a) { return !a; }
+template <int N>
+SKIVE_INLINE Mask<N> and_(Mask<N> a, Mask<N> b) {
+  return a & b;
+}
+template <int N>
+SKIVE_INLINE Mask<N> or_(Mask<N> a, Mask<N> b) {
+  return a | b;
+}
+template <int N>
+SKIVE_INLINE Mask<N> xor_(Mask<N> a, Mask<N> b) {
+  return a ^ b;
+}
+template <int N>
+SKIVE_INLINE Mask<N> not_(Mask<N> a) {
+  return !a;
+}
 
-template <class C, class T, if_number<C> = 0> SKIVE_INLINE T where(C condition, T a, T b) {
+template <class C, class T, if_number<C> = 0>
+SKIVE_INLINE T where(C condition, T a, T b) {
   return condition != 0 ? a : b;
 }
 template <int N, class A, class B, class V = lanes_t<A, B>>
 SKIVE_INLINE V where(Mask<N> condition, A a, B b) {
   return select(condition, widen<V>(a), widen<V>(b));
 }
-template <int N> SKIVE_INLINE Vec<N> where(Mask<N> condition, float a, float b) {
+template <int N>
+SKIVE_INLINE Vec<N> where(Mask<N> condition, float a, float b) {
   return select(condition, splat<N>(a), splat<N>(b));
 }
-template <int N> SKIVE_INLINE Mask<N> where(Mask<N> condition, Mask<N> a, Mask<N> b) {
+template <int N>
+SKIVE_INLINE Mask<N> where(Mask<N> condition, Mask<N> a, Mask<N> b) {
   return (condition & a) | (!condition & b);
 }
 
-template <class T, if_number<T> = 0> SKIVE_INLINE bool is_nan(T a) {
-  if constexpr (is_float<T>) return a != a;
-  else return static_cast<void>(a), false;
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool is_nan(T a) {
+  if constexpr (is_float<T>)
+    return a != a;
+  else
+    return static_cast<void>(a), false;
 }
-template <int N> SKIVE_INLINE Mask<N> is_nan(Vec<N> a) { return not_equal(a, a); }
+template <int N>
+SKIVE_INLINE Mask<N> is_nan(Vec<N> a) {
+  return not_equal(a, a);
+}
 // Infinite, and of a wanted sign.
-template <class T, if_number<T> = 0> SKIVE_INLINE bool is_inf(T a, bool negative, bool positive) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE bool is_inf(T a, bool negative, bool positive) {
   if constexpr (is_float<T>) {
     const T inf = static_cast<T>(__builtin_inf());
     return (positive && a == inf) || (negative && a == -inf);
@@ -215,7 +348,8 @@ template <class T, if_number<T> = 0> SKIVE_INLINE bool is_inf(T a, bool negative
     return static_cast<void>(a), static_cast<void>(negative), static_cast<void>(positive), false;
   }
 }
-template <int N> SKIVE_INLINE Mask<N> is_inf(Vec<N> a, bool negative, bool positive) {
+template <int N>
+SKIVE_INLINE Mask<N> is_inf(Vec<N> a, bool negative, bool positive) {
   const float inf = __builtin_inff(), nan = __builtin_nanf("");  // nothing equals NaN
   return equal(a, splat<N>(positive ? inf : nan)) | equal(a, splat<N>(negative ? -inf : nan));
 }
@@ -238,120 +372,176 @@ SKIVE_INLINE To cast(From x) {
     return static_cast<To>(x);
   }
 }
-template <class To, int N> SKIVE_INLINE auto cast(Vec<N> x) {
-  static_assert(is_number<To> && (same_type<To, float> || same_type<To, bool>), "vectors hold float or bool");
-  if constexpr (same_type<To, bool>) return not_equal(x, zero<N>());
-  else return x;
+template <class To, int N>
+SKIVE_INLINE auto cast(Vec<N> x) {
+  static_assert(is_number<To> && (same_type<To, float> || same_type<To, bool>),
+                "vectors hold float or bool");
+  if constexpr (same_type<To, bool>)
+    return not_equal(x, zero<N>());
+  else
+    return x;
 }
-template <class To, int N> SKIVE_INLINE auto cast(Mask<N> x) {
+template <class To, int N>
+SKIVE_INLINE auto cast(Mask<N> x) {
   static_assert(same_type<To, float> || same_type<To, bool>, "vectors hold float or bool");
-  if constexpr (same_type<To, bool>) return x;
-  else return select(x, splat<N>(1.0f), zero<N>());
+  if constexpr (same_type<To, bool>)
+    return x;
+  else
+    return select(x, splat<N>(1.0f), zero<N>());
 }
 
 // ------------------------------------------------------------------------------- integer functions
 
-template <class T, if_number<T> = 0> SKIVE_INLINE T bit_and(T a, T b) { return static_cast<T>(a & b); }
-template <class T, if_number<T> = 0> SKIVE_INLINE T bit_or(T a, T b) { return static_cast<T>(a | b); }
-template <class T, if_number<T> = 0> SKIVE_INLINE T bit_xor(T a, T b) { return static_cast<T>(a ^ b); }
-template <class T, if_number<T> = 0> SKIVE_INLINE T bit_not(T a) { return static_cast<T>(~a); }
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T bit_and(T a, T b) {
+  return static_cast<T>(a & b);
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T bit_or(T a, T b) {
+  return static_cast<T>(a | b);
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T bit_xor(T a, T b) {
+  return static_cast<T>(a ^ b);
+}
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T bit_not(T a) {
+  return static_cast<T>(~a);
+}
 // A shift count outside [0, width) gives 0.
-template <class T, if_number<T> = 0> SKIVE_INLINE T shift_left(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T shift_left(T a, T b) {
   constexpr uint64_t width = 8 * sizeof(T);
   const uint64_t count = static_cast<uint64_t>(b);
   return count < width ? static_cast<T>(wrapping_t<T>(a) << count) : T{0};
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T shift_right(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T shift_right(T a, T b) {
   constexpr uint64_t width = 8 * sizeof(T);
   const uint64_t count = static_cast<uint64_t>(b);
   return count < width ? static_cast<T>(a >> count) : T{0};
 }
 
-// --------------------------------------------------------------- minimum, maximum, piecewise linear
+// --------------------------------------------------------------- minimum, maximum, piecewise
+// linear
 
-template <class T, if_number<T> = 0> SKIVE_INLINE T min_(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T min_(T a, T b) {
   return a < b || is_nan(a) ? a : b;
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T max_(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T max_(T a, T b) {
   return a > b || is_nan(a) ? a : b;
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V min_(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V min_(A a, B b) {
   const V x = widen<V>(a);
   return select(is_nan(x), x, vmin(x, widen<V>(b)));  // vmin gives its second operand for NaN
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V max_(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V max_(A a, B b) {
   const V x = widen<V>(a);
   return select(is_nan(x), x, vmax(x, widen<V>(b)));
 }
 
-template <class T, if_number<T> = 0> SKIVE_INLINE T abs_(T a) {
-  if constexpr (same_type<T, float>) return __builtin_fabsf(a);
-  else if constexpr (same_type<T, double>) return __builtin_fabs(a);
-  else if constexpr (is_signed<T>) return a < 0 ? neg(a) : a;
-  else return a;
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T abs_(T a) {
+  if constexpr (same_type<T, float>)
+    return __builtin_fabsf(a);
+  else if constexpr (same_type<T, double>)
+    return __builtin_fabs(a);
+  else if constexpr (is_signed<T>)
+    return a < 0 ? neg(a) : a;
+  else
+    return a;
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T sign(T a) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T sign(T a) {
   if (is_nan(a)) return a;
-  if constexpr (is_signed<T>) return static_cast<T>((a > 0) - (a < 0));
-  else return static_cast<T>(a != 0);
+  if constexpr (is_signed<T>)
+    return static_cast<T>((a > 0) - (a < 0));
+  else
+    return static_cast<T>(a != 0);
 }
-template <int N> SKIVE_INLINE Vec<N> sign(Vec<N> a) {
+template <int N>
+SKIVE_INLINE Vec<N> sign(Vec<N> a) {
   const Vec<N> up = select(less(zero<N>(), a), splat<N>(1.0f), zero<N>());
   const Vec<N> r = select(less(a, zero<N>()), splat<N>(-1.0f), up);
   return select(is_nan(a), a, r);
 }
 
-template <class T, if_number<T> = 0> SKIVE_INLINE T relu(T a) { return a < T{0} ? T{0} : a; }
-template <int N> SKIVE_INLINE Vec<N> relu(Vec<N> a) { return vmax(zero<N>(), a); }
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T relu(T a) {
+  return a < T{0} ? T{0} : a;
+}
+template <int N>
+SKIVE_INLINE Vec<N> relu(Vec<N> a) {
+  return vmax(zero<N>(), a);
+}
 // min(max(x, lo), hi): hi where lo > hi.
-template <class T, class L, if_number<T> = 0> SKIVE_INLINE T clip(T x, L lo, L hi) {
+template <class T, class L, if_number<T> = 0>
+SKIVE_INLINE T clip(T x, L lo, L hi) {
   const T low = static_cast<T>(lo), high = static_cast<T>(hi);
   const T r = x < low ? low : x;
   return r > high ? high : r;
 }
-template <int N, class L> SKIVE_INLINE Vec<N> clip(Vec<N> x, L lo, L hi) {
+template <int N, class L>
+SKIVE_INLINE Vec<N> clip(Vec<N> x, L lo, L hi) {
   const Vec<N> r = vmax(widen<Vec<N>>(static_cast<float>(lo)), x);
   return vmin(splat<N>(static_cast<float>(hi)), r);
 }
-template <class T, class A, if_number<T> = 0> SKIVE_INLINE T leaky_relu(T x, A alpha) {
+template <class T, class A, if_number<T> = 0>
+SKIVE_INLINE T leaky_relu(T x, A alpha) {
   return x < T{0} ? static_cast<T>(alpha) * x : x;
 }
-template <int N> SKIVE_INLINE Vec<N> leaky_relu(Vec<N> x, double alpha) {
+template <int N>
+SKIVE_INLINE Vec<N> leaky_relu(Vec<N> x, double alpha) {
   return select(less(x, zero<N>()), x * splat<N>(static_cast<float>(alpha)), x);
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T prelu(T x, T slope) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T prelu(T x, T slope) {
   return x < T{0} ? mul(slope, x) : x;
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V prelu(A a, B slope) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V prelu(A a, B slope) {
   const V x = widen<V>(a);
   return select(less(x, zero<V::lanes>()), x * widen<V>(slope), x);
 }
-template <class T, class A, if_number<T> = 0> SKIVE_INLINE T thresholded_relu(T x, A alpha) {
+template <class T, class A, if_number<T> = 0>
+SKIVE_INLINE T thresholded_relu(T x, A alpha) {
   return x > static_cast<T>(alpha) ? x : T{0};
 }
-template <int N> SKIVE_INLINE Vec<N> thresholded_relu(Vec<N> x, double alpha) {
+template <int N>
+SKIVE_INLINE Vec<N> thresholded_relu(Vec<N> x, double alpha) {
   return select(less(splat<N>(static_cast<float>(alpha)), x), x, zero<N>());
 }
 // clip(alpha x + beta, 0, 1).
-template <class T, class A, if_float<T> = 0> SKIVE_INLINE T hard_sigmoid(T x, A alpha, A beta) {
+template <class T, class A, if_float<T> = 0>
+SKIVE_INLINE T hard_sigmoid(T x, A alpha, A beta) {
   return clip(static_cast<T>(alpha) * x + static_cast<T>(beta), T{0}, T{1});
 }
-template <int N, class A> SKIVE_INLINE Vec<N> hard_sigmoid(Vec<N> x, A alpha, A beta) {
-  return clip(fma(x, splat<N>(static_cast<float>(alpha)), splat<N>(static_cast<float>(beta))), 0.0f, 1.0f);
+template <int N, class A>
+SKIVE_INLINE Vec<N> hard_sigmoid(Vec<N> x, A alpha, A beta) {
+  return clip(fma(x, splat<N>(static_cast<float>(alpha)), splat<N>(static_cast<float>(beta))), 0.0f,
+              1.0f);
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T hard_swish(T x) {
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T hard_swish(T x) {
   return x * hard_sigmoid(x, 1.0 / 6, 0.5);
 }
-template <int N> SKIVE_INLINE Vec<N> hard_swish(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> hard_swish(Vec<N> x) {
   return x * hard_sigmoid(x, 1.0 / 6, 0.5);
 }
 // x + bias below -lambd, x - bias above lambd, 0 between (NaN stays NaN).
-template <class T, class A, if_number<T> = 0> SKIVE_INLINE T shrink(T x, A bias, A lambd) {
+template <class T, class A, if_number<T> = 0>
+SKIVE_INLINE T shrink(T x, A bias, A lambd) {
   if (static_cast<double>(x) < -static_cast<double>(lambd)) return add(x, static_cast<T>(bias));
   if (static_cast<double>(x) > static_cast<double>(lambd)) return sub(x, static_cast<T>(bias));
   return is_nan(x) ? x : T{0};
 }
-template <int N, class A> SKIVE_INLINE Vec<N> shrink(Vec<N> x, A bias, A lambd) {
+template <int N, class A>
+SKIVE_INLINE Vec<N> shrink(Vec<N> x, A bias, A lambd) {
   const Vec<N> b = splat<N>(static_cast<float>(bias)), l = splat<N>(static_cast<float>(lambd));
   const Vec<N> r = select(less(l, x), x - b, select(is_nan(x), x, zero<N>()));
   return select(less(x, -l), x + b, r);
@@ -360,108 +550,179 @@ template <int N, class A> SKIVE_INLINE Vec<N> shrink(Vec<N> x, A bias, A lambd) 
 // ---------------------------------------------------------------------------- scalar C library
 
 // One line per function: `f` for float, `d` for double, inlined into one `if constexpr`.
-template <class T, class F, class D> SKIVE_INLINE T by_type(T x, F f, D d) {
-  if constexpr (same_type<T, double>) return static_cast<void>(f), d(x);
-  else return static_cast<void>(d), static_cast<T>(f(static_cast<float>(x)));
+template <class T, class F, class D>
+SKIVE_INLINE T by_type(T x, F f, D d) {
+  if constexpr (same_type<T, double>)
+    return static_cast<void>(f), d(x);
+  else
+    return static_cast<void>(d), static_cast<T>(f(static_cast<float>(x)));
 }
 
-template <class T, if_float<T> = 0> SKIVE_INLINE T sqrt_(T x) {
-  return by_type(x, [](float v) { return __builtin_sqrtf(v); }, [](double v) { return __builtin_sqrt(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T sqrt_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_sqrtf(v); }, [](double v) { return __builtin_sqrt(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T exp_(T x) {
-  return by_type(x, [](float v) { return __builtin_expf(v); }, [](double v) { return __builtin_exp(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T exp_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_expf(v); }, [](double v) { return __builtin_exp(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T log_(T x) {
-  return by_type(x, [](float v) { return __builtin_logf(v); }, [](double v) { return __builtin_log(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T log_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_logf(v); }, [](double v) { return __builtin_log(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T sin_(T x) {
-  return by_type(x, [](float v) { return __builtin_sinf(v); }, [](double v) { return __builtin_sin(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T sin_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_sinf(v); }, [](double v) { return __builtin_sin(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T cos_(T x) {
-  return by_type(x, [](float v) { return __builtin_cosf(v); }, [](double v) { return __builtin_cos(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T cos_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_cosf(v); }, [](double v) { return __builtin_cos(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T tan_(T x) {
-  return by_type(x, [](float v) { return __builtin_tanf(v); }, [](double v) { return __builtin_tan(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T tan_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_tanf(v); }, [](double v) { return __builtin_tan(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T asin_(T x) {
-  return by_type(x, [](float v) { return __builtin_asinf(v); }, [](double v) { return __builtin_asin(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T asin_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_asinf(v); }, [](double v) { return __builtin_asin(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T acos_(T x) {
-  return by_type(x, [](float v) { return __builtin_acosf(v); }, [](double v) { return __builtin_acos(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T acos_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_acosf(v); }, [](double v) { return __builtin_acos(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T atan_(T x) {
-  return by_type(x, [](float v) { return __builtin_atanf(v); }, [](double v) { return __builtin_atan(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T atan_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_atanf(v); }, [](double v) { return __builtin_atan(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T sinh_(T x) {
-  return by_type(x, [](float v) { return __builtin_sinhf(v); }, [](double v) { return __builtin_sinh(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T sinh_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_sinhf(v); }, [](double v) { return __builtin_sinh(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T cosh_(T x) {
-  return by_type(x, [](float v) { return __builtin_coshf(v); }, [](double v) { return __builtin_cosh(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T cosh_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_coshf(v); }, [](double v) { return __builtin_cosh(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T tanh_(T x) {
-  return by_type(x, [](float v) { return __builtin_tanhf(v); }, [](double v) { return __builtin_tanh(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T tanh_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_tanhf(v); }, [](double v) { return __builtin_tanh(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T asinh_(T x) {
-  return by_type(x, [](float v) { return __builtin_asinhf(v); }, [](double v) { return __builtin_asinh(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T asinh_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_asinhf(v); }, [](double v) { return __builtin_asinh(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T acosh_(T x) {
-  return by_type(x, [](float v) { return __builtin_acoshf(v); }, [](double v) { return __builtin_acosh(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T acosh_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_acoshf(v); }, [](double v) { return __builtin_acosh(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T atanh_(T x) {
-  return by_type(x, [](float v) { return __builtin_atanhf(v); }, [](double v) { return __builtin_atanh(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T atanh_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_atanhf(v); }, [](double v) { return __builtin_atanh(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T erf_(T x) {
-  return by_type(x, [](float v) { return __builtin_erff(v); }, [](double v) { return __builtin_erf(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T erf_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_erff(v); }, [](double v) { return __builtin_erf(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T expm1_(T x) {
-  return by_type(x, [](float v) { return __builtin_expm1f(v); }, [](double v) { return __builtin_expm1(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T expm1_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_expm1f(v); }, [](double v) { return __builtin_expm1(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T log1p_(T x) {
-  return by_type(x, [](float v) { return __builtin_log1pf(v); }, [](double v) { return __builtin_log1p(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T log1p_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_log1pf(v); }, [](double v) { return __builtin_log1p(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T floor_(T x) {
-  return by_type(x, [](float v) { return __builtin_floorf(v); }, [](double v) { return __builtin_floor(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T floor_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_floorf(v); }, [](double v) { return __builtin_floor(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T ceil_(T x) {
-  return by_type(x, [](float v) { return __builtin_ceilf(v); }, [](double v) { return __builtin_ceil(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T ceil_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_ceilf(v); }, [](double v) { return __builtin_ceil(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T trunc_(T x) {
-  return by_type(x, [](float v) { return __builtin_truncf(v); }, [](double v) { return __builtin_trunc(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T trunc_(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_truncf(v); }, [](double v) { return __builtin_trunc(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T round_even(T x) {
-  return by_type(x, [](float v) { return __builtin_rintf(v); }, [](double v) { return __builtin_rint(v); });
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T round_even(T x) {
+  return by_type(
+      x, [](float v) { return __builtin_rintf(v); }, [](double v) { return __builtin_rint(v); });
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T reciprocal(T x) { return T{1} / x; }
-template <class T, if_float<T> = 0> SKIVE_INLINE T rsqrt(T x) { return T{1} / sqrt_(x); }
-template <class T, if_float<T> = 0> SKIVE_INLINE T sigmoid(T x) {
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T reciprocal(T x) {
+  return T{1} / x;
+}
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T rsqrt(T x) {
+  return T{1} / sqrt_(x);
+}
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T sigmoid(T x) {
   const T e = exp_(-abs_(x));
   return (x < T{0} ? e : T{1}) / (T{1} + e);
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T silu(T x) { return x * sigmoid(x); }
-template <class T, if_float<T> = 0> SKIVE_INLINE T gelu(T x) {
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T silu(T x) {
+  return x * sigmoid(x);
+}
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T gelu(T x) {
   return T{0.5} * x * (T{1} + erf_(x * static_cast<T>(0.70710678118654752440)));
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T gelu_tanh(T x) {
-  const T inner = static_cast<T>(0.79788456080286535588) * (x + static_cast<T>(0.044715) * x * x * x);
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T gelu_tanh(T x) {
+  const T inner =
+      static_cast<T>(0.79788456080286535588) * (x + static_cast<T>(0.044715) * x * x * x);
   return T{0.5} * x * (T{1} + tanh_(inner));
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T softplus(T x) {
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T softplus(T x) {
   return max_(x, T{0}) + log1p_(exp_(-abs_(x)));
 }
-template <class T, if_float<T> = 0> SKIVE_INLINE T softsign(T x) { return x / (T{1} + abs_(x)); }
-template <class T, if_float<T> = 0> SKIVE_INLINE T mish(T x) { return x * tanh_(softplus(x)); }
-template <class T, class A, if_float<T> = 0> SKIVE_INLINE T elu(T x, A alpha) {
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T softsign(T x) {
+  return x / (T{1} + abs_(x));
+}
+template <class T, if_float<T> = 0>
+SKIVE_INLINE T mish(T x) {
+  return x * tanh_(softplus(x));
+}
+template <class T, class A, if_float<T> = 0>
+SKIVE_INLINE T elu(T x, A alpha) {
   return x > T{0} ? x : static_cast<T>(alpha) * expm1_(x);
 }
-template <class T, class A, if_float<T> = 0> SKIVE_INLINE T selu(T x, A alpha, A gamma) {
+template <class T, class A, if_float<T> = 0>
+SKIVE_INLINE T selu(T x, A alpha, A gamma) {
   return static_cast<T>(gamma) * elu(x, alpha);
 }
-template <class T, class A, if_float<T> = 0> SKIVE_INLINE T celu(T x, A alpha) {
+template <class T, class A, if_float<T> = 0>
+SKIVE_INLINE T celu(T x, A alpha) {
   return x > T{0} ? x : static_cast<T>(alpha) * expm1_(x / static_cast<T>(alpha));
 }
 
 // Remainder with the sign of the dividend (fmod_) or of the divisor (mod_, as in Python).
-template <class T, if_number<T> = 0> SKIVE_INLINE T fmod_(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T fmod_(T a, T b) {
   if constexpr (same_type<T, float>) {
     return __builtin_fmodf(a, b);
   } else if constexpr (same_type<T, double>) {
@@ -474,7 +735,8 @@ template <class T, if_number<T> = 0> SKIVE_INLINE T fmod_(T a, T b) {
     return static_cast<T>(a % b);
   }
 }
-template <class T, if_number<T> = 0> SKIVE_INLINE T mod_(T a, T b) {
+template <class T, if_number<T> = 0>
+SKIVE_INLINE T mod_(T a, T b) {
   const T r = fmod_(a, b);
   if constexpr (is_float<T>) {
     if (r == 0) return b < 0 ? -abs_(r) : abs_(r);
@@ -510,11 +772,18 @@ SKIVE_INLINE T pow_(T a, E b) {
 
 // ------------------------------------------------------------------------------- vector functions
 
-template <int N> SKIVE_INLINE Vec<N> reciprocal(Vec<N> x) { return splat<N>(1.0f) / x; }
-template <int N> SKIVE_INLINE Vec<N> rsqrt(Vec<N> x) { return splat<N>(1.0f) / sqrt_(x); }
+template <int N>
+SKIVE_INLINE Vec<N> reciprocal(Vec<N> x) {
+  return splat<N>(1.0f) / x;
+}
+template <int N>
+SKIVE_INLINE Vec<N> rsqrt(Vec<N> x) {
+  return splat<N>(1.0f) / sqrt_(x);
+}
 
 // |a| with the sign of b.
-template <int N> SKIVE_INLINE Vec<N> copysign_(Vec<N> a, Vec<N> b) {
+template <int N>
+SKIVE_INLINE Vec<N> copysign_(Vec<N> a, Vec<N> b) {
   return from_bits((bits(a) & splat_ints<N>(0x7fffffff)) | (bits(b) & splat_ints<N>(INT32_MIN)));
 }
 
@@ -524,29 +793,34 @@ template <int N>
 struct ExpParts {
   Vec<N> tail, n;
 };
-template <int N> SKIVE_INLINE ExpParts<N> exp_parts(Vec<N> x) {
+template <int N>
+SKIVE_INLINE ExpParts<N> exp_parts(Vec<N> x) {
   x = vmin(splat<N>(90.0f), vmax(splat<N>(-105.0f), x));
   const Vec<N> magic = splat<N>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<N> n = fma(x, splat<N>(1.44269504f), magic) - magic;
   // ln 2 in two parts, the first of 9 bits so that n times it is exact.
   Vec<N> r = fma(n, splat<N>(-0.693359375f), x);
   r = fma(n, splat<N>(2.12194440e-4f), r);
-  const Vec<N> p = polynomial(r, 0.5f, 0.16666666f, 0.04166628f, 0.0083335042f, 0.0013945752f, 0.00019789266f);
+  const Vec<N> p =
+      polynomial(r, 0.5f, 0.16666666f, 0.04166628f, 0.0083335042f, 0.0013945752f, 0.00019789266f);
   return {fma(r * r, p, r), n};
 }
-template <int N> SKIVE_INLINE Vec<N> exp_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> exp_(Vec<N> x) {
   const ExpParts<N> e = exp_parts(x);
   return scale_exponent(e.tail + splat<N>(1.0f), e.n);
 }
 // e^x - 1 without cancellation near 0: 2^n tail + (2^n - 1).
-template <int N> SKIVE_INLINE Vec<N> expm1_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> expm1_(Vec<N> x) {
   const ExpParts<N> e = exp_parts(x);
   const Vec<N> two_n = scale_exponent(splat<N>(1.0f), vmin(splat<N>(127.0f), e.n));
   const Vec<N> r = fma(two_n, e.tail, two_n - splat<N>(1.0f));
   return select(less(splat<N>(88.0f), x), exp_(x), select(equal(x, zero<N>()), x, r));
 }
 
-template <int N> SKIVE_INLINE Vec<N> log_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> log_(Vec<N> x) {
   const Mask<N> tiny = less(x, splat<N>(1.17549435e-38f));  // subnormal: scale by 2^23 first
   const Vec<N> normal = select(tiny, x * splat<N>(8388608.0f), x);
   // x = m 2^e with m in [sqrt(1/2), sqrt(2)).
@@ -554,8 +828,8 @@ template <int N> SKIVE_INLINE Vec<N> log_(Vec<N> x) {
   const Ints<N> i = bits(normal) - offset;
   const Vec<N> e = to_floats(shift_lanes_right<23>(i)) - select(tiny, splat<N>(23.0f), zero<N>());
   const Vec<N> f = from_bits((i & splat_ints<N>(0x007fffff)) + offset) - splat<N>(1.0f);
-  const Vec<N> p = polynomial(f, 0.33333313f, -0.25000009f, 0.20002119f, -0.16667996f, 0.14219551f, -0.12405591f,
-                              0.11888175f, -0.11675641f, 0.067466013f);
+  const Vec<N> p = polynomial(f, 0.33333313f, -0.25000009f, 0.20002119f, -0.16667996f, 0.14219551f,
+                              -0.12405591f, 0.11888175f, -0.11675641f, 0.067466013f);
   const Vec<N> square = f * f;
   Vec<N> r = square * f * p;
   r = fma(e, splat<N>(-2.12194440e-4f), r);
@@ -565,9 +839,10 @@ template <int N> SKIVE_INLINE Vec<N> log_(Vec<N> x) {
   const Vec<N> low = select(equal(x, zero<N>()), -inf, splat<N>(__builtin_nanf("")));
   return select(equal(x, inf), inf, select(less(zero<N>(), x), r, low));
 }
-// log(1 + x): the rounding error of 1 + x is divided back in (W. Kahan's correction), unless 1 + x is
-// so large that it does not count.
-template <int N> SKIVE_INLINE Vec<N> log1p_(Vec<N> x) {
+// log(1 + x): the rounding error of 1 + x is divided back in (W. Kahan's correction), unless 1 + x
+// is so large that it does not count.
+template <int N>
+SKIVE_INLINE Vec<N> log1p_(Vec<N> x) {
   const Vec<N> u = x + splat<N>(1.0f), l = log_(u);
   const Vec<N> r = l + (x - (u - splat<N>(1.0f))) / u;
   const Mask<N> corrected = less(zero<N>(), u) & less(u, splat<N>(3e38f));
@@ -575,54 +850,73 @@ template <int N> SKIVE_INLINE Vec<N> log1p_(Vec<N> x) {
 }
 
 // Odd rational approximation x P(x^2) / Q(x^2) on [-9.02, 9.02], where tanh rounds to 1.
-template <int N> SKIVE_INLINE Vec<N> tanh_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> tanh_(Vec<N> x) {
   const Vec<N> v = vmin(splat<N>(9.02f), vmax(splat<N>(-9.02f), x)), t = v * v;
-  const Vec<N> p = polynomial(t, 1.0f, 0.136799127f, 0.00386832468f, 2.80073926e-05f, 3.05848573e-08f, -1.22033297e-11f);
-  const Vec<N> q = polynomial(t, 1.0f, 0.470132440f, 0.0272458270f, 0.000393862545f, 1.28735969e-06f);
+  const Vec<N> p = polynomial(t, 1.0f, 0.136799127f, 0.00386832468f, 2.80073926e-05f,
+                              3.05848573e-08f, -1.22033297e-11f);
+  const Vec<N> q =
+      polynomial(t, 1.0f, 0.470132440f, 0.0272458270f, 0.000393862545f, 1.28735969e-06f);
   const Vec<N> y = v * p / q, one = splat<N>(1.0f);
   return vmin(one, vmax(-one, y));
 }
 // As tanh_, on [-3.95, 3.95].
-template <int N> SKIVE_INLINE Vec<N> erf_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> erf_(Vec<N> x) {
   const Vec<N> v = vmin(splat<N>(3.95f), vmax(splat<N>(-3.95f), x)), t = v * v;
-  const Vec<N> p = polynomial(t, 1.12837923f, 0.185168996f, 0.0542748086f, 0.00384337455f, 0.000377938850f,
-                              4.64048753e-06f, -1.29673273e-08f);
-  const Vec<N> q = polynomial(t, 1.0f, 0.497435153f, 0.113911018f, 0.0154437330f, 0.00130406616f, 6.26930123e-05f);
+  const Vec<N> p = polynomial(t, 1.12837923f, 0.185168996f, 0.0542748086f, 0.00384337455f,
+                              0.000377938850f, 4.64048753e-06f, -1.29673273e-08f);
+  const Vec<N> q = polynomial(t, 1.0f, 0.497435153f, 0.113911018f, 0.0154437330f, 0.00130406616f,
+                              6.26930123e-05f);
   const Vec<N> y = v * p / q, one = splat<N>(1.0f);
   return vmin(one, vmax(-one, y));
 }
 
-template <int N> SKIVE_INLINE Vec<N> sigmoid(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> sigmoid(Vec<N> x) {
   const Vec<N> one = splat<N>(1.0f), e = exp_(-abs_(x));  // never overflows
   return select(less(x, zero<N>()), e, one) / (one + e);
 }
-template <int N> SKIVE_INLINE Vec<N> silu(Vec<N> x) { return x * sigmoid(x); }
-template <int N> SKIVE_INLINE Vec<N> gelu(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> silu(Vec<N> x) {
+  return x * sigmoid(x);
+}
+template <int N>
+SKIVE_INLINE Vec<N> gelu(Vec<N> x) {
   const Vec<N> half = x * splat<N>(0.5f);
   return fma(half, erf_(x * splat<N>(0.707106781f)), half);
 }
-template <int N> SKIVE_INLINE Vec<N> gelu_tanh(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> gelu_tanh(Vec<N> x) {
   const Vec<N> half = x * splat<N>(0.5f);
   const Vec<N> inner = x * fma(x * x, splat<N>(0.0356774081f), splat<N>(0.797884561f));
   return fma(half, tanh_(inner), half);
 }
-template <int N> SKIVE_INLINE Vec<N> softplus(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> softplus(Vec<N> x) {
   return vmax(zero<N>(), x) + log1p_(exp_(-abs_(x)));
 }
-template <int N> SKIVE_INLINE Vec<N> softsign(Vec<N> x) { return x / (splat<N>(1.0f) + abs_(x)); }
+template <int N>
+SKIVE_INLINE Vec<N> softsign(Vec<N> x) {
+  return x / (splat<N>(1.0f) + abs_(x));
+}
 // tanh(softplus(x)) = w / (w + 2), w = e^x (e^x + 2); 1 in float from x = 20 on.
-template <int N> SKIVE_INLINE Vec<N> mish(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> mish(Vec<N> x) {
   const Vec<N> e = exp_(vmin(splat<N>(20.0f), x)), two = splat<N>(2.0f), w = e * (e + two);
   return x * (w / (w + two));
 }
-template <int N> SKIVE_INLINE Vec<N> elu(Vec<N> x, double alpha) {
+template <int N>
+SKIVE_INLINE Vec<N> elu(Vec<N> x, double alpha) {
   const Vec<N> low = splat<N>(static_cast<float>(alpha)) * expm1_(vmin(zero<N>(), x));
   return select(less(zero<N>(), x), x, low);
 }
-template <int N> SKIVE_INLINE Vec<N> selu(Vec<N> x, double alpha, double gamma) {
+template <int N>
+SKIVE_INLINE Vec<N> selu(Vec<N> x, double alpha, double gamma) {
   return splat<N>(static_cast<float>(gamma)) * elu(x, alpha);
 }
-template <int N> SKIVE_INLINE Vec<N> celu(Vec<N> x, double alpha) {
+template <int N>
+SKIVE_INLINE Vec<N> celu(Vec<N> x, double alpha) {
   const Vec<N> a = splat<N>(static_cast<float>(alpha));
   return select(less(zero<N>(), x), x, a * expm1_(vmin(zero<N>(), x) / a));
 }
@@ -635,7 +929,8 @@ struct TrigParts {
   Vec<N> sine, cosine;  // of r
   Ints<N> quadrant;
 };
-template <int N> SKIVE_INLINE TrigParts<N> trig_parts(Vec<N> x) {
+template <int N>
+SKIVE_INLINE TrigParts<N> trig_parts(Vec<N> x) {
   const Vec<N> magic = splat<N>(12582912.0f);
   const Vec<N> shifted = fma(x, splat<N>(0.636619772f), magic), n = shifted - magic;
   Vec<N> r = fma(n, splat<N>(-1.5703125f), x);
@@ -647,13 +942,16 @@ template <int N> SKIVE_INLINE TrigParts<N> trig_parts(Vec<N> x) {
   const Vec<N> c = polynomial(t, 0.0416666679f, -0.00138888834f, 2.47994521e-05f, -2.72050443e-07f);
   return {fma(t * r, s, r), fma(t * t, c, fma(t, splat<N>(-0.5f), splat<N>(1.0f))), bits(shifted)};
 }
-template <int N> SKIVE_INLINE Mask<N> odd(Ints<N> a) {
+template <int N>
+SKIVE_INLINE Mask<N> odd(Ints<N> a) {
   return equal(to_floats(a & splat_ints<N>(1)), splat<N>(1.0f));
 }
-template <int N> SKIVE_INLINE Vec<N> flip_sign_by_bit1(Vec<N> a, Ints<N> q) {
+template <int N>
+SKIVE_INLINE Vec<N> flip_sign_by_bit1(Vec<N> a, Ints<N> q) {
   return from_bits(bits(a) ^ shift_lanes_left<30>(q & splat_ints<N>(2)));
 }
-template <int N> SKIVE_INLINE Vec<N> sin_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> sin_(Vec<N> x) {
   const TrigParts<N> t = trig_parts(x);
   Vec<N> y = flip_sign_by_bit1(select(odd(t.quadrant), t.cosine, t.sine), t.quadrant);
   y = select(equal(x, zero<N>()), x, y);  // keeps -0
@@ -661,7 +959,8 @@ template <int N> SKIVE_INLINE Vec<N> sin_(Vec<N> x) {
     y = per_lane(x, [](float v) { return __builtin_sinf(v); });
   return y;
 }
-template <int N> SKIVE_INLINE Vec<N> cos_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> cos_(Vec<N> x) {
   const TrigParts<N> t = trig_parts(x);
   const Ints<N> q = t.quadrant + splat_ints<N>(1);
   Vec<N> y = flip_sign_by_bit1(select(odd(t.quadrant), t.sine, t.cosine), q);
@@ -669,7 +968,8 @@ template <int N> SKIVE_INLINE Vec<N> cos_(Vec<N> x) {
     y = per_lane(x, [](float v) { return __builtin_cosf(v); });
   return y;
 }
-template <int N> SKIVE_INLINE Vec<N> tan_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> tan_(Vec<N> x) {
   const TrigParts<N> t = trig_parts(x);
   const Mask<N> swap = odd(t.quadrant);
   Vec<N> y = select(swap, -t.cosine, t.sine) / select(swap, t.sine, t.cosine);
@@ -679,28 +979,34 @@ template <int N> SKIVE_INLINE Vec<N> tan_(Vec<N> x) {
   return y;
 }
 
-template <int N> SKIVE_INLINE Vec<N> atan_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> atan_(Vec<N> x) {
   const Vec<N> a = abs_(x), one = splat<N>(1.0f);
   const Mask<N> invert = less(one, a);
   const Vec<N> z = select(invert, -one / a, a), t = z * z;  // atan(a) = pi/2 + atan(-1/a)
-  const Vec<N> p = polynomial(t, -0.333332986f, 0.199985489f, -0.142642409f, 0.109521851f, -0.0840344802f,
-                              0.0579575486f, -0.0311777983f, 0.0109145781f, -0.00179361505f);
+  const Vec<N> p =
+      polynomial(t, -0.333332986f, 0.199985489f, -0.142642409f, 0.109521851f, -0.0840344802f,
+                 0.0579575486f, -0.0311777983f, 0.0109145781f, -0.00179361505f);
   const Vec<N> y = fma(z * t, p, z);
   return copysign_(select(invert, splat<N>(1.57079637f) + y, y), x);
 }
 // asin(t) for t in [0, 1/2], given z = t^2.
-template <int N> SKIVE_INLINE Vec<N> asin_half(Vec<N> t, Vec<N> z) {
-  const Vec<N> p = polynomial(z, 0.166666597f, 0.0750050396f, 0.0445169583f, 0.0318076909f, 0.0144387009f, 0.0375163257f);
+template <int N>
+SKIVE_INLINE Vec<N> asin_half(Vec<N> t, Vec<N> z) {
+  const Vec<N> p = polynomial(z, 0.166666597f, 0.0750050396f, 0.0445169583f, 0.0318076909f,
+                              0.0144387009f, 0.0375163257f);
   return fma(t * z, p, t);
 }
-template <int N> SKIVE_INLINE Vec<N> asin_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> asin_(Vec<N> x) {
   const Vec<N> a = abs_(x), half = splat<N>(0.5f);
   const Mask<N> upper = less(half, a);  // asin(a) = pi/2 - 2 asin(sqrt((1 - a) / 2))
   const Vec<N> z = select(upper, (splat<N>(1.0f) - a) * half, a * a);
   const Vec<N> y = asin_half(select(upper, sqrt_(z), a), z);
   return copysign_(select(upper, fma(y, splat<N>(-2.0f), splat<N>(1.57079637f)), y), x);
 }
-template <int N> SKIVE_INLINE Vec<N> acos_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> acos_(Vec<N> x) {
   const Vec<N> a = abs_(x), half = splat<N>(0.5f), pi_2 = splat<N>(1.57079637f);
   const Mask<N> upper = less(half, a), negative = less(x, zero<N>());
   const Vec<N> z = select(upper, (splat<N>(1.0f) - a) * half, a * a);
@@ -710,51 +1016,64 @@ template <int N> SKIVE_INLINE Vec<N> acos_(Vec<N> x) {
 }
 
 // e^|x| / 2, finite for every x whose hyperbolic sine is.
-template <int N> SKIVE_INLINE Vec<N> half_exp(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> half_exp(Vec<N> x) {
   const ExpParts<N> e = exp_parts(abs_(x));
   return scale_exponent(e.tail + splat<N>(1.0f), e.n - splat<N>(1.0f));
 }
-template <int N> SKIVE_INLINE Vec<N> sinh_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> sinh_(Vec<N> x) {
   const Vec<N> h = half_exp(x), t = x * x;
   const Vec<N> large = copysign_(h - splat<N>(0.25f) / h, x);
   const Vec<N> p = polynomial(t, 0.166666672f, 0.00833334960f, 0.000198361595f, 2.81695111e-06f);
   return select(less(abs_(x), splat<N>(1.0f)), fma(x * t, p, x), large);
 }
-template <int N> SKIVE_INLINE Vec<N> cosh_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> cosh_(Vec<N> x) {
   const Vec<N> h = half_exp(x);
   return h + splat<N>(0.25f) / h;
 }
-template <int N> SKIVE_INLINE Vec<N> asinh_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> asinh_(Vec<N> x) {
   const Vec<N> a = abs_(x), t = a * a, one = splat<N>(1.0f);
   const Vec<N> small = log1p_(a + t / (one + sqrt_(t + one)));
   const Vec<N> large = log_(a) + splat<N>(0.693147181f);  // from 1e9 on a^2 swamps the 1
   return copysign_(select(less(a, splat<N>(1e9f)), small, large), x);
 }
-template <int N> SKIVE_INLINE Vec<N> acosh_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> acosh_(Vec<N> x) {
   const Vec<N> t = x - splat<N>(1.0f);
   const Vec<N> small = log1p_(t + sqrt_(t + t + t * t));
   const Vec<N> large = log_(x) + splat<N>(0.693147181f);
   const Vec<N> r = select(less(splat<N>(1e9f), x), large, small);
   return select(less(x, splat<N>(1.0f)), splat<N>(__builtin_nanf("")), r);
 }
-template <int N> SKIVE_INLINE Vec<N> atanh_(Vec<N> x) {
+template <int N>
+SKIVE_INLINE Vec<N> atanh_(Vec<N> x) {
   const Vec<N> a = abs_(x), one = splat<N>(1.0f);
   const Vec<N> r = splat<N>(0.5f) * log1p_((a + a) / (one - a));
   return copysign_(r, x);
 }
 
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V fmod_(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V fmod_(A a, B b) {
   return per_lane(widen<V>(a), widen<V>(b), [](float x, float y) { return fmod_(x, y); });
 }
-template <class A, class B, class V = lanes_t<A, B>> SKIVE_INLINE V mod_(A a, B b) {
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V mod_(A a, B b) {
   return per_lane(widen<V>(a), widen<V>(b), [](float x, float y) { return mod_(x, y); });
 }
-template <int N> SKIVE_INLINE Vec<N> pow_(Vec<N> a, Vec<N> b) {
+template <int N>
+SKIVE_INLINE Vec<N> pow_(Vec<N> a, Vec<N> b) {
   return per_lane(a, b, [](float x, float y) { return __builtin_powf(x, y); });
 }
-template <int N> SKIVE_INLINE Vec<N> pow_(float a, Vec<N> b) { return pow_(splat<N>(a), b); }
+template <int N>
+SKIVE_INLINE Vec<N> pow_(float a, Vec<N> b) {
+  return pow_(splat<N>(a), b);
+}
 // A constant exponent folds to the few operations it stands for.
-template <int N> SKIVE_INLINE Vec<N> pow_(Vec<N> a, float b) {
+template <int N>
+SKIVE_INLINE Vec<N> pow_(Vec<N> a, float b) {
   if (b == 2.0f) return a * a;
   if (b == 3.0f) return a * a * a;
   if (b == 1.0f) return a;

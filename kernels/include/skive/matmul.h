@@ -1,8 +1,8 @@
 // Batched matrix product of two operands that are known only at run time.
 //
 // Each item of work is one matrix of the batch times one panel of columns: the panel is packed into
-// scratch ([columns / NB][K][NB], as conv.h reads its weights) and the 1x1 convolution of conv.h does
-// the rest. A product of few rows reads its right operand once, so it is not worth packing.
+// scratch ([columns / NB][K][NB], as conv.h reads its weights) and the 1x1 convolution of conv.h
+// does the rest. A product of few rows reads its right operand once, so it is not worth packing.
 #ifndef SKIVE_MATMUL_H
 #define SKIVE_MATMUL_H
 
@@ -24,7 +24,8 @@ struct pack_panel {
   static constexpr int kLast = N - (kBlocks - 1) * NB;
   // Floats, with the fill to 64 bytes.
   static constexpr ptrdiff_t floats =
-      (static_cast<ptrdiff_t>(K) * ((kBlocks - 1) * NB + round_up(kLast, kChannelQuantum)) + 15) / 16 * 16;
+      (static_cast<ptrdiff_t>(K) * ((kBlocks - 1) * NB + round_up(kLast, kChannelQuantum)) + 15) /
+      16 * 16;
 
   static void run(const float* b, float* to) {
     for (int i = 0; i < kBlocks - 1; ++i) {
@@ -62,15 +63,17 @@ template <int M, int K, int N, int NB, int LDA, int LDY>
 using packed_product = conv2d<Image<1, 1, M, K>, Kernel<N, 1, 1>, Stride<1, 1>, Pad<0, 0, 0, 0>,
                               Dilation<1, 1>, NB, LDA, LDY>;
 
-// y[batch, M, N] = epilogue(op(a) op(b)); Batch is the result's batch shape, AStrides and BStrides the
-// floats between neighbouring matrices (0 broadcasts). a is [M, K], or [K, M] if TransA, with LDA floats
-// between rows as stored; b likewise. The epilogue's pixel is the flat row of y, its channel the column.
-template <class Batch, int M, int K, int N, class AStrides, class BStrides, bool TransA = false, bool TransB = false,
-          int LDA = TransA ? M : K, int LDB = TransB ? K : N>
+// y[batch, M, N] = epilogue(op(a) op(b)); Batch is the result's batch shape, AStrides and BStrides
+// the floats between neighbouring matrices (0 broadcasts). a is [M, K], or [K, M] if TransA, with
+// LDA floats between rows as stored; b likewise. The epilogue's pixel is the flat row of y, its
+// channel the column.
+template <class Batch, int M, int K, int N, class AStrides, class BStrides, bool TransA = false,
+          bool TransB = false, int LDA = TransA ? M : K, int LDB = TransB ? K : N>
 struct matmul {
   static constexpr int NB = panel_block(N);
   static constexpr bool kDirect = M <= 4;
-  // Columns per item: a panel of at most 256 KiB, and at least four items so that workers can share.
+  // Columns per item: a panel of at most 256 KiB, and at least four items so that workers can
+  // share.
   static constexpr int columns() {
     int c = 256 * 1024 / 4 / (K > 0 ? K : 1) / NB * NB;
     const int quarter = round_up(div_up(N, 4), NB);
@@ -82,7 +85,8 @@ struct matmul {
   static constexpr int kPanels = div_up(N, kColumns);
   static constexpr int kLastColumns = N - (kPanels - 1) * kColumns;
   static constexpr ptrdiff_t kRowStride = TransB ? 1 : LDB, kColumnStride = TransB ? LDB : 1;
-  static constexpr ptrdiff_t kPanelFloats = pack_panel<K, kColumns, NB, kRowStride, kColumnStride>::floats;
+  static constexpr ptrdiff_t kPanelFloats =
+      pack_panel<K, kColumns, NB, kRowStride, kColumnStride>::floats;
   static constexpr ptrdiff_t kZeroFloats = round_up(kColumns + NB, 16);
   static constexpr ptrdiff_t kAFloats = TransA ? round_up(M * K, 16) : 0;
   static constexpr ptrdiff_t kSlice = kDirect ? 0 : kPanelFloats + kZeroFloats + kAFloats;
@@ -91,7 +95,8 @@ struct matmul {
   }
 
   template <class E>
-  static void run(const float* a, const float* b, float* y, void* scratch, Part part, const E& epilogue) {
+  static void run(const float* a, const float* b, float* y, void* scratch, Part part,
+                  const E& epilogue) {
     if constexpr (Batch::size > 0 && M > 0 && N > 0) {
       if constexpr (K == 0) {
         static_cast<void>(a), static_cast<void>(b), static_cast<void>(scratch);
@@ -108,7 +113,8 @@ struct matmul {
 
  private:
   template <class E>
-  static SKIVE_INLINE void items(const float* a, const float* b, float* y, void* scratch, Part part, const E& epilogue) {
+  static SKIVE_INLINE void items(const float* a, const float* b, float* y, void* scratch, Part part,
+                                 const E& epilogue) {
     float* const panel = static_cast<float*>(scratch) + part.index * kSlice;
     float* const zeros = panel + kPanelFloats;
     float* const rows = zeros + kZeroFloats;
@@ -133,17 +139,21 @@ struct matmul {
         const auto fn = [&](auto acc, ptrdiff_t row, int c) __attribute__((always_inline)) {
           return epilogue(acc, matrix * M + row, static_cast<int>(column) + c);
         };
-        if (p < kPanels - 1) one<kColumns>(left, right, to, panel, zeros, fn);
-        else one<kLastColumns>(left, right, to, panel, zeros, fn);
+        if (p < kPanels - 1)
+          one<kColumns>(left, right, to, panel, zeros, fn);
+        else
+          one<kLastColumns>(left, right, to, panel, zeros, fn);
       }
       ++matrix;
     });
   }
   template <int Columns, class E>
-  static SKIVE_INLINE void one(const float* a, const float* b, float* y, float* panel, const float* zeros, const E& fn) {
+  static SKIVE_INLINE void one(const float* a, const float* b, float* y, float* panel,
+                               const float* zeros, const E& fn) {
     if constexpr (!kDirect) {
       pack_panel<K, Columns, NB, kRowStride, kColumnStride>::run(b, panel);
-      packed_product<M, K, Columns, NB, TransA ? K : LDA, N>::run(a, panel, zeros, y, nullptr, Part{}, fn);
+      packed_product<M, K, Columns, NB, TransA ? K : LDA, N>::run(a, panel, zeros, y, nullptr,
+                                                                  Part{}, fn);
     } else {
       static_cast<void>(panel), static_cast<void>(zeros);
       constexpr ptrdiff_t am = TransA ? 1 : LDA, ak = TransA ? LDA : 1;
@@ -159,7 +169,8 @@ struct matmul {
         } else if constexpr (TransB) {
           for (int n = 0; n < Columns; ++n) {
             float sum = 0;
-            for (int k = 0; k < K; ++k) sum += a[m * am + k * ak] * b[n * static_cast<ptrdiff_t>(LDB) + k];
+            for (int k = 0; k < K; ++k)
+              sum += a[m * am + k * ak] * b[n * static_cast<ptrdiff_t>(LDB) + k];
             store(y + m * static_cast<ptrdiff_t>(N) + n, fn(splat<1>(sum), m, n));
           }
         } else {
@@ -170,28 +181,35 @@ struct matmul {
   }
   // One row of y, eight vectors of columns at a time.
   template <int Columns, ptrdiff_t AStep, class E>
-  static SKIVE_INLINE void row_times_matrix(const float* a, const float* b, float* y, int m, const E& fn) {
+  static SKIVE_INLINE void row_times_matrix(const float* a, const float* b, float* y, int m,
+                                            const E& fn) {
     constexpr int kWide = 8, kStep = kWide * kLanes;
     int c = 0;
-    for (; c + kStep <= Columns; c += kStep) wide<AStep>(a, b + c, y + c, m, c, fn, Indices<kWide>{});
+    for (; c + kStep <= Columns; c += kStep)
+      wide<AStep>(a, b + c, y + c, m, c, fn, Indices<kWide>{});
     constexpr int kRest = Columns % kStep;
     if constexpr (kRest > 0) {
       each_vector<kRest>([&](ptrdiff_t i, auto lanes) {
         constexpr int l = decltype(lanes)::count;
         Vec<l> acc = zero<l>();
         for (int k = 0; k < K; ++k)
-          acc = fma(splat<l>(a[k * AStep]), load<l>(b + k * static_cast<ptrdiff_t>(LDB) + c + i), acc);
+          acc = fma(splat<l>(a[k * AStep]), load<l>(b + k * static_cast<ptrdiff_t>(LDB) + c + i),
+                    acc);
         store(y + c + i, fn(acc, m, c + static_cast<int>(i)));
       });
     }
   }
   template <ptrdiff_t AStep, class E, int... I>
-  static SKIVE_INLINE void wide(const float* a, const float* b, float* y, int m, int c, const E& fn, Index<I...>) {
-    struct Accumulators : Slot<I, Vec<kLanes>>... {} acc;
+  static SKIVE_INLINE void wide(const float* a, const float* b, float* y, int m, int c, const E& fn,
+                                Index<I...>) {
+    struct Accumulators : Slot<I, Vec<kLanes>>... {
+    } acc;
     ((slot<I>(acc) = zero()), ...);
     for (int k = 0; k < K; ++k) {
       const Vec<kLanes> s = splat<kLanes>(a[k * AStep]);
-      ((slot<I>(acc) = fma(s, load(b + k * static_cast<ptrdiff_t>(LDB) + I * kLanes), slot<I>(acc))), ...);
+      ((slot<I>(acc) =
+            fma(s, load(b + k * static_cast<ptrdiff_t>(LDB) + I * kLanes), slot<I>(acc))),
+       ...);
     }
     (store(y + I * kLanes, fn(slot<I>(acc), m, c + I * kLanes)), ...);
   }
@@ -211,27 +229,33 @@ struct matmul {
   };
 };
 
-// The same for any element type, summed in the result's type (integers wrap). Trans and strides as above.
-template <class T, class Y, class Batch, int M, int K, int N, class AStrides, class BStrides, bool TransA = false,
-          bool TransB = false>
+// The same for any element type, summed in the result's type (integers wrap). Trans and strides as
+// above.
+template <class T, class Y, class Batch, int M, int K, int N, class AStrides, class BStrides,
+          bool TransA = false, bool TransB = false>
 struct plain_matmul;
-template <class T, class Y, ptrdiff_t... D, int M, int K, int N, ptrdiff_t... A, ptrdiff_t... B, bool TransA, bool TransB>
+template <class T, class Y, ptrdiff_t... D, int M, int K, int N, ptrdiff_t... A, ptrdiff_t... B,
+          bool TransA, bool TransB>
 struct plain_matmul<T, Y, Shape<D...>, M, K, N, Strides<A...>, Strides<B...>, TransA, TransB> {
   static void run(const T* a, const T* b, Y* y, Part part) {
     using Rows = Shape<D..., M, 1>;
     if constexpr (Rows::size > 0) {
       const ptrdiff_t begin = part_begin(Rows::size, part), end = part_end(Rows::size, part);
       Y* to = y + begin * N;
-      for_rows<Rows, Strides<A..., (TransA ? 1 : K), 0>, Strides<B..., 0, 0>>(begin, end, [&](const Offsets<2>& at) {
-        for (int n = 0; n < N; ++n) to[n] = 0;
-        for (int k = 0; k < K; ++k) {
-          const Y left = static_cast<Y>(a[at.at[0] + k * static_cast<ptrdiff_t>(TransA ? M : 1)]);
-          const T* right = b + at.at[1] + k * static_cast<ptrdiff_t>(TransB ? 1 : N);
-          for (int n = 0; n < N; ++n)
-            to[n] = add(to[n], mul(left, static_cast<Y>(right[n * static_cast<ptrdiff_t>(TransB ? K : 1)])));
-        }
-        to += N;
-      });
+      for_rows<Rows, Strides<A..., (TransA ? 1 : K), 0>, Strides<B..., 0, 0>>(
+          begin, end, [&](const Offsets<2>& at) {
+            for (int n = 0; n < N; ++n) to[n] = 0;
+            for (int k = 0; k < K; ++k) {
+              const Y left =
+                  static_cast<Y>(a[at.at[0] + k * static_cast<ptrdiff_t>(TransA ? M : 1)]);
+              const T* right = b + at.at[1] + k * static_cast<ptrdiff_t>(TransB ? 1 : N);
+              for (int n = 0; n < N; ++n)
+                to[n] = add(
+                    to[n],
+                    mul(left, static_cast<Y>(right[n * static_cast<ptrdiff_t>(TransB ? K : 1)])));
+            }
+            to += N;
+          });
     }
   }
 };

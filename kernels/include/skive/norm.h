@@ -12,7 +12,8 @@ inline namespace SKIVE_ISA {
 // bias [N], bias may be null. The variance is that of the differences, read from cache.
 template <ptrdiff_t Rows, ptrdiff_t N>
 struct layer_norm {
-  static void run(const float* x, const float* scale, const float* bias, float* y, Part part, float eps) {
+  static void run(const float* x, const float* scale, const float* bias, float* y, Part part,
+                  float eps) {
     const ptrdiff_t begin = part_begin(Rows, part), end = part_end(Rows, part);
     if constexpr (N > 0) {
       if (bias) {
@@ -25,9 +26,11 @@ struct layer_norm {
 
  private:
   template <bool Bias>
-  static SKIVE_INLINE void row(const float* x, const float* scale, const float* bias, float* y, float eps) {
+  static SKIVE_INLINE void row(const float* x, const float* scale, const float* bias, float* y,
+                               float eps) {
     const float mean =
-        sum_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); }) / N;
+        sum_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); }) /
+        N;
     const float square = sum_row<N>([&](ptrdiff_t i, auto lanes) {
       constexpr int n = decltype(lanes)::count;
       const Vec<n> d = load<n>(x + i) - splat<n>(mean);
@@ -37,8 +40,10 @@ struct layer_norm {
     each_vector<N>([&](ptrdiff_t i, auto lanes) {
       constexpr int n = decltype(lanes)::count;
       const Vec<n> v = (load<n>(x + i) - splat<n>(mean)) * splat<n>(factor);
-      if constexpr (Bias) store(y + i, fma(v, load<n>(scale + i), load<n>(bias + i)));
-      else store(y + i, v * load<n>(scale + i));
+      if constexpr (Bias)
+        store(y + i, fma(v, load<n>(scale + i), load<n>(bias + i)));
+      else
+        store(y + i, v * load<n>(scale + i));
     });
   }
 };
@@ -73,12 +78,14 @@ template <ptrdiff_t Images, ptrdiff_t Pixels, ptrdiff_t C, ptrdiff_t Groups>
 struct group_norm {
   static_assert(C % Groups == 0, "groups divide the channels");
   static constexpr ptrdiff_t width = C / Groups;
-  static constexpr ptrdiff_t slice = (2 * C + 15) / 16 * 16;  // floats: a factor and an offset per channel
+  static constexpr ptrdiff_t slice =
+      (2 * C + 15) / 16 * 16;  // floats: a factor and an offset per channel
   static constexpr size_t scratch_bytes(int parts = 1) {
     return static_cast<size_t>(slice) * sizeof(float) * static_cast<size_t>(parts);
   }
 
-  static void run(const float* x, const float* scale, const float* bias, float* y, void* scratch, Part part, float eps) {
+  static void run(const float* x, const float* scale, const float* bias, float* y, void* scratch,
+                  Part part, float eps) {
     float* const a = static_cast<float*>(scratch) + part.index * slice;
     float* const b = a + C;
     for (ptrdiff_t n = part_begin(Images, part), end = part_end(Images, part); n < end; ++n) {

@@ -4,11 +4,11 @@
 //   x [T, N, I], w [G H, I], r [G H, H], bias [2, G H] (input, recurrent), h0 and c0 [N, H]
 //   gates  LSTM i o f c,  GRU z r h,  RNN one
 //
-// The input's share of every gate is one matrix product over all T N rows before the loop; a step is
-// then one product with the recurrent weights and one pass over the gates. Steps depend on each other,
-// so one worker does the whole layer and the others return at once.
-// Weights are transposed and packed into scratch at the start of `run` (Packed = false), or were packed
-// like that when the model was compiled: blocks of `block` gates, [G H / block][I][block].
+// The input's share of every gate is one matrix product over all T N rows before the loop; a step
+// is then one product with the recurrent weights and one pass over the gates. Steps depend on each
+// other, so one worker does the whole layer and the others return at once. Weights are transposed
+// and packed into scratch at the start of `run` (Packed = false), or were packed like that when the
+// model was compiled: blocks of `block` gates, [G H / block][I][block].
 #ifndef SKIVE_RNN_H
 #define SKIVE_RNN_H
 
@@ -19,16 +19,28 @@ inline namespace SKIVE_ISA {
 
 // The activations by their names in the IR.
 struct SigmoidFn {
-  template <class V> static SKIVE_INLINE V apply(V x) { return sigmoid(x); }
+  template <class V>
+  static SKIVE_INLINE V apply(V x) {
+    return sigmoid(x);
+  }
 };
 struct TanhFn {
-  template <class V> static SKIVE_INLINE V apply(V x) { return tanh_(x); }
+  template <class V>
+  static SKIVE_INLINE V apply(V x) {
+    return tanh_(x);
+  }
 };
 struct ReluFn {
-  template <class V> static SKIVE_INLINE V apply(V x) { return relu(x); }
+  template <class V>
+  static SKIVE_INLINE V apply(V x) {
+    return relu(x);
+  }
 };
 struct IdentityFn {
-  template <class V> static SKIVE_INLINE V apply(V x) { return x; }
+  template <class V>
+  static SKIVE_INLINE V apply(V x) {
+    return x;
+  }
 };
 
 // Gates per packed block: with one row per step, eight registers of chains hide the latency of the
@@ -56,22 +68,26 @@ struct RecurrentShape {
   static constexpr ptrdiff_t pre = 0;  // [T, N, G H]
   static constexpr ptrdiff_t gates = pre + round_up(T * N * G * H, 16);
   static constexpr ptrdiff_t bias = gates + round_up(N * G * H, 16);
-  static constexpr ptrdiff_t bias_size = Input::bias_floats > Step::bias_floats ? Input::bias_floats : Step::bias_floats;
+  static constexpr ptrdiff_t bias_size =
+      Input::bias_floats > Step::bias_floats ? Input::bias_floats : Step::bias_floats;
   static constexpr ptrdiff_t w = bias + 2 * bias_size;
   static constexpr ptrdiff_t r = w + (Packed ? 0 : Input::weight_floats);
   static constexpr ptrdiff_t reset = r + (Packed ? 0 : Step::weight_floats);
   static constexpr ptrdiff_t end = reset + round_up(N * H, 16);
 };
 
-
 // y [T, 2, N, H]: h and c after each step. peephole [3 H] (i o f) or null.
-template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, class Out = TanhFn, bool Packed = false>
+template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, class Out = TanhFn,
+          bool Packed = false>
 struct lstm {
   using S = RecurrentShape<T, N, I, H, 4, Packed>;
-  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
+  static constexpr size_t scratch_bytes(int = 1) {
+    return static_cast<size_t>(S::end) * sizeof(float);
+  }
 
-  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, const float* c0,
-                  const float* peephole, float* y, void* scratch, Part part) {
+  static void run(const float* x, const float* w, const float* r, const float* bias,
+                  const float* h0, const float* c0, const float* peephole, float* y, void* scratch,
+                  Part part) {
     if (part.index != 0) return;
     float* const base = static_cast<float*>(scratch);
     float* const both = base + S::bias;
@@ -84,20 +100,24 @@ struct lstm {
       w = base + S::w;
       r = base + S::r;
     }
-    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{}, [](auto v, ptrdiff_t, int) { return v; });
+    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{},
+                           [](auto v, ptrdiff_t, int) { return v; });
     const float* h = h0;
     const float* c = c0;
     for (int t = 0; t < T; ++t) {
       float* const next_h = y + static_cast<ptrdiff_t>(t) * 2 * N * H;
       float* const next_c = next_h + N * H;
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 4 * H;
-      S::Step::Product::run(h, r, none, base + S::gates, nullptr, Part{}, [=](auto v, ptrdiff_t row, int g) {
-        return v + load<decltype(v)::lanes>(pre + row * 4 * H + g);
-      });
+      S::Step::Product::run(h, r, none, base + S::gates, nullptr, Part{},
+                            [=](auto v, ptrdiff_t row, int g) {
+                              return v + load<decltype(v)::lanes>(pre + row * 4 * H + g);
+                            });
       for (int n = 0; n < N; ++n) {
         const float* const gates = base + S::gates + n * 4 * H;
-        if (peephole) step<true>(gates, c + n * H, peephole, next_h + n * H, next_c + n * H);
-        else step<false>(gates, c + n * H, peephole, next_h + n * H, next_c + n * H);
+        if (peephole)
+          step<true>(gates, c + n * H, peephole, next_h + n * H, next_c + n * H);
+        else
+          step<false>(gates, c + n * H, peephole, next_h + n * H, next_c + n * H);
       }
       h = next_h;
       c = next_c;
@@ -106,16 +126,19 @@ struct lstm {
 
  private:
   template <bool Peephole>
-  static SKIVE_NOINLINE void step(const float* gates, const float* c, const float* peephole, float* next_h, float* next_c) {
+  static SKIVE_NOINLINE void step(const float* gates, const float* c, const float* peephole,
+                                  float* next_h, float* next_c) {
     each_vector<H>([&](ptrdiff_t u, auto lanes) {
       constexpr int l = decltype(lanes)::count;
-      auto in = load<l>(gates + u), out = load<l>(gates + H + u), forget = load<l>(gates + 2 * H + u);
+      auto in = load<l>(gates + u), out = load<l>(gates + H + u),
+           forget = load<l>(gates + 2 * H + u);
       const auto old = load<l>(c + u);
       if constexpr (Peephole) {
         in = fma(load<l>(peephole + u), old, in);
         forget = fma(load<l>(peephole + 2 * H + u), old, forget);
       }
-      const auto cell = fma(F::apply(forget), old, F::apply(in) * Cell::apply(load<l>(gates + 3 * H + u)));
+      const auto cell =
+          fma(F::apply(forget), old, F::apply(in) * Cell::apply(load<l>(gates + 3 * H + u)));
       if constexpr (Peephole) out = fma(load<l>(peephole + H + u), cell, out);
       store(next_c + u, cell);
       store(next_h + u, F::apply(out) * Out::apply(cell));
@@ -123,19 +146,23 @@ struct lstm {
   }
 };
 
-// y [T, N, H]. ResetAfter (linear_before_reset): the reset gate scales the recurrent product, else it
-// scales the state before it. Packed recurrent weights are two panels: z and r, then h.
-template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, bool ResetAfter = false, bool Packed = false>
+// y [T, N, H]. ResetAfter (linear_before_reset): the reset gate scales the recurrent product, else
+// it scales the state before it. Packed recurrent weights are two panels: z and r, then h.
+template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn,
+          bool ResetAfter = false, bool Packed = false>
 struct gru {
   using S = RecurrentShape<T, N, I, H, 3, Packed>;
-  using Gates = gate_product<N, H, 2 * H>;      // z and r
-  using Candidate = gate_product<N, H, H>;      // h
-  static constexpr ptrdiff_t candidate = Packed ? S::end : S::end + Gates::weight_floats + Candidate::weight_floats;
+  using Gates = gate_product<N, H, 2 * H>;  // z and r
+  using Candidate = gate_product<N, H, H>;  // h
+  static constexpr ptrdiff_t candidate =
+      Packed ? S::end : S::end + Gates::weight_floats + Candidate::weight_floats;
   static constexpr ptrdiff_t end = candidate + round_up(N * H, 16) + Candidate::bias_floats;
-  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(end) * sizeof(float); }
+  static constexpr size_t scratch_bytes(int = 1) {
+    return static_cast<size_t>(end) * sizeof(float);
+  }
 
-  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, float* y,
-                  void* scratch, Part part) {
+  static void run(const float* x, const float* w, const float* r, const float* bias,
+                  const float* h0, float* y, void* scratch, Part part) {
     if (part.index != 0) return;
     float* const base = static_cast<float*>(scratch);
     float* const sum = base + S::bias;
@@ -156,7 +183,8 @@ struct gru {
       w = base + S::w;
       r = base + S::end;
     }
-    S::Input::Product::run(x, w, sum, base + S::pre, nullptr, Part{}, [](auto v, ptrdiff_t, int) { return v; });
+    S::Input::Product::run(x, w, sum, base + S::pre, nullptr, Part{},
+                           [](auto v, ptrdiff_t, int) { return v; });
     const float* h = h0;
     for (int t = 0; t < T; ++t, h = y, y += N * H) {
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 3 * H;
@@ -174,8 +202,8 @@ struct gru {
           });
         operand = scaled;
       }
-      Candidate::Product::run(operand, r + Gates::weight_floats, hidden_bias, hidden, nullptr, Part{},
-                              [](auto v, ptrdiff_t, int) { return v; });
+      Candidate::Product::run(operand, r + Gates::weight_floats, hidden_bias, hidden, nullptr,
+                              Part{}, [](auto v, ptrdiff_t, int) { return v; });
       for (int n = 0; n < N; ++n)
         each_vector<H>([&](ptrdiff_t u, auto lanes) {
           constexpr int l = decltype(lanes)::count;
@@ -193,10 +221,12 @@ struct gru {
 template <int T, int N, int I, int H, class F = TanhFn, bool Packed = false>
 struct rnn {
   using S = RecurrentShape<T, N, I, H, 1, Packed>;
-  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
+  static constexpr size_t scratch_bytes(int = 1) {
+    return static_cast<size_t>(S::end) * sizeof(float);
+  }
 
-  static void run(const float* x, const float* w, const float* r, const float* bias, const float* h0, float* y,
-                  void* scratch, Part part) {
+  static void run(const float* x, const float* w, const float* r, const float* bias,
+                  const float* h0, float* y, void* scratch, Part part) {
     if (part.index != 0) return;
     float* const base = static_cast<float*>(scratch);
     float* const both = base + S::bias;
@@ -209,7 +239,8 @@ struct rnn {
       w = base + S::w;
       r = base + S::r;
     }
-    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{}, [](auto v, ptrdiff_t, int) { return v; });
+    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{},
+                           [](auto v, ptrdiff_t, int) { return v; });
     const float* h = h0;
     for (int t = 0; t < T; ++t, h = y, y += N * H) {
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * H;

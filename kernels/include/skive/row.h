@@ -67,7 +67,8 @@ SKIVE_INLINE float sum_row(const Value& value) {
 // Not a NaN-propagating maximum: where a NaN matters, the caller meets it again in its next pass.
 template <ptrdiff_t N, class Value>
 SKIVE_INLINE float max_row(const Value& value) {
-  return fold_row<N>(value, [](auto a, auto b) { return vmax(a, b); }, [](auto a) { return hmax(a); });
+  return fold_row<N>(
+      value, [](auto a, auto b) { return vmax(a, b); }, [](auto a) { return hmax(a); });
 }
 
 }  // namespace SKIVE_ISA

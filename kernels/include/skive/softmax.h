@@ -11,7 +11,8 @@ inline namespace SKIVE_ISA {
 // y = exp(x - max x) / sum of those, one contiguous row of N; x may be y.
 template <ptrdiff_t N, bool Log = false>
 SKIVE_INLINE void softmax_row(const float* x, float* y) {
-  const float top = max_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); });
+  const float top =
+      max_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); });
   if constexpr (Log) {
     const float sum = sum_row<N>([&](ptrdiff_t i, auto lanes) {
       constexpr int n = decltype(lanes)::count;
@@ -47,7 +48,8 @@ struct softmax {
       } else {
         constexpr ptrdiff_t blocks = (Inner + kLanes - 1) / kLanes;
         constexpr int tail = static_cast<int>(Inner % kLanes);
-        for (ptrdiff_t r = part_begin(Outer * blocks, part), end = part_end(Outer * blocks, part); r < end; ++r) {
+        for (ptrdiff_t r = part_begin(Outer * blocks, part), end = part_end(Outer * blocks, part);
+             r < end; ++r) {
           const ptrdiff_t at = r / blocks * N * Inner + r % blocks * kLanes;
           if constexpr (tail != 0) {
             if (r % blocks == blocks - 1) {

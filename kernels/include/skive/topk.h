@@ -7,9 +7,9 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
-// x [Outer, N] -> values and indices [Outer, K]; either may be null. NaN counts as the largest value.
-// A heap of the K best seen so far, worst on top: N log K steps in the worst case, and about N when
-// the row is not sorted against it.
+// x [Outer, N] -> values and indices [Outer, K]; either may be null. NaN counts as the largest
+// value. A heap of the K best seen so far, worst on top: N log K steps in the worst case, and about
+// N when the row is not sorted against it.
 template <class T, ptrdiff_t Outer, ptrdiff_t N, ptrdiff_t K, bool Largest>
 struct topk {
   static_assert(K <= N, "k is at most the length of the row");
@@ -19,7 +19,8 @@ struct topk {
 
   static void run(const T* x, T* values, int64_t* indices, void* scratch, Part part) {
     if constexpr (K > 0) {
-      int64_t* const heap = reinterpret_cast<int64_t*>(static_cast<char*>(scratch) + part.index * scratch_bytes());
+      int64_t* const heap =
+          reinterpret_cast<int64_t*>(static_cast<char*>(scratch) + part.index * scratch_bytes());
       for (ptrdiff_t r = part_begin(Outer, part), end = part_end(Outer, part); r < end; ++r) {
         const T* row = x + r * N;
         for (ptrdiff_t i = 0; i < K; ++i) heap[i] = i;

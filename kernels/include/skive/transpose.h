@@ -1,5 +1,6 @@
 // General permutation of dimensions. Where the last dimension moves, the two last dimensions (of
-// the input and of the result) are walked in square tiles, so that both sides use whole cache lines.
+// the input and of the result) are walked in square tiles, so that both sides use whole cache
+// lines.
 #ifndef SKIVE_TRANSPOSE_H
 #define SKIVE_TRANSPOSE_H
 
