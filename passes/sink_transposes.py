@@ -230,6 +230,95 @@ def sink_through_reshape(m: Match) -> Node | None:
     return transposed(ops.make("reshape", transposed(x, s), shape=mid, origin=m.root.origin), r)
 
 
+def _refinement(before: Sequence[int], after: Sequence[int]) -> tuple[int, ...] | None:
+    """The shape from which both shapes arise by merging neighbours; None if there is none."""
+    sizes = sorted({math.prod(shape[:i]) for shape in (before, after) for i in range(len(shape) + 1)})
+    if sizes[0] == 0 or any(big % small for small, big in zip(sizes, sizes[1:])):
+        return None
+    return tuple(big // small for small, big in zip(sizes, sizes[1:]))
+
+
+@rule(op("reshape", op("transpose", name="t")))
+def split_before_merging(m: Match) -> Node | None:
+    """A reshape that splits one axis and merges a part of it with others, as group normalization does,
+    is a split, through which the transpose moves, and a merge, which `sink_merge` moves."""
+    t = m["t"]
+    x, p, shape = t.inputs[0], t.attrs["perm"], m.root.shape
+    if is_free(x.shape, p):
+        return None
+    lead = next((i for i, d in enumerate(t.shape) if d != 1), len(t.shape))
+    fine = _refinement(t.shape, shape)
+    if fine is None:
+        return None
+    fine = (1,) * lead + fine  # a batch of one stays an axis
+    split = through_reshape(x.shape, p, fine)
+    if split is None or split[0] != tuple(range(len(p))) or len(fine) <= len(t.shape):
+        return None
+    middle = ops.make("reshape", x, shape=split[1], origin=m.root.origin)
+    return ops.make("reshape", transposed(middle, split[2]), shape=shape, origin=m.root.origin)
+
+
+def _merged_axes(fine: Sequence[int], shape: Sequence[int]) -> list[list[int]] | None:
+    """For each axis of `shape` the axes of `fine` that it merges; None if the reshape is no such merge."""
+    found: list[list[int]] = []
+    i = 0
+    for d in shape:
+        axes, size = [], 1
+        while i < len(fine) and (size < d or (fine[i] == 1 and len(fine) - i > len(shape) - len(found) - (not axes))):
+            size *= fine[i]
+            axes.append(i)
+            i += 1
+        if size != d or not axes:
+            return None
+        found.append(axes)
+    return found if i == len(fine) else None
+
+
+REDUCE = "reduce_sum|reduce_mean|reduce_prod|reduce_max|reduce_min"
+
+
+@rule(op("|".join([*(n for n, o in ops.OPS.items() if o.kind == "elementwise"), REDUCE])))
+def sink_merge(m: Match) -> Node | None:
+    """op(merge(T_p(x))) = merge(op'(T_p(x))), so that the transpose can go on through op'."""
+    root = m.root
+    merge = next((i for i in root.inputs if i.op == "reshape" and i.inputs[0].op == "transpose"), None)
+    if merge is None or is_free(merge.inputs[0].inputs[0].shape, merge.inputs[0].attrs["perm"]):
+        return None
+    fine, shape = merge.inputs[0].shape, merge.shape
+    axes = _merged_axes(fine, shape)
+    if axes is None or len(fine) <= len(shape):
+        return None
+    attrs = dict(root.attrs)
+    if "axes" in attrs:
+        attrs["axes"] = tuple(a for axis in attrs["axes"] for a in axes[axis % len(shape)])
+        moved = ops.make(root.op, merge.inputs[0], origin=root.origin, label=root.name, **attrs)
+        return ops.make("reshape", moved, shape=root.shape, origin=root.origin)
+    if root.shape != shape:
+        return None
+    inputs = []
+    for i in root.inputs:
+        lead = len(shape) - len(i.shape)
+        target = [fine[a] if d != 1 or shape[axis + lead] == 1 else 1
+                  for axis, d in enumerate(i.shape) for a in axes[axis + lead]]
+        inputs.append(_reshaped(i, tuple(target)))
+    moved = ops.make(root.op, *inputs, origin=root.origin, label=root.name, **attrs)
+    return ops.make("reshape", moved, shape=shape, origin=root.origin)
+
+
+def _reshaped(x: Node, shape: tuple[int, ...]) -> Node:
+    """`x` in `shape`: of a constant a constant, of a reshape one reshape or nothing."""
+    if x.is_const:
+        return constant(x.value.reshape(shape), name=x.name, origin=x.origin)
+    if x.op == "reshape":
+        x = x.inputs[0]
+    return x if x.shape == shape else ops.make("reshape", x, shape=shape, origin=x.origin)
+
+
+@rule(op("reshape", op("reshape", name="r")))
+def one_reshape(m: Match) -> Node | None:
+    return _reshaped(m["r"], m.root.shape)
+
+
 @rule(op("linear", op("reshape", op("transpose", name="t"), name="r"), op("const", name="w")))
 def fold_into_columns(m: Match) -> Node | None:
     return _fold_into_columns(m)
@@ -330,8 +419,8 @@ def raise_through_reshape(m: Match) -> Node | None:
     return ops.make("reshape", transposed(y, inverse(split[2])), shape=m.root.shape, origin=m.root.origin)
 
 
-SINK = [compose, drop_identity, rule(op(FLEXIBLE), _sink), sink_through_reshape, fold_into_columns,
-        fold_into_columns_with_bias, sink_through_product, sink_through_linear]
+SINK = [compose, drop_identity, one_reshape, rule(op(FLEXIBLE), _sink), sink_through_reshape, split_before_merging,
+        sink_merge, fold_into_columns, fold_into_columns_with_bias, sink_through_product, sink_through_linear]
 RAISE = [compose, drop_identity, raise_through, raise_through_reshape]
 
 
