@@ -38,7 +38,7 @@ UNARY: dict[str, tuple[str, Callable[[Floats], Floats], float, float]] = {
     "log": ("log_(x)", np.log, 2, 0),
     "expm1": ("expm1_(x)", np.expm1, 3, 0),
     "log1p": ("log1p_(x)", np.log1p, 4, 0),
-    "tanh": ("tanh_(x)", np.tanh, 6, 0),
+    "tanh": ("tanh_(x)", np.tanh, 7, 0),
     "erf": ("erf_(x)", lambda x: _erf(x).astype(np.float64), 6, 0),
     "sigmoid": ("sigmoid(x)", _sigmoid, 4, 0),
     "silu": ("silu(x)", lambda x: x * _sigmoid(x), 5, 3e-43),
