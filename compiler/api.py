@@ -240,11 +240,11 @@ def _verify(imported: Graph, optimised: Graph, folder: Path, target: Target, thr
     outside = source.oracle(inputs)
     if outside is not None:
         pairs = list(zip(got, outside, strict=True))
-        second = check.compare(pairs, "numpy, onnxruntime", 1, tolerance)
+        second = check.compare(pairs, f"numpy, {source.engine}", 1, tolerance)
         if not second.passed and tolerance == check.TOLERANCE:
-            second = check.compare(pairs, "numpy, onnxruntime", 1, check.allowed_difference(imported, inputs))
+            second = check.compare(pairs, f"numpy, {source.engine}", 1, check.allowed_difference(imported, inputs))
         if not second.passed:
-            raise VerificationError(f"{imported.name}: the artefact agrees with the reference but differs from onnxruntime by "
+            raise VerificationError(f"{imported.name}: the artefact agrees with the reference but differs from {source.engine} by "
                                     f"{second.relative_error:.2g} of the output's range; please report the model")
         return second
     return verdict

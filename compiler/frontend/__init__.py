@@ -22,7 +22,7 @@ class Source:
 
     `sha256` covers everything the model consists of ("" if it cannot be hashed); `request` is what
     besides it decides the graph (shapes, fixed inputs); `oracle(inputs)` gives the outputs that
-    another engine computes, None where there is none.
+    another engine, called `engine`, computes; None where there is none.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Source:
     request: str
     graph: Callable[[], Graph]
     oracle: Callable[[Sequence[np.ndarray]], list[np.ndarray] | None] = lambda inputs: None
+    engine: str = "onnxruntime"
 
 
 def open_model(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,

@@ -23,6 +23,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def open_callable(spec: str, example_inputs: Any, shapes: Mapping[str, Sequence[
         generator = torch.Generator().manual_seed(0)
         example_inputs = {k: torch.randn(tuple(v), generator=generator) for k, v in shapes.items()}
     source = open_module(model, example_inputs, request=request, batch_max=batch_max)
-    return Source(attribute.rpartition(".")[2], None, source.sha256, source.request, source.graph, source.oracle)
+    return replace(source, name=attribute.rpartition(".")[2])
 
 
 # ------------------------------------------------------------------------------------------- inputs
@@ -251,9 +252,12 @@ def _source(program: ExportedProgram, name: str, path: str | None, request: str,
         return import_onnx(to_onnx(program), input_shapes=dict(shapes), batch_max=batch_max)
 
     def oracle(inputs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-        return make_run()(inputs)
+        try:
+            return make_run()(inputs)
+        except Exception:  # noqa: BLE001 - random inputs may be none that the model takes: an index too large
+            return None
 
-    return Source(name, path, _sha256(program), request, graph, oracle)
+    return Source(name, path, _sha256(program), request, graph, oracle, "PyTorch")
 
 
 def _sha256(program: ExportedProgram) -> str:
