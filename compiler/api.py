@@ -19,7 +19,7 @@ import skive
 from skive import _native, build, check
 from skive.artifact import write_folder
 from skive.emit import cxx
-from skive.errors import InvalidModelError, SkiveError, VerificationError
+from skive.errors import InvalidModelError, ShapeError, SkiveError, VerificationError
 from skive.ir import Graph
 from skive.lower import lower
 from skive.pipeline import PassManager, operations, random_inputs, total_macs, weight_bytes
@@ -279,6 +279,9 @@ def verdict_against(module: Module, model: Any, data: Sequence[np.ndarray] | Non
 
     shapes = {p.name: p.shape for p in module.inputs}  # a leading -1 leaves the batch open
     graph = frontend.open_model(model, input_shapes=shapes, batch_max=module.manifest["batch_max"]).graph()
+    for what, mine, theirs in (("inputs", module.inputs, graph.inputs), ("outputs", module.outputs, graph.outputs)):
+        if [(p.shape[1:], p.dtype) for p in mine] != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
+            raise ShapeError(f"the model's {what} are not those of {module.folder}: it was compiled from another model")
     inputs = list(data) if data is not None else (check.sample_inputs(graph) if graph.inputs else random_inputs(graph))
     got = module(*inputs)
     return check.compare(list(zip(got if isinstance(got, tuple) else (got,), evaluate_graph(graph, inputs), strict=True)), "numpy", 1)

@@ -79,8 +79,7 @@ def _skive(job: Job) -> Loaded:
     first = module(*inputs)
     outputs = list(first) if isinstance(first, tuple) else [first]
     # The output arrays are bound once, as those of the other engines are.
-    call_into = module._call.call_into
-    return skive.__version__, lambda: call_into(inputs, outputs), lambda: outputs
+    return skive.__version__, lambda: module.call_into(inputs, outputs), lambda: outputs
 
 
 def _onnxruntime(job: Job) -> Loaded:

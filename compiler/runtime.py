@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class Module:
             raise InvalidModelError(f"{folder} is not an artefact: it has no {MANIFEST}") from None
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {e}") from None
+        if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
+            raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {name!r} is not a name")
         self.inputs, self.outputs = ports
         missing = sorted(set(isa) - set(_native.cpu_features()))
         if missing:
@@ -66,6 +69,14 @@ class Module:
             except (TypeError, ValueError):
                 pass  # not plain matching arrays: the careful path below says what is wrong
         return self._careful(args, named)
+
+    def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Runs on C-contiguous arrays of the declared types and writes the results into `outputs`:
+        nothing is allocated. ShapeError if an array does not fit."""
+        try:
+            self._call.call_into(inputs, outputs)
+        except (TypeError, ValueError) as e:
+            raise ShapeError(str(e)) from None
 
     def _careful(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         values = list(args)
