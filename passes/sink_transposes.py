@@ -76,10 +76,12 @@ def without(x: Node, p: Perm) -> Node | None:
 
 # ---------------------------------------------------------------- operations that commute with T_p
 
+REDUCE = "reduce_sum|reduce_mean|reduce_prod|reduce_max|reduce_min"
 # Operations whose axes can be renamed: op(T_p(x)...) = T_r(op'(x...)).
-FLEXIBLE = "|".join([*(n for n, o in ops.OPS.items() if o.kind == "elementwise"),
-                     "reduce_sum|reduce_mean|reduce_prod|reduce_max|reduce_min|argmax|argmin|cumsum|cumprod",
-                     "softmax|log_softmax|pad|slice|concat|expand|gather"])
+_FLEXIBLE = frozenset([*(n for n, o in ops.OPS.items() if o.kind == "elementwise"),
+                      *REDUCE.split("|"), "argmax", "argmin", "cumsum", "cumprod", "softmax", "log_softmax",
+                      "pad", "slice", "concat", "expand", "gather"])
+FLEXIBLE = "|".join(sorted(_FLEXIBLE))
 
 
 def renamed(node: Node, inputs: Sequence[Node], p: Perm) -> tuple[Node, Perm] | None:
@@ -274,9 +276,6 @@ def _merged_axes(fine: Sequence[int], shape: Sequence[int]) -> list[list[int]] |
     return found if i == len(fine) else None
 
 
-REDUCE = "reduce_sum|reduce_mean|reduce_prod|reduce_max|reduce_min"
-
-
 @rule(op("|".join([*(n for n, o in ops.OPS.items() if o.kind == "elementwise"), REDUCE])))
 def sink_merge(m: Match) -> Node | None:
     """op(merge(T_p(x))) = merge(op'(T_p(x))), so that the transpose can go on through op'."""
@@ -381,32 +380,61 @@ def sink_through_linear(m: Match) -> Node | None:
 # ------------------------------------------------------------------------------------ raising rules
 
 
-@rule(op("transpose", op(FLEXIBLE, name="node", exclusive=True)))
-def raise_through(m: Match) -> Node | None:
-    """T_q(op(...)) as op'(T_q(...)...) where the operands then move no more bytes than the result did."""
-    q, node = m.root.attrs["perm"], m["node"]
-    if node.op in ("gather", "argmax", "argmin") or "axes" in node.attrs:
-        return None
-    p, rank = inverse(q), len(q)
-    before = 0 if is_free(node.shape, q) else m.root.type.bytes
-    after, inputs = 0, []
+def _raisable(node: Node, p: Perm) -> bool:
+    """True if `renamed(node, ..., p)` gives (op', p)."""
+    if node.op not in _FLEXIBLE or node.op in ("gather", "argmax", "argmin") or "axes" in node.attrs:
+        return False
+    last = node.type.rank - 1
+    return ops.op_of(node.op).kind != "normalize" or node.attrs["axis"] % (last + 1) != last or p[last] == last
+
+
+def _raised_operands(m: Match, node: Node, p: Perm) -> tuple[list[Node | None], int] | None:
+    """(the operands of op' where T_q(op(...)) = op'(...), None for those that need a transpose; bytes of
+    transposes of `node`'s operands that go). None if an operand cannot be transposed."""
+    inputs: list[Node | None] = []
+    saved = 0
     for i in node.inputs:
         if i.op == "transpose" and m.only_use(i) and not is_free(i.inputs[0].shape, i.attrs["perm"]):
-            before += i.type.bytes
-        if not i.shape:
-            inputs.append(i)
-            continue
-        y = without(i, p)
-        if y is None:
-            if len(i.shape) < rank:
-                return None
-            y = transposed(i, q)
-            after += y.type.bytes
+            saved += i.type.bytes
+        y = without(i, p) if i.shape else i
+        if y is None and len(i.shape) < len(p):
+            return None
         inputs.append(y)
-    if after > before:
-        return None
-    new = renamed(node, inputs, p)
-    return new[0] if new is not None and new[1] == p else None
+    return inputs, saved
+
+
+@rule(op("transpose", op(FLEXIBLE, name="node", exclusive=True)))
+def raise_through(m: Match) -> Node | None:
+    """T_q(op(...)) as op'(T_q(...)...) where the operands then move no more bytes than the result did.
+
+    A chain of such operations is passed in one step, so that its length costs no sweeps.
+    """
+    q, node = m.root.attrs["perm"], m["node"]
+    p = inverse(q)
+    levels: list[tuple[Node, list[Node | None]]] = []
+    before = 0 if is_free(node.shape, q) else m.root.type.bytes
+    while _raisable(node, p):
+        found = _raised_operands(m, node, p)
+        if found is None:
+            break
+        inputs, saved = found
+        waiting = [i for i, y in zip(node.inputs, inputs, strict=True) if y is None]
+        after = sum(0 if is_free(i.shape, q) else i.type.bytes for i in waiting)
+        if after > before + saved:
+            break
+        levels.append((node, inputs))
+        if len(waiting) != 1 or not m.only_use(waiting[0]):
+            break
+        node, before = waiting[0], after
+    result: Node | None = None
+    for node, inputs in reversed(levels):
+        operands = [y if y is not None else result if result is not None else transposed(i, q)
+                    for i, y in zip(node.inputs, inputs, strict=True)]
+        new = renamed(node, operands, p)
+        if new is None or new[1] != p:
+            return None
+        result = new[0]
+    return result
 
 
 @rule(op("transpose", op("reshape", op("transpose|reshape", name="y"), name="r", exclusive=True)))

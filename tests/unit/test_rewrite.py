@@ -140,10 +140,10 @@ def test_a_chain_of_thousands_in_linear_time() -> None:
         y = x
         for _ in range(length):
             y = ops.make("add", ops.make("neg", y), number(0))
-        start = time.perf_counter()
+        start = time.process_time()
         result = rewrite(graph(x, y), [drop_zero])
         assert len(result.nodes) == length + 1
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     short = min(seconds(500) for _ in range(3))
     # Ten times the nodes: quadratic time would take a hundred times as long.
