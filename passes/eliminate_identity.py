@@ -147,7 +147,8 @@ def division_by_power_of_two(m: Match) -> Node | None:
 
 @rule(op("relu", op("relu|sigmoid|exp|abs|softplus|hard_sigmoid|sqrt", name="inner")))
 def relu_of_nonnegative(m: Match) -> Node | None:
-    return m["inner"]
+    # The absolute value of the least integer wraps to itself.
+    return m["inner"] if m.root.dtype.is_float or m["inner"].op == "relu" else None
 
 
 @rule(op("neg|not|bit_not", op("neg|not|bit_not", Var("x"), name="inner")))

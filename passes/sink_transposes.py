@@ -263,10 +263,12 @@ def split_before_merging(m: Match) -> Node | None:
 def _merged_axes(fine: Sequence[int], shape: Sequence[int]) -> list[list[int]] | None:
     """For each axis of `shape` the axes of `fine` that it merges; None if the reshape is no such merge."""
     found: list[list[int]] = []
-    i = 0
+    i, surplus = 0, len(fine) - len(shape)
     for d in shape:
-        axes, size = [], 1
-        while i < len(fine) and (size < d or (fine[i] == 1 and len(fine) - i > len(shape) - len(found) - (not axes))):
+        axes: list[int] = []
+        size = 1
+        while i < len(fine) and (not axes or size < d or (fine[i] == 1 and surplus > 0)):
+            surplus -= bool(axes)  # every axis after the first is one less for the others
             size *= fine[i]
             axes.append(i)
             i += 1
