@@ -85,7 +85,8 @@ def _open_onnx(model: Any, name: str, path: str | None, shapes: dict[str, tuple[
     from skive.frontend.onnx import import_onnx, model_sha256
     from skive.frontend.onnx.load import load_model
 
-    proto, folder = load_model(model)
+    loaded = load_model(model)
+    proto = loaded.proto
     if example is not None:
         names = [i.name for i in proto.graph.input if i.name not in {t.name for t in proto.graph.initializer}]
         given = dict(example) if isinstance(example, Mapping) else dict(zip(names, example, strict=False))
@@ -108,5 +109,5 @@ def _open_onnx(model: Any, name: str, path: str | None, shapes: dict[str, tuple[
         except Exception:  # noqa: BLE001 - an engine that cannot run the model is no oracle for it
             return None
 
-    return Source(name, path, model_sha256(model), request,
-                  lambda: import_onnx(model, fixed_inputs=fixed, input_shapes=shapes, batch_max=batch_max), oracle)
+    return Source(name, path, model_sha256(loaded), request,
+                  lambda: import_onnx(loaded, fixed_inputs=fixed, input_shapes=shapes, batch_max=batch_max), oracle)

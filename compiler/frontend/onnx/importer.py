@@ -16,7 +16,7 @@ from skive import ops
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
 from skive.frontend.onnx.batch import check_separable
-from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, elem_name, load_model, sparse_array, tensor_array
+from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, Loaded, elem_name, load_model, sparse_array, tensor_array
 from skive.frontend.onnx.table import (
     ROWS,
     UNKNOWN,
@@ -406,14 +406,14 @@ def shape_text(dims: Any) -> str:
     return "[" + ", ".join(str(d.dim_value) if d.HasField("dim_value") else str(d.dim_param or "?") for d in dims) + "]"
 
 
-def import_model(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, Any] = {},  # noqa: B006
+def import_model(model: str | Path | ModelProto | Loaded, *, fixed_inputs: Mapping[str, Any] = {},  # noqa: B006
                  input_shapes: Mapping[str, tuple[int, ...]] = {}) -> Imported:  # noqa: B006
     """The model as `import_onnx` gives it, and how the outputs of the model lie in the graph's."""
-    proto, folder = load_model(model)
+    proto, folder, _ = load_model(model)
     return Importer(proto, folder, fixed_inputs, input_shapes).run()
 
 
-def import_onnx(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, np.ndarray] = {},  # noqa: B006
+def import_onnx(model: str | Path | ModelProto | Loaded, *, fixed_inputs: Mapping[str, np.ndarray] = {},  # noqa: B006
                 input_shapes: Mapping[str, tuple[int, ...]] = {}, batch_max: int | None = None) -> Graph:  # noqa: B006
     """The IR graph of an ONNX model: static shapes, constants folded, images channels-last inside.
 
@@ -423,7 +423,7 @@ def import_onnx(model: str | Path | ModelProto, *, fixed_inputs: Mapping[str, np
     mix. Raises InvalidModelError for a damaged model, ShapeError for an unknown or impossible shape
     or a model that mixes samples, UnsupportedOpError with all problems of the model at once.
     """
-    proto, folder = load_model(model)
+    proto, folder, _ = load_model(model)
     if batch_max is None:
         return Importer(proto, folder, fixed_inputs, input_shapes).run().graph
     if batch_max < 1:

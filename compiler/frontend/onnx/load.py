@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
@@ -46,23 +47,35 @@ def elem_name(elem: int) -> str:
 # ------------------------------------------------------------------------------------------ reading
 
 
-def load_model(model: str | Path | ModelProto) -> tuple[ModelProto, Path | None]:
-    """A structurally sound model and the folder of its external data (None for a model in memory).
+class Loaded(NamedTuple):
+    """A structurally sound model, the folder of its external data (None for a model in memory), and the
+    SHA-256 of the file it was read from ("" for a model in memory)."""
+
+    proto: ModelProto
+    folder: Path | None
+    file_sha256: str
+
+
+def load_model(model: str | Path | ModelProto | Loaded) -> Loaded:
+    """The model, read and checked; what was loaded already is returned as it is.
 
     InvalidModelError, with one line, for everything that is not such a model.
     """
+    if isinstance(model, Loaded):
+        return model
     if isinstance(model, ModelProto):
-        proto, folder, what = model, None, "the model"
+        loaded, what = Loaded(model, None, ""), "the model"
     else:
         path = Path(model)
-        proto, folder, what = parse(read(path), str(path)), path.parent, str(path)
+        data, what = read(path), str(path)
+        loaded = Loaded(parse(data, what), path.parent, hashlib.sha256(data).hexdigest())
     try:
-        check(proto)
+        check(loaded.proto)
     except (InvalidModelError, ShapeError) as e:
         raise type(e)(f"{what}: {e}") from None
     except (UnicodeDecodeError, ValueError) as e:  # a string in the file that is not text
         raise InvalidModelError(f"{what}: damaged: {str(e).splitlines()[0]}") from None
-    return proto, folder
+    return loaded
 
 
 def read(path: Path) -> bytes:
@@ -286,18 +299,19 @@ def sparse_array(tensor: SparseTensorProto, folder: Path | None) -> np.ndarray:
     return dense.reshape(shape)
 
 
-def model_sha256(model: str | Path | ModelProto) -> str:
-    """SHA-256 (hexadecimal) of the model file, or of the model in memory, and of its external data."""
-    if isinstance(model, ModelProto):
-        proto, folder = load_model(model)
+def model_sha256(model: str | Path | ModelProto | Loaded) -> str:
+    """SHA-256 (hexadecimal) over the model file, or the model in memory, and its external data."""
+    proto, folder, file_sha256 = load_model(model)
+    if file_sha256:
+        digest = hashlib.sha256(file_sha256.encode())
+    else:
         try:
             digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
         except (EncodeError, ValueError) as e:
             raise InvalidModelError(f"the model: {str(e).splitlines()[0]}") from None
-    else:
-        digest = hashlib.sha256(read(Path(model)))
-        proto, folder = load_model(model)
+    external = False
     for tensor in (*proto.graph.initializer, *attribute_tensors(proto)):
         if tensor.data_location == TensorProto.EXTERNAL and tensor.data_type in DTYPES:
             digest.update(external_bytes(tensor, folder))
-    return digest.hexdigest()
+            external = True
+    return file_sha256 if file_sha256 and not external else digest.hexdigest()
