@@ -27,8 +27,22 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["ExitError", "InvalidModelError", "Module", "PruningError", "QuantizationError", "ShapeError", "SkiveError",
-           "TargetError", "ToolchainError", "UnsupportedOpError", "VerificationError", "__version__", "compile", "load"]
+__all__ = [
+    "ExitError",
+    "InvalidModelError",
+    "Module",
+    "PruningError",
+    "QuantizationError",
+    "ShapeError",
+    "SkiveError",
+    "TargetError",
+    "ToolchainError",
+    "UnsupportedOpError",
+    "VerificationError",
+    "__version__",
+    "compile",
+    "load",
+]
 
 _LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime"}
 

@@ -49,13 +49,29 @@ class Options:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
 
-def compile(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,  # noqa: A001 - the contract's name
-            output: str | Path | None = None, name: str | None = None, target: str = "host", threads: int = 1,
-            verify: bool = True, strict: bool = False, emit_only: bool = False, batch_max: int | None = None,
-            input_shapes: Mapping[str, Sequence[int]] | None = None, fixed_inputs: Mapping[str, np.ndarray] | None = None,
-            data: Sequence[np.ndarray] | None = None, quantize: Any = None, prune: Any = None, sparsify: Any = None,
-            exits: Any = None, tune: Any = None, dump_ir: str | Path | None = None,
-            progress: Progress = lambda step, fraction: None) -> Module:
+def compile(
+    model: Any,
+    *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,  # noqa: A001 - the contract's name
+    output: str | Path | None = None,
+    name: str | None = None,
+    target: str = "host",
+    threads: int = 1,
+    verify: bool = True,
+    strict: bool = False,
+    emit_only: bool = False,
+    batch_max: int | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    fixed_inputs: Mapping[str, np.ndarray] | None = None,
+    data: Sequence[np.ndarray] | None = None,
+    quantize: Any = None,
+    prune: Any = None,
+    sparsify: Any = None,
+    exits: Any = None,
+    tune: Any = None,
+    dump_ir: str | Path | None = None,
+    progress: Progress = lambda step, fraction: None,
+) -> Module:
     """A callable module compiled from `model` (path, `onnx.ModelProto`, `torch.nn.Module`, `ExportedProgram`, `Graph`).
 
     `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
@@ -68,7 +84,13 @@ def compile(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] |
     from skive import frontend
 
     started = time.perf_counter()
-    for what, value in (("quantize", quantize), ("prune", prune), ("sparsify", sparsify), ("exits", exits), ("tune", tune)):
+    for what, value in (
+        ("quantize", quantize),
+        ("prune", prune),
+        ("sparsify", sparsify),
+        ("exits", exits),
+        ("tune", tune),
+    ):
         if value is not None:
             raise SkiveError(f"{what}={value!r} is not available in skive {skive.__version__}; leave it out")
     progress("read", 0.0)
@@ -76,8 +98,13 @@ def compile(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] |
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
     chosen = resolve(target, _native.cpu_features())
-    source = frontend.open_model(model, example_inputs=example_inputs, input_shapes=input_shapes, fixed_inputs=fixed_inputs,
-                                 batch_max=batch_max)
+    source = frontend.open_model(
+        model,
+        example_inputs=example_inputs,
+        input_shapes=input_shapes,
+        fixed_inputs=fixed_inputs,
+        batch_max=batch_max,
+    )
     key = _cache_key(source, options, chosen, data) if source.sha256 and dump_ir is None else None
     folder = Path(output) if output is not None else _temporary_folder()
     if key and (cached := build.cache_dir() / "artefacts" / key).is_dir():
@@ -91,7 +118,9 @@ def compile(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] |
     progress("optimise", 0.1)
     from skive import passes
 
-    optimised, records = PassManager().run(imported, passes.EXACT, dump_dir=dump_ir, check="always" if strict else "never")
+    optimised, records = PassManager().run(
+        imported, passes.EXACT, dump_dir=dump_ir, check="always" if strict else "never"
+    )
     progress("lower", 0.25)
     plan = lower(optimised, chosen, threads)
     sources = cxx.emit(plan, chosen)
@@ -99,20 +128,45 @@ def compile(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] |
         build.write_sources(temporary, sources, plan.weights, plan.name)
         code_bytes = 0
         if not emit_only:
-            library = build.build_shared(temporary, sources, plan.name, chosen, threads=threads,
-                                         progress=lambda done, all_: progress("build", 0.3 + 0.5 * done / all_))
+            library = build.build_shared(
+                temporary,
+                sources,
+                plan.name,
+                chosen,
+                threads=threads,
+                progress=lambda done, all_: progress("build", 0.3 + 0.5 * done / all_),
+            )
             code_bytes = max(0, library.stat().st_size - len(plan.weights))
-        manifest = {"skive": skive.__version__, "name": plan.name, "target": chosen.name, "isa": list(chosen.features),
-                    "threads": threads, "batch_max": batch_max,
-                    "inputs": _ports(plan, "inputs"), "outputs": _ports(plan, "outputs"), "arena_bytes": plan.arena_bytes,
-                    "model_sha256": source.sha256, "options_sha256": hashlib.sha256(options.fingerprint().encode()).hexdigest(),
-                    "data_sha256": _data_sha256(data)}
+        manifest = {
+            "skive": skive.__version__,
+            "name": plan.name,
+            "target": chosen.name,
+            "isa": list(chosen.features),
+            "threads": threads,
+            "batch_max": batch_max,
+            "inputs": _ports(plan, "inputs"),
+            "outputs": _ports(plan, "outputs"),
+            "arena_bytes": plan.arena_bytes,
+            "model_sha256": source.sha256,
+            "options_sha256": hashlib.sha256(options.fingerprint().encode()).hexdigest(),
+            "data_sha256": _data_sha256(data),
+        }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         verdict = None
         if verify and not emit_only:
             progress("verify", 0.85)
             verdict = _verify(imported, optimised, temporary, chosen, threads, data, source)
-        report = _report(source, imported, optimised, plan, chosen, records, verdict, code_bytes, time.perf_counter() - started)
+        report = _report(
+            source,
+            imported,
+            optimised,
+            plan,
+            chosen,
+            records,
+            verdict,
+            code_bytes,
+            time.perf_counter() - started,
+        )
         (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         _write_html(temporary, report, imported, optimised)
         if key:
@@ -132,7 +186,9 @@ class _EmittedOnly:
         return json.loads((self.folder / "report.json").read_text())
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        raise InvalidModelError(f"{self.folder} holds sources only (emit_only); build it with its CMakeLists.txt")
+        raise InvalidModelError(
+            f"{self.folder} holds sources only (emit_only); build it with its CMakeLists.txt"
+        )
 
 
 _temporaries: list[tempfile.TemporaryDirectory[str]] = []  # removed when the process ends
@@ -162,8 +218,18 @@ def _cache_key(source: Source, options: Options, target: Target, data: Sequence[
     """What decides the artefact: model, options, inputs' shapes, skive itself, and the compiler."""
     h = hashlib.sha256()
     # Its name and path stand in the artefact: a copy of the file elsewhere is another model.
-    parts = [source.sha256, source.name, source.path or "", source.request, options.fingerprint(), target.name,
-             str(_data_sha256(data)), skive.__version__, _own_hash(), build.headers_hash()]
+    parts = [
+        source.sha256,
+        source.name,
+        source.path or "",
+        source.request,
+        options.fingerprint(),
+        target.name,
+        str(_data_sha256(data)),
+        skive.__version__,
+        _own_hash(),
+        build.headers_hash(),
+    ]
     if not options.emit_only:
         parts += [*build.compiler(), build.compiler_version(build.compiler()), *build.user_flags()]
     for p in parts:
@@ -202,8 +268,15 @@ def _run_graph(graph: Graph, target: Target, threads: int) -> check.Run:
     sources = cxx.emit(plan, target)
     build.write_sources(folder, sources, plan.weights, plan.name)
     library = build.build_shared(folder, sources, plan.name, target, threads=threads)
-    artifact = _native.Artifact(str(library), plan.name, [(p.name, list(p.shape), p.dtype) for p in plan.inputs],
-                                [(p.name, list(p.shape), p.dtype) for p in plan.outputs], plan.arena_bytes, 0, threads)
+    artifact = _native.Artifact(
+        str(library),
+        plan.name,
+        [(p.name, list(p.shape), p.dtype) for p in plan.inputs],
+        [(p.name, list(p.shape), p.dtype) for p in plan.outputs],
+        plan.arena_bytes,
+        0,
+        threads,
+    )
 
     def run(inputs: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         result = artifact(*inputs)
@@ -212,14 +285,25 @@ def _run_graph(graph: Graph, target: Target, threads: int) -> check.Run:
     return run
 
 
-def _verify(imported: Graph, optimised: Graph, folder: Path, target: Target, threads: int,
-            data: Sequence[np.ndarray] | None, source: Source) -> check.Verdict:
+def _verify(
+    imported: Graph,
+    optimised: Graph,
+    folder: Path,
+    target: Target,
+    threads: int,
+    data: Sequence[np.ndarray] | None,
+    source: Source,
+) -> check.Verdict:
     """Compares the artefact with the numpy reference of the model as imported, and with onnxruntime
     where that is installed and the model is ONNX. VerificationError names the first diverging node."""
     from skive.reference import evaluate_graph
 
     module = Module(folder)
-    inputs = [np.asarray(d[:1] if imported.batch_max else d) for d in data] if data is not None else check.sample_inputs(imported)
+    inputs = (
+        [np.asarray(d[:1] if imported.batch_max else d) for d in data]
+        if data is not None
+        else check.sample_inputs(imported)
+    )
     got = module(*inputs)
     got = got if isinstance(got, tuple) else (got,)
     want = evaluate_graph(imported, inputs)
@@ -229,39 +313,74 @@ def _verify(imported: Graph, optimised: Graph, folder: Path, target: Target, thr
         tolerance = check.allowed_difference(imported, inputs)
         verdict = check.compare(list(zip(got, want, strict=True)), "numpy", 1, tolerance)
     if not verdict.passed:
-        simplified = check.compare(list(zip(evaluate_graph(optimised, inputs), want, strict=True)), "numpy", 1, tolerance)
+        simplified = check.compare(
+            list(zip(evaluate_graph(optimised, inputs), want, strict=True)), "numpy", 1, tolerance
+        )
         if not simplified.passed:
-            raise VerificationError(f"{imported.name}: a pass changed the result by {simplified.relative_error:.2g} of its range; "
-                                    "compile with strict=True (--strict) to learn which")
+            raise VerificationError(
+                f"{imported.name}: a pass changed the result by {simplified.relative_error:.2g} of its range; "
+                "compile with strict=True (--strict) to learn which"
+            )
         node = check.first_divergence(optimised, inputs, lambda g: _run_graph(g, target, threads), tolerance)
-        where = f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
-        raise VerificationError(f"{imported.name}: the artefact differs from the reference by {verdict.relative_error:.2g} "
-                                f"of the output's range, {where}; please report it, or use --target generic")
+        where = (
+            f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
+        )
+        raise VerificationError(
+            f"{imported.name}: the artefact differs from the reference by {verdict.relative_error:.2g} "
+            f"of the output's range, {where}; please report it, or use --target generic"
+        )
     outside = source.oracle(inputs)
     if outside is not None:
         pairs = list(zip(got, outside, strict=True))
         second = check.compare(pairs, f"numpy, {source.engine}", 1, tolerance)
         if not second.passed and tolerance == check.TOLERANCE:
-            second = check.compare(pairs, f"numpy, {source.engine}", 1, check.allowed_difference(imported, inputs))
+            second = check.compare(
+                pairs, f"numpy, {source.engine}", 1, check.allowed_difference(imported, inputs)
+            )
         if not second.passed:
-            raise VerificationError(f"{imported.name}: the artefact agrees with the reference but differs from {source.engine} by "
-                                    f"{second.relative_error:.2g} of the output's range; please report the model")
+            raise VerificationError(
+                f"{imported.name}: the artefact agrees with the reference but differs from {source.engine} by "
+                f"{second.relative_error:.2g} of the output's range; please report the model"
+            )
         return second
     return verdict
 
 
-def _report(source: Source, imported: Graph, optimised: Graph, plan: Plan, target: Target, records: Sequence[Any],
-            verdict: check.Verdict | None, code_bytes: int, seconds: float) -> dict[str, Any]:
+def _report(
+    source: Source,
+    imported: Graph,
+    optimised: Graph,
+    plan: Plan,
+    target: Target,
+    records: Sequence[Any],
+    verdict: check.Verdict | None,
+    code_bytes: int,
+    seconds: float,
+) -> dict[str, Any]:
     """The dict of report.json (keys of the contract)."""
     return {
         "skive": skive.__version__,
-        "model": {"path": source.path, "sha256": source.sha256, "macs": total_macs(imported), "weight_bytes": weight_bytes(imported),
-                  "nodes": operations(imported)},
+        "model": {
+            "path": source.path,
+            "sha256": source.sha256,
+            "macs": total_macs(imported),
+            "weight_bytes": weight_bytes(imported),
+            "nodes": operations(imported),
+        },
         "target": {"name": target.name, "isa": list(target.features), "threads": plan.threads},
         "passes": [r.to_json() for r in records],
-        "compiled": {"macs": total_macs(optimised), "weight_bytes": len(plan.weights), "arena_bytes": plan.arena_bytes,
-                     "arena_lower_bound": plan.arena_lower_bound, "code_bytes": code_bytes, "seconds": round(seconds, 3)},
-        "layers": [{"name": c.origin, "op": c.op, "kernel": c.kernel, "macs": c.macs, "bytes": c.bytes} for c in plan.calls],
+        "compiled": {
+            "macs": total_macs(optimised),
+            "weight_bytes": len(plan.weights),
+            "arena_bytes": plan.arena_bytes,
+            "arena_lower_bound": plan.arena_lower_bound,
+            "code_bytes": code_bytes,
+            "seconds": round(seconds, 3),
+        },
+        "layers": [
+            {"name": c.origin, "op": c.op, "kernel": c.kernel, "macs": c.macs, "bytes": c.bytes}
+            for c in plan.calls
+        ],
         "verification": dataclasses.asdict(verdict) if verdict else None,
     }
 
@@ -279,9 +398,22 @@ def verdict_against(module: Module, model: Any, data: Sequence[np.ndarray] | Non
 
     shapes = {p.name: p.shape for p in module.inputs}  # a leading -1 leaves the batch open
     graph = frontend.open_model(model, input_shapes=shapes, batch_max=module.manifest["batch_max"]).graph()
-    for what, mine, theirs in (("inputs", module.inputs, graph.inputs), ("outputs", module.outputs, graph.outputs)):
+    for what, mine, theirs in (
+        ("inputs", module.inputs, graph.inputs),
+        ("outputs", module.outputs, graph.outputs),
+    ):
         if [(p.shape[1:], p.dtype) for p in mine] != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
-            raise ShapeError(f"the model's {what} are not those of {module.folder}: it was compiled from another model")
-    inputs = list(data) if data is not None else (check.sample_inputs(graph) if graph.inputs else random_inputs(graph))
+            raise ShapeError(
+                f"the model's {what} are not those of {module.folder}: it was compiled from another model"
+            )
+    inputs = (
+        list(data)
+        if data is not None
+        else (check.sample_inputs(graph) if graph.inputs else random_inputs(graph))
+    )
     got = module(*inputs)
-    return check.compare(list(zip(got if isinstance(got, tuple) else (got,), evaluate_graph(graph, inputs), strict=True)), "numpy", 1)
+    return check.compare(
+        list(zip(got if isinstance(got, tuple) else (got,), evaluate_graph(graph, inputs), strict=True)),
+        "numpy",
+        1,
+    )

@@ -42,8 +42,10 @@ def compiler() -> tuple[str, ...]:
     try:
         import ziglang  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
-        raise ToolchainError("no C++ compiler on PATH (tried c++, g++, clang++); install one, set CXX, "
-                             "or `pip install skive-compiler[zig]`") from None
+        raise ToolchainError(
+            "no C++ compiler on PATH (tried c++, g++, clang++); install one, set CXX, "
+            "or `pip install skive-compiler[zig]`"
+        ) from None
     return (sys.executable, "-m", "ziglang", "c++")
 
 
@@ -64,7 +66,9 @@ def user_flags() -> list[str]:
 def cache_dir() -> Path:
     """$SKIVE_CACHE, else `skive` in the user's cache folder."""
     named = os.environ.get("SKIVE_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skive"
+    return (
+        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skive"
+    )
 
 
 @lru_cache(maxsize=1)
@@ -90,7 +94,7 @@ def header_closure(names: Sequence[str]) -> list[str]:
         seen.add(name)
         for line in (root / name).read_text().splitlines():
             if line.startswith('#include "skive/'):
-                todo.append(line.split('"')[1][len("skive/"):])
+                todo.append(line.split('"')[1][len("skive/") :])
     return sorted(seen)
 
 
@@ -106,8 +110,16 @@ def write_sources(folder: Path, sources: Sources, weights: bytes, name: str) -> 
         shutil.copyfile(root / h, target)
 
 
-def build_shared(folder: Path, sources: Sources, name: str, target: Target, *, threads: int = 1,
-                 extra_flags: Sequence[str] = (), progress: Callable[[int, int], None] = lambda done, all_: None) -> Path:
+def build_shared(
+    folder: Path,
+    sources: Sources,
+    name: str,
+    target: Target,
+    *,
+    threads: int = 1,
+    extra_flags: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, all_: None,
+) -> Path:
     """Builds `libNAME.so` in `folder` and returns its path; ToolchainError with the compiler's message."""
     command = compiler()
     version = compiler_version(command)
@@ -120,9 +132,17 @@ def build_shared(folder: Path, sources: Sources, name: str, target: Target, *, t
         if unit.endswith(".S"):
             _run([*command, "-c", unit, "-o", obj.name], folder)
         else:
-            key = hashlib.sha256("\0".join(
-                [headers_hash(), version, *command, *flags, *(sources.files[f] for f in sorted(sources.files)
-                                                             if f == unit or f.endswith(".h"))]).encode()).hexdigest()
+            key = hashlib.sha256(
+                "\0".join(
+                    [
+                        headers_hash(),
+                        version,
+                        *command,
+                        *flags,
+                        *(sources.files[f] for f in sorted(sources.files) if f == unit or f.endswith(".h")),
+                    ]
+                ).encode()
+            ).hexdigest()
             cached = cache_dir() / "objects" / key[:2] / f"{key}.o"
             if cached.exists():
                 shutil.copyfile(cached, obj)
@@ -138,8 +158,25 @@ def build_shared(folder: Path, sources: Sources, name: str, target: Target, *, t
     library = folder / f"lib{name}.so"
     pthread = ["-pthread"] if threads > 1 else []
     # No libstdc++: the code uses none of it, and a device may not have it.
-    _run([*command, "-shared", "-nodefaultlibs", "-Wl,-s", "-Wl,--gc-sections", "-Wl,-z,noexecstack", "-Wl,--build-id=none",
-          *pthread, *(o.name for o in objects), "-lm", "-lc", "-lgcc", "-o", library.name], folder)
+    _run(
+        [
+            *command,
+            "-shared",
+            "-nodefaultlibs",
+            "-Wl,-s",
+            "-Wl,--gc-sections",
+            "-Wl,-z,noexecstack",
+            "-Wl,--build-id=none",
+            *pthread,
+            *(o.name for o in objects),
+            "-lm",
+            "-lc",
+            "-lgcc",
+            "-o",
+            library.name,
+        ],
+        folder,
+    )
     for o in objects:
         o.unlink()
     return library
@@ -170,9 +207,17 @@ def _run(command: Sequence[str], folder: Path) -> None:
 def trim_cache() -> None:
     """Removes the oldest cached artefacts and objects until the cache is below its limit."""
     root = cache_dir()
-    entries = [p for p in [*root.glob("artefacts/*"), *root.glob("objects/*/*")] if not p.name.startswith(".")]
-    sized = [(p.stat().st_mtime, sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) if p.is_dir() else p.stat().st_size, p)
-             for p in entries]
+    entries = [
+        p for p in [*root.glob("artefacts/*"), *root.glob("objects/*/*")] if not p.name.startswith(".")
+    ]
+    sized = [
+        (
+            p.stat().st_mtime,
+            sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) if p.is_dir() else p.stat().st_size,
+            p,
+        )
+        for p in entries
+    ]
     total = sum(s for _, s, _ in sized)
     for _, size, p in sorted(sized):
         if total <= CACHE_LIMIT:

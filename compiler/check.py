@@ -41,8 +41,9 @@ def sqnr_db(got: np.ndarray, want: np.ndarray) -> float:
     return 300.0 if noise == 0 or signal == 0 else min(300.0, 10 * math.log10(signal / noise))
 
 
-def compare(pairs: Sequence[tuple[np.ndarray, np.ndarray]], reference: str, samples: int,
-            tolerance: float = TOLERANCE) -> Verdict:
+def compare(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], reference: str, samples: int, tolerance: float = TOLERANCE
+) -> Verdict:
     """The verdict over (got, want) pairs."""
     worst, absolute, ratio = 0.0, 0.0, None
     for got, want in pairs:
@@ -54,7 +55,9 @@ def compare(pairs: Sequence[tuple[np.ndarray, np.ndarray]], reference: str, samp
             absolute = max(absolute, float(err.max(initial=0.0)))
             db = sqnr_db(np.where(finite, got, 0), np.where(finite, want, 0))
             ratio = db if ratio is None else min(ratio, db)
-    return Verdict(reference, samples, absolute, worst if math.isfinite(worst) else -1.0, ratio, worst <= tolerance)
+    return Verdict(
+        reference, samples, absolute, worst if math.isfinite(worst) else -1.0, ratio, worst <= tolerance
+    )
 
 
 def allowed_difference(graph: Graph, inputs: Sequence[np.ndarray]) -> float:
@@ -63,18 +66,29 @@ def allowed_difference(graph: Graph, inputs: Sequence[np.ndarray]) -> float:
     TOLERANCE, or eight times the error that float32 rounding alone makes in the numpy reference where
     that is larger: a network whose values explode on random inputs amplifies any rounding.
     """
-    rounding = max((difference(f, w.astype(f.dtype)) for f, w in zip(
-        evaluate_graph(graph, inputs), evaluate_wide(graph, inputs), strict=True)), default=0.0)
+    rounding = max(
+        (
+            difference(f, w.astype(f.dtype))
+            for f, w in zip(evaluate_graph(graph, inputs), evaluate_wide(graph, inputs), strict=True)
+        ),
+        default=0.0,
+    )
     return max(TOLERANCE, min(8 * rounding, 0.05))
 
 
 def prefix(graph: Graph, nodes: Sequence[Node]) -> Graph:
     """The part of `graph` that computes `nodes`, which become its outputs."""
-    return replace(graph, outputs=tuple(nodes), output_names=tuple(f"t{i}" for i in range(len(nodes))), states=())
+    return replace(
+        graph, outputs=tuple(nodes), output_names=tuple(f"t{i}" for i in range(len(nodes))), states=()
+    )
 
 
-def first_divergence(graph: Graph, inputs: Sequence[np.ndarray], run_prefix: Callable[[Graph], Run],
-                     tolerance: float = TOLERANCE) -> Node | None:
+def first_divergence(
+    graph: Graph,
+    inputs: Sequence[np.ndarray],
+    run_prefix: Callable[[Graph], Run],
+    tolerance: float = TOLERANCE,
+) -> Node | None:
     """The first node, in execution order, whose compiled value leaves the reference; None if none does.
 
     Bisection: the graph is cut at the middle of the suspect interval and compiled with that node as
@@ -118,7 +132,11 @@ def sample_inputs(graph: Graph, seed: int = 0) -> list[np.ndarray]:
         elif node.dtype is DType.bool:
             a = rng.integers(0, 2, node.shape)
         else:
-            a = rng.integers(0, max(2, min(_index_limit(graph, node), 100 if node.dtype.bytes == 1 else 1 << 15)), node.shape)
+            a = rng.integers(
+                0,
+                max(2, min(_index_limit(graph, node), 100 if node.dtype.bytes == 1 else 1 << 15)),
+                node.shape,
+            )
         arrays.append(np.asarray(a, node.dtype.numpy))
     return arrays
 

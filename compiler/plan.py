@@ -170,8 +170,12 @@ def place(blocks: list[Block]) -> tuple[int, int]:
     for t in sorted(events):
         total += events[t]
         bound = max(bound, total)
-    keys = [lambda b: (-b.bytes, b.first), lambda b: (b.first, -b.bytes),
-            lambda b: (-(b.last - b.first), -b.bytes), lambda b: (-b.bytes * (b.last - b.first + 1), b.first)]
+    keys = [
+        lambda b: (-b.bytes, b.first),
+        lambda b: (b.first, -b.bytes),
+        lambda b: (-(b.last - b.first), -b.bytes),
+        lambda b: (-b.bytes * (b.last - b.first + 1), b.first),
+    ]
     tried = []
     for key in keys:
         order = sorted(range(len(live)), key=lambda i: key(live[i]))
@@ -191,8 +195,9 @@ def place(blocks: list[Block]) -> tuple[int, int]:
     return height, bound
 
 
-def _improve(height: int, offsets: list[int], order: list[int], live: list[Block], bound: int,
-             rng: random.Random) -> tuple[int, list[int]]:
+def _improve(
+    height: int, offsets: list[int], order: list[int], live: list[Block], bound: int, rng: random.Random
+) -> tuple[int, list[int]]:
     """(height, offsets) after moves that never raise the height."""
     high: frozenset[int] = frozenset()
     for _ in range(min(IMPROVEMENTS, 1_000_000 // (len(live) ** 2 + 1))):
@@ -209,7 +214,9 @@ def _improve(height: int, offsets: list[int], order: list[int], live: list[Block
     return height, offsets
 
 
-def _best_fit(order: list[int], blocks: list[Block], bound: int, high: frozenset[int]) -> tuple[list[int], int]:
+def _best_fit(
+    order: list[int], blocks: list[Block], bound: int, high: frozenset[int]
+) -> tuple[list[int], int]:
     """(offsets, height) of placing blocks in `order`, each into the smallest gap below `bound` that
     holds it (at the gap's upper end if in `high`), or on top of what is there."""
     placed: list[int] = []
@@ -218,8 +225,11 @@ def _best_fit(order: list[int], blocks: list[Block], bound: int, high: frozenset
     for i in order:
         b = blocks[i]
         size = aligned(b.bytes)
-        taken = sorted((offsets[j], offsets[j] + aligned(blocks[j].bytes)) for j in placed
-                       if blocks[j].first <= b.last and b.first <= blocks[j].last)
+        taken = sorted(
+            (offsets[j], offsets[j] + aligned(blocks[j].bytes))
+            for j in placed
+            if blocks[j].first <= b.last and b.first <= blocks[j].last
+        )
         at, gap, end = None, None, 0
         for lo, hi in [*taken, (bound, bound)]:
             if lo - end >= size and (gap is None or lo - end < gap):

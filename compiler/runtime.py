@@ -38,8 +38,15 @@ class Module:
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
             name, threads = self.manifest["name"], self.manifest["threads"]
-            ports = [[TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest[k]] for k in ("inputs", "outputs")]
-            arena, batch, isa = self.manifest["arena_bytes"], self.manifest["batch_max"] or 0, self.manifest["isa"]
+            ports = [
+                [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest[k]]
+                for k in ("inputs", "outputs")
+            ]
+            arena, batch, isa = (
+                self.manifest["arena_bytes"],
+                self.manifest["batch_max"] or 0,
+                self.manifest["isa"],
+            )
         except FileNotFoundError:
             raise InvalidModelError(f"{folder} is not an artefact: it has no {MANIFEST}") from None
         except (OSError, ValueError, KeyError, TypeError) as e:
@@ -49,14 +56,25 @@ class Module:
         self.inputs, self.outputs = ports
         missing = sorted(set(isa) - set(_native.cpu_features()))
         if missing:
-            raise TargetError(f"{folder} needs {', '.join(missing)}, which this processor lacks; "
-                              "compile for --target generic or on this machine")
+            raise TargetError(
+                f"{folder} needs {', '.join(missing)}, which this processor lacks; "
+                "compile for --target generic or on this machine"
+            )
         library = self.folder / f"lib{name}.so"
         if not library.exists():
-            raise InvalidModelError(f"{library} is not there: the artefact was written with --emit-only; build it with its CMakeLists.txt")
+            raise InvalidModelError(
+                f"{library} is not there: the artefact was written with --emit-only; build it with its CMakeLists.txt"
+            )
         try:
-            self._call = _native.Artifact(str(library.resolve()), name, [(p.name, list(p.shape), p.dtype) for p in self.inputs],
-                                          [(p.name, list(p.shape), p.dtype) for p in self.outputs], arena, batch, threads)
+            self._call = _native.Artifact(
+                str(library.resolve()),
+                name,
+                [(p.name, list(p.shape), p.dtype) for p in self.inputs],
+                [(p.name, list(p.shape), p.dtype) for p in self.outputs],
+                arena,
+                batch,
+                threads,
+            )
         except (RuntimeError, OSError) as e:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
         self._names = [p.name for p in self.inputs]
@@ -80,7 +98,7 @@ class Module:
 
     def _careful(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         values = list(args)
-        for name in self._names[len(args):]:
+        for name in self._names[len(args) :]:
             if name not in named:
                 raise ShapeError(f"input {name!r} is missing; the inputs are {', '.join(self._names)}")
             values.append(named.pop(name))
@@ -94,7 +112,11 @@ class Module:
             raise ShapeError(str(e)) from None
         torch = sys.modules.get("torch")
         if torch is not None and any(isinstance(v, torch.Tensor) for v in values):
-            return tuple(map(torch.from_numpy, result)) if isinstance(result, tuple) else torch.from_numpy(result)
+            return (
+                tuple(map(torch.from_numpy, result))
+                if isinstance(result, tuple)
+                else torch.from_numpy(result)
+            )
         return result
 
     @staticmethod
@@ -106,7 +128,9 @@ class Module:
             value = np.from_dlpack(value)
         array = np.asarray(value)
         if array.dtype != np.dtype(port.dtype):
-            raise ShapeError(f"input {port.name!r} is {array.dtype}, not {port.dtype}; convert it with .astype({port.dtype!r})")
+            raise ShapeError(
+                f"input {port.name!r} is {array.dtype}, not {port.dtype}; convert it with .astype({port.dtype!r})"
+            )
         return np.ascontiguousarray(array) if array.ndim else array
 
     @property
@@ -122,7 +146,10 @@ class Module:
             shutil.copytree(self.folder, temporary, dirs_exist_ok=True)
 
     def __repr__(self) -> str:
-        ports = [", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in side) for side in (self.inputs, self.outputs)]
+        ports = [
+            ", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in side)
+            for side in (self.inputs, self.outputs)
+        ]
         return f"<skive.Module {self.manifest['name']} ({ports[0]}) -> ({ports[1]})>"
 
 

@@ -34,17 +34,28 @@ class Source:
     engine: str = "onnxruntime"
 
 
-def open_model(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
-               input_shapes: Mapping[str, Sequence[int]] | None = None, fixed_inputs: Mapping[str, np.ndarray] | None = None,
-               batch_max: int | None = None) -> Source:
+def open_model(
+    model: Any,
+    *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    fixed_inputs: Mapping[str, np.ndarray] | None = None,
+    batch_max: int | None = None,
+) -> Source:
     """The Source of a path, `onnx.ModelProto`, `torch.nn.Module`, `ExportedProgram` or `Graph`.
 
     InvalidModelError if `model` is none of these or the file cannot be read.
     """
     shapes = {k: tuple(v) for k, v in (input_shapes or {}).items()}
     fixed = dict(fixed_inputs or {})
-    request = json.dumps([sorted((k, list(v)) for k, v in shapes.items()), batch_max, _shapes_of(example_inputs),
-                          sorted((k, hashlib.sha256(np.ascontiguousarray(v).data).hexdigest()) for k, v in fixed.items())])
+    request = json.dumps(
+        [
+            sorted((k, list(v)) for k, v in shapes.items()),
+            batch_max,
+            _shapes_of(example_inputs),
+            sorted((k, hashlib.sha256(np.ascontiguousarray(v).data).hexdigest()) for k, v in fixed.items()),
+        ]
+    )
     if isinstance(model, Graph):
         return Source(model.name, None, "", request, lambda: model)
     if isinstance(model, (str, Path)):
@@ -60,17 +71,25 @@ def open_model(model: Any, *, example_inputs: tuple[Any, ...] | Mapping[str, Any
         if ":" in path.name and not path.exists():
             from skive.frontend import torch as torch_frontend
 
-            return torch_frontend.open_callable(str(model), example_inputs, shapes, request=request, batch_max=batch_max)
+            return torch_frontend.open_callable(
+                str(model), example_inputs, shapes, request=request, batch_max=batch_max
+            )
         return _open_onnx(path, path.stem, str(path), shapes, fixed, example_inputs, batch_max, request)
     torch = sys.modules.get("torch")
-    if torch is not None and (isinstance(model, torch.nn.Module) or type(model).__name__ == "ExportedProgram"):
+    if torch is not None and (
+        isinstance(model, torch.nn.Module) or type(model).__name__ == "ExportedProgram"
+    ):
         from skive.frontend import torch as torch_frontend
 
         return torch_frontend.open_module(model, example_inputs, request=request, batch_max=batch_max)
     if type(model).__name__ == "ModelProto":
-        return _open_onnx(model, model.graph.name or "model", None, shapes, fixed, example_inputs, batch_max, request)
-    raise InvalidModelError(f"{type(model).__name__} is not a model; give an .onnx or .pt2 file, an onnx.ModelProto, "
-                            "a torch.nn.Module or an ExportedProgram")
+        return _open_onnx(
+            model, model.graph.name or "model", None, shapes, fixed, example_inputs, batch_max, request
+        )
+    raise InvalidModelError(
+        f"{type(model).__name__} is not a model; give an .onnx or .pt2 file, an onnx.ModelProto, "
+        "a torch.nn.Module or an ExportedProgram"
+    )
 
 
 def _shapes_of(example: tuple[Any, ...] | Mapping[str, Any] | None) -> Any:
@@ -80,8 +99,16 @@ def _shapes_of(example: tuple[Any, ...] | Mapping[str, Any] | None) -> Any:
     return [[str(k), list(np.shape(v)), str(getattr(v, "dtype", type(v).__name__))] for k, v in items]
 
 
-def _open_onnx(model: Any, name: str, path: str | None, shapes: dict[str, tuple[int, ...]], fixed: dict[str, np.ndarray],
-               example: tuple[Any, ...] | Mapping[str, Any] | None, batch_max: int | None, request: str) -> Source:
+def _open_onnx(
+    model: Any,
+    name: str,
+    path: str | None,
+    shapes: dict[str, tuple[int, ...]],
+    fixed: dict[str, np.ndarray],
+    example: tuple[Any, ...] | Mapping[str, Any] | None,
+    batch_max: int | None,
+    request: str,
+) -> Source:
     from skive.frontend.onnx import import_onnx, model_sha256
     from skive.frontend.onnx.load import load_model
 
@@ -103,11 +130,19 @@ def _open_onnx(model: Any, name: str, path: str | None, shapes: dict[str, tuple[
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         try:
-            session = ort.InferenceSession(path or proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                path or proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             names = [i.name for i in session.get_inputs()]
             return [np.asarray(v) for v in session.run(None, dict(zip(names, inputs, strict=True)))]
         except Exception:  # noqa: BLE001 - an engine that cannot run the model is no oracle for it
             return None
 
-    return Source(name, path, model_sha256(loaded), request,
-                  lambda: import_onnx(loaded, fixed_inputs=fixed, input_shapes=shapes, batch_max=batch_max), oracle)
+    return Source(
+        name,
+        path,
+        model_sha256(loaded),
+        request,
+        lambda: import_onnx(loaded, fixed_inputs=fixed, input_shapes=shapes, batch_max=batch_max),
+        oracle,
+    )

@@ -30,19 +30,37 @@ class Target:
         original, come from the cache: beyond that their traffic costs what the arithmetic saves.
         """
         oc, kh, kw, ic = conv.inputs[1].shape
-        return (self.lanes > 4 and (kh, kw) == (3, 3) and conv.attrs["groups"] == 1 and conv.attrs["stride"] == (1, 1)
-                and conv.attrs["dilation"] == (1, 1) and min(ic, oc) >= 8 and min(conv.shape[1:3]) >= 4
-                and 36 * 4 * ic * oc <= WINOGRAD_WEIGHT_BYTES)
+        return (
+            self.lanes > 4
+            and (kh, kw) == (3, 3)
+            and conv.attrs["groups"] == 1
+            and conv.attrs["stride"] == (1, 1)
+            and conv.attrs["dilation"] == (1, 1)
+            and min(ic, oc) >= 8
+            and min(conv.shape[1:3]) >= 4
+            and 36 * 4 * ic * oc <= WINOGRAD_WEIGHT_BYTES
+        )
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
 
-TARGETS: dict[str, Target] = {t.name: t for t in (
-    Target("avx512", "SKIVE_TARGET_AVX512", ("-mavx2", "-mfma", *(f"-m{f}" for f in _AVX512)),
-           ("avx2", "fma", *_AVX512), 16, "x86-64 with AVX-512 F, BW, VL, DQ"),
-    Target("avx2", "SKIVE_TARGET_AVX2", ("-mavx2", "-mfma"), ("avx2", "fma"), 8, "x86-64 with AVX2 and FMA"),
-    Target("generic", "SKIVE_TARGET_GENERIC", (), (), 4, "any processor: plain C++17"),
-)}
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target(
+            "avx512",
+            "SKIVE_TARGET_AVX512",
+            ("-mavx2", "-mfma", *(f"-m{f}" for f in _AVX512)),
+            ("avx2", "fma", *_AVX512),
+            16,
+            "x86-64 with AVX-512 F, BW, VL, DQ",
+        ),
+        Target(
+            "avx2", "SKIVE_TARGET_AVX2", ("-mavx2", "-mfma"), ("avx2", "fma"), 8, "x86-64 with AVX2 and FMA"
+        ),
+        Target("generic", "SKIVE_TARGET_GENERIC", (), (), 4, "any processor: plain C++17"),
+    )
+}
 
 
 def resolve(name: str, cpu_features: Sequence[str]) -> Target:
