@@ -122,7 +122,10 @@ def renamed(node: Node, inputs: Sequence[Node], p: Perm) -> tuple[Node, Perm] | 
         for k in ("start", "size", "step"):
             a[k] = tuple(a[k][q[i]] for i in range(rank))
     elif node.op == "expand":
-        a["shape"] = tuple(a["shape"][q[i]] for i in range(rank))
+        extra = len(a["shape"]) - rank  # new axes come in front and stay there
+        tail = a["shape"][extra:]
+        a["shape"] = (*a["shape"][:extra], *(tail[q[i]] for i in range(rank)))
+        p = (*range(extra), *(i + extra for i in p))
     else:
         return None
     return ops.make(node.op, *inputs, origin=node.origin, label=node.name, **a), p

@@ -251,6 +251,8 @@ def external_bytes(tensor: TensorProto, folder: Path | None) -> bytes:
     entries = {e.key: e.value for e in tensor.external_data}
     location = entries.get("location", "")
     name = tensor.name or "a tensor"
+    if not isinstance(location, str) or any(len(os.fsencode(part)) > 255 for part in location.split("/")):
+        raise InvalidModelError(f"{name}: the location of its external data is not a file name: {location[:80]!r}")
     if folder is None:
         raise InvalidModelError(f"{name}: its data is in the file {location!r}; give the path of the model instead of "
                                 "the model in memory")
