@@ -128,7 +128,7 @@ def sample_inputs(graph: Graph, seed: int = 0) -> list[np.ndarray]:
     arrays = []
     for node in graph.inputs:
         if node.dtype.is_float:
-            a = rng.standard_normal(node.shape)
+            a: np.ndarray = rng.standard_normal(node.shape)
         elif node.dtype is DType.bool:
             a = rng.integers(0, 2, node.shape)
         else:

@@ -20,7 +20,7 @@ from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.plan import Access, Arg, Block, Call, Fn, FnStep, Plan, Port, WeightPool, aligned, place
 from skive.targets.base import Target
-from skive.types import DType
+from skive.types import DType, TensorType
 
 F32 = DType.f32
 
@@ -111,12 +111,14 @@ def _has_fast_kernel(node: Node) -> bool:
         return False
     if node.op in ("conv2d", "linear", "conv_transpose2d"):
         return all(i.is_const for i in node.inputs[1:3])
+    if node.op == "resize2d":
+        return all(i.is_const for i in node.inputs[1:5])
     return True
 
 
 def _writes_channel_slices(node: Node) -> bool:
     """Whether the kernel of `node` can write its result with other values' channels in between."""
-    if node.op in ("conv2d", "max_pool2d", "avg_pool2d"):
+    if node.op in ("conv2d", "max_pool2d", "avg_pool2d", "resize2d"):
         return _has_fast_kernel(node)
     return ops.op_of(node.op).kind == "elementwise"
 
@@ -187,11 +189,11 @@ class Lowering:
             self._views[n] = view
             view.root.values.append(n)
         for i, o in enumerate(graph.outputs):
-            view = self._views.get(o)
-            if view and view.root.kind == "arena" and view.offset == 0 and view.root.bytes == o.type.bytes:
-                view.root.kind, view.root.index = "output", i
-                self._roots.remove(view.root)
-                view.root.block = None
+            settled = self._views.get(o)
+            if settled and settled.root.kind == "arena" and settled.offset == 0 and settled.root.bytes == o.type.bytes:
+                settled.root.kind, settled.root.index = "output", i
+                self._roots.remove(settled.root)
+                settled.root.block = None
         for n in graph.nodes:  # a concat whose place is known takes its operands in
             if n.op == "concat":
                 self._concat_in_place(n, outputs)
@@ -211,8 +213,8 @@ class Lowering:
                 start = 0
                 for s, d in zip(n.attrs["start"], x.shape, strict=True):
                     start = start * d + s
-                view = self._views[x]
-                return View(view.root, view.offset + start * n.dtype.bytes)
+                whole = self._views[x]
+                return View(whole.root, whole.offset + start * n.dtype.bytes)
         if ops.op_of(n.op).kind == "elementwise":
             for x in n.inputs:
                 view = self._views.get(x)
@@ -358,12 +360,13 @@ class Lowering:
 
 def _steps(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:
     """The expression in C++ function names and literals."""
-    steps, types = [], []
+    steps: list[FnStep] = []
+    types: list[DType] = []
     for s in e.steps:
         row = ops.op_of(s.op)
         operand_types = [dtypes[i] if k == "x" else types[i] for k, i in s.args]
         attrs = ops.complete_attrs(s.op, dict(s.attrs))
-        types.append(row.infer([ops.TensorType((), t) for t in operand_types], attrs).dtype)
+        types.append(row.infer([TensorType((), t) for t in operand_types], attrs).dtype)
         name, tail = row.cxx, []
         for v in attrs.values():
             if isinstance(v, DType):
@@ -494,11 +497,31 @@ def _pool2d(ctx: Lowering, node: Node) -> None:
                  ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
         return
     fn, extra = ctx.epilogue(node)
-    template = [_image(x.shape), kernel, stride, padding]
+    template: list[object] = [_image(x.shape), kernel, stride, padding]
     template += [padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>", dilation] if node.op == "avg_pool2d" else [dilation]
     template += [x.shape[3], ctx.pixel(node)] if ctx.view(node).pixel else []
     ctx.call(node, node.op, "pool.h", template, ["x", "y", "nullptr", "part", "fn"],
              [ctx.read("x", x), ctx.write("y", node), *extra], fn)
+
+
+@lowers("resize2d")
+def _resize2d(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    if not _has_fast_kernel(node):
+        ctx.problems.append((node.label(), "resampling with tables that are not constant", "fix the size of the result"))
+        return
+    args, spelled, taps = [ctx.read("x", x)], [], []
+    for axis, name in ((1, "rows"), (2, "columns")):
+        sources, weights = (i.value for i in node.inputs[2 * axis - 1:2 * axis + 1])
+        args.append(ctx.packed(name, np.clip(sources, 0, x.shape[axis] - 1)))
+        plain = sources.shape[1] == 1 and (weights == 1).all()
+        if not plain:
+            args.append(ctx.packed(f"{name}_weights", weights))
+        spelled.append(f"{{{name}, {'nullptr' if plain else f'{name}_weights'}}}")
+        taps.append(sources.shape[1])
+    fn, extra = ctx.epilogue(node)
+    ctx.call(node, "resize2d", "resize.h", [_image(x.shape), *node.shape[1:3], *taps, x.shape[3], ctx.pixel(node)],
+             ["x", *spelled, "y", "nullptr", "part", "fn"], [*args, ctx.write("y", node), *extra], fn)
 
 
 @lowers("linear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 import math
 from dataclasses import dataclass, replace
@@ -48,15 +49,15 @@ class DType(enum.Enum):
         return _NUMPY[self].itemsize
 
     @property
-    def is_float(self) -> bool:
+    def is_float(self) -> builtins.bool:
         return self.value[0] == "f"
 
     @property
-    def is_int(self) -> bool:
+    def is_int(self) -> builtins.bool:
         return self.value[0] in "iu"
 
     @property
-    def is_signed(self) -> bool:
+    def is_signed(self) -> builtins.bool:
         return self.value[0] in "if"
 
     @staticmethod
