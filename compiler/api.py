@@ -30,6 +30,7 @@ from skive.targets.base import Target, resolve
 if TYPE_CHECKING:
     from skive.frontend import Source
 
+PROFILE_SECONDS = 0.2  # what measuring the layers may add to a compile
 Progress = Callable[[str, float], None]  # (step, fraction of the whole)
 
 
@@ -77,7 +78,8 @@ def compile(
     `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
     ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
     process if not given). `quantize`, `prune`, `sparsify`, `exits` and `tune` are reserved: this version
-    compiles float32 networks as they are and refuses them. `batch_max`: compile a model with a symbolic batch for 1 to this many
+    compiles float32 networks as they are and refuses them. `batch_max`: compile a model with a symbolic
+    batch for 1 to this many
     samples a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with,
     random ones otherwise. Raises the errors of `skive.errors`; nothing is written unless all went well.
     """
@@ -167,8 +169,7 @@ def compile(
             code_bytes,
             time.perf_counter() - started,
         )
-        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        _write_html(temporary, report, imported, optimised)
+        _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if key:
             _store_artefact(temporary, build.cache_dir() / "artefacts" / key)
     progress("done", 1.0)
@@ -385,10 +386,20 @@ def _report(
     }
 
 
-def _write_html(folder: Path, report: dict[str, Any], imported: Graph, optimised: Graph) -> None:
+def _write_report(folder: Path, report: dict[str, Any], imported: Graph, optimised: Graph, timed: bool) -> None:
+    """report.json and report.html; with the time of every layer where the artefact may run here."""
     from skive import report as pages
+    from skive.profiling import profile
 
-    (folder / "report.html").write_text(pages.render(report, imported, optimised), encoding="utf-8")
+    path = folder / "report.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    measured = profile(Module(folder), seconds=PROFILE_SECONDS) if timed else None
+    if measured:
+        report["profile"] = {k: v for k, v in measured.items() if k != "layers"}
+        for layer, times in zip(report["layers"], measured["layers"], strict=True):
+            layer["us"] = times["us"]
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "report.html").write_text(pages.render(report, imported, optimised, measured), encoding="utf-8")
 
 
 def verdict_against(module: Module, model: Any, data: Sequence[np.ndarray] | None = None) -> check.Verdict:

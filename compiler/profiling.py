@@ -12,9 +12,7 @@ import numpy as np
 from skive.errors import InvalidModelError
 from skive.runtime import Module, TensorInfo
 
-# Without a number of rounds, measure for about this long.
-_SECONDS = 1.0
-_ROUNDS = (20, 5000)
+_ROUNDS = (5, 5000)  # the fewest and the most passes through a network
 _ALIGN = 64  # bytes; NAME_ARENA_ALIGN
 
 
@@ -41,8 +39,9 @@ def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * max(1, len(arrays)))(*(a.ctypes.data for a in arrays))
 
 
-def profile(module: Module, *, rounds: int | None = None) -> dict[str, Any]:
-    """What each kernel call of `module` costs: medians over `rounds` passes through the network.
+def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
+    """What each kernel call of `module` costs: medians over `rounds` passes through the network, or
+    over as many as take about `seconds`.
 
     Keys: `rounds`; `run_us`, one call of the whole network; `layers_us`, the sum over the layers;
     `layers[]` in the order of execution, each with name, op, kernel, macs, bytes, us, share of the
@@ -80,7 +79,7 @@ def profile(module: Module, *, rounds: int | None = None) -> dict[str, Any]:
     check(run(*arguments))
     if rounds is None:
         # Each round runs the network twice: once whole, once by layers.
-        rounds = int(np.clip(_SECONDS * 1e9 / (2 * max(1, clock() - start)), *_ROUNDS))
+        rounds = int(np.clip(seconds * 1e9 / (2 * max(1, clock() - start)), *_ROUNDS))
     whole = np.empty(rounds)
     refused = np.empty((rounds, 3))
     single = np.empty((rounds, len(described)))

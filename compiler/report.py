@@ -332,12 +332,12 @@ def _page(report: Mapping[str, Any], graphs: Mapping[str, Sequence[Drawn]],
         plot=plot(layers, profile) if layers else None, data=Markup(_as_data(graphs)))
 
 
-def render(report: Mapping[str, Any], before: Graph, after: Graph) -> str:
-    """The page of `report`, with the graph as imported and as compiled.
+def render(report: Mapping[str, Any], before: Graph, after: Graph, profile: Mapping[str, Any] | None = None) -> str:
+    """The page of `report`, with the graph as imported and as compiled, and the times of `profile`.
 
     Parts that `report` lacks (a model that was only inspected has no artefact) are left out.
     """
-    return _page(report, {"before": outline(before), "after": outline(after)}, None)
+    return _page(report, {"before": outline(before), "after": outline(after)}, profile)
 
 
 def with_profile(folder: Path, profile: Mapping[str, Any]) -> str:

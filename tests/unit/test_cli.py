@@ -240,7 +240,7 @@ def test_profile_times_every_layer(place: Path) -> None:
     shown = skive("profile", place / "tiny", "--rounds", 5, "--html", place / "timed.html")
     assert shown.exit_code == 0 and "GMAC/s" in shown.stdout
     assert "Latency" in (place / "timed.html").read_text()
-    assert "Latency" not in (place / "tiny" / "report.html").read_text()
+    assert "Latency" in (place / "tiny" / "report.html").read_text()  # measured once by the compile
 
 
 def test_bench_alone(place: Path) -> None:
