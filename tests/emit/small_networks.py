@@ -1,0 +1,206 @@
+"""Small networks that together need every kernel the compiler can choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from skive import ops
+from skive.frontend.onnx import import_onnx
+from skive.ir import Graph, Node, constant
+from skive.types import DType
+
+KEYWORDS = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting" / "kws_dscnn.onnx"
+
+NETWORKS: dict[str, Callable[[], Graph]] = {}
+
+
+class Net:
+    """Collects inputs and outputs; weights come from a fixed seed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.rng = np.random.default_rng(len(name))
+        self.inputs: list[Node] = []
+        self.outputs: list[Node] = []
+
+    def input(self, *shape: int, dtype: DType = DType.f32) -> Node:
+        self.inputs.append(ops.make("input", shape=shape, dtype=dtype, label=f"x{len(self.inputs)}"))
+        return self.inputs[-1]
+
+    def weights(self, *shape: int, dtype: DType = DType.f32) -> Node:
+        """Normal floats of about unit gain, small integers."""
+        if dtype.is_float:
+            gain = np.sqrt(max(1, np.prod(shape[1:])))
+            return constant((self.rng.standard_normal(shape) / gain).astype(dtype.numpy))
+        return constant(self.rng.integers(0, 4, shape).astype(dtype.numpy))
+
+    def output(self, *nodes: Node) -> None:
+        self.outputs += nodes
+
+    def graph(self) -> Graph:
+        names = tuple(f"y{i}" for i in range(len(self.outputs)))
+        return Graph(self.name, tuple(self.inputs), tuple(self.outputs), names)
+
+
+def network(build: Callable[[Net], None]) -> Callable[[Net], None]:
+    """Adds the network that `build` makes to NETWORKS under the function's name."""
+
+    def make() -> Graph:
+        net = Net(build.__name__)
+        build(net)
+        return net.graph()
+
+    NETWORKS[build.__name__] = make
+    return build
+
+
+@network
+def convolutions(net: Net) -> None:
+    x = net.input(1, 9, 11, 3)
+    same = {"pad": (1, 1, 1, 1)}
+    y = ops.make("conv2d", x, net.weights(24, 3, 3, 3), net.weights(24), stride=(2, 1), epilogue="t0=relu(x0)", **same)
+    z = ops.make("conv2d", y, net.weights(24, 3, 3, 24), net.weights(24), y, epilogue="t0=add(x0,x1)", **same)
+    z = ops.make("conv2d", z, net.weights(24, 3, 3, 1), net.weights(24), groups=24, **same)  # depthwise
+    z = ops.make("conv2d", z, net.weights(12, 3, 3, 8), groups=3, pad=(2, 2, 2, 2), dilation=(2, 2))
+    z = ops.make("conv2d", z, net.weights(17, 1, 1, 12), net.weights(17))
+    up = ops.make("conv_transpose2d", z, net.weights(5, 3, 3, 17), net.weights(5), stride=(2, 2), pad=(1, 1, 0, 0))
+    net.output(up, ops.make("conv_transpose2d", z, net.weights(17, 2, 2, 1), groups=17))
+
+
+@network
+def pools(net: Net) -> None:
+    x = net.input(2, 7, 8, 20)
+    low = ops.make("max_pool2d", x, kernel=(3, 3), stride=(2, 2), pad=(1, 1, 1, 1))
+    mean = ops.make("avg_pool2d", x, kernel=(3, 2), stride=(2, 2), pad=(1, 0, 1, 0), epilogue="t0=relu(x0)")
+    joined = ops.make("concat", low, mean, axis=3)
+    net.output(joined, ops.make("avg_pool2d", joined, kernel=(2, 2), pad=(1, 1, 1, 1), count_pad=True),
+               ops.make("reduce_mean", joined, axes=(1, 2), keep=False))
+
+
+@network
+def transformer(net: Net) -> None:
+    tokens = net.input(1, 6, dtype=DType.i64)
+    mask = net.input(1, 1, 6, 6)
+    x = ops.make("gather", net.weights(50, 24), tokens, axis=0)
+    h = ops.make("layer_norm", x, net.weights(24), net.weights(24))
+    q, k, v = (ops.make("reshape", ops.make("linear", h, net.weights(24, 24), net.weights(24)), shape=(1, 6, 3, 8))
+               for _ in range(3))
+    a = ops.make("attention", q, k, v, mask, scale=8**-0.5, token_major=True)
+    x = ops.make("add", x, ops.make("reshape", a, shape=(1, 6, 24)))
+    first = [ops.make("transpose", t, perm=(0, 2, 1, 3)) for t in (q, k, v)]
+    causal = ops.make("attention", *first, scale=8**-0.5, causal=True)
+    h = ops.make("rms_norm", x, net.weights(24))
+    wide = ops.make("gelu", ops.make("linear", h, net.weights(40, 24)))
+    x = ops.make("linear", wide, net.weights(24, 40), net.weights(24), x, epilogue="t0=add(x0,x1)")
+    scores = ops.make("matmul", *first[:2], trans_b=True)
+    net.output(causal, ops.make("softmax", scores), ops.make("softmax", x, axis=1), ops.make("log_softmax", x),
+               ops.make("matmul", scores, scores, trans_a=True, epilogue="t0=tanh(x0)"))
+
+
+@network
+def recurrent(net: Net) -> None:
+    x = net.input(5, 2, 9)
+    h0, c0 = net.input(2, 8), net.input(2, 8)
+
+    def weights(gates: int) -> list[Node]:
+        return [net.weights(gates * 8, 9), net.weights(gates * 8, 8), net.weights(2, gates * 8)]
+
+    net.output(ops.make("lstm", x, *weights(4), h0, c0), ops.make("lstm", x, *weights(4), h0, c0, net.weights(24)),
+               ops.make("gru", x, *weights(3), h0), ops.make("gru", x, *weights(3), h0, reset_after=True),
+               ops.make("rnn", x, *weights(1), h0))
+
+
+@network
+def indexing(net: Net) -> None:
+    x = net.input(4, 6, 5)
+    where = net.input(4, 3, 5, dtype=DType.i64)
+    taken = ops.make("gather_elements", x, where, axis=1)
+    tuples = constant(np.array([[0, 1], [3, -1], [2, 2]], np.int64))
+    picked = ops.make("gather_nd", x, tuples)
+    spread = ops.make("scatter_elements", x, where, taken, axis=1, reduction="add")
+    written = ops.make("scatter_nd", x, tuples, picked)
+    order = ops.make("topk_indices", x, k=3)
+    net.output(taken, picked, spread, written, order, ops.make("topk_values", spread, k=2, largest=False),
+               ops.make("argmax", x, axis=1, last=True), ops.make("argmin", x, axis=-1, keep=False),
+               ops.make("cumsum", x, axis=1, reverse=True), ops.make("cumprod", x, axis=2, exclusive=True))
+
+
+@network
+def movement(net: Net) -> None:
+    x = net.input(3, 5, 7)
+    t = ops.make("transpose", x, perm=(2, 0, 1))
+    backwards = ops.make("slice", x, start=(0, 4, 1), size=(2, 5, 3), step=(2, -1, 2))
+    view = ops.make("slice", x, start=(1, 0, 0), size=(1, 5, 7), step=(1, 1, 1))
+    padded = [ops.make("pad", x, before=(0, 2, 1), after=(0, 1, 3), mode=m, value=v)
+              for m, v in (("constant", 1.5), ("reflect", 0.0), ("edge", 0.0), ("wrap", 0.0))]
+    wide = ops.make("expand", ops.make("reshape", view, shape=(1, 5, 7)), shape=(4, 5, 7))
+    joined = ops.make("concat", ops.make("tanh", x), ops.make("sigmoid", x), axis=2)  # written in place
+    net.output(t, backwards, view, *padded, wide, joined, ops.make("concat", wide, x, axis=0))
+
+
+@network
+def elementwise(net: Net) -> None:
+    x, y = net.input(3, 1, 19), net.input(4, 1)
+    names = ("exp", "sin", "erf", "softplus", "mish", "elu", "floor", "round_even", "hard_swish")
+    table = [ops.make(n, x) for n in names]
+    total = table[0]
+    for t in table[1:]:
+        total = ops.make("add", total, t)
+    both = ops.make("mul", ops.make("sub", total, y), net.weights(19))
+    keep = ops.make("greater", both, y)
+    power = ops.make("pow", ops.make("abs", x), constant(np.float32(1.5)))
+    log = ops.make("log", ops.make("add", power, constant(np.float32(1))))
+    net.output(ops.make("where", keep, both, y), keep, ops.make("cast", both, to=DType.i32), log,
+               ops.make("clip", x, lo=-1.0, hi=float("inf")), ops.make("prelu", both, y), ops.make("fmod", both, x),
+               ops.make("is_nan", ops.make("sqrt", x)))
+
+
+@network
+def other_types(net: Net) -> None:
+    a, b = net.input(2, 3, 4, dtype=DType.i32), net.input(3, 4, dtype=DType.i32)
+    d = net.input(3, 8, dtype=DType.f64)
+    u = net.input(5, dtype=DType.u8)
+    img = net.input(1, 6, 6, 4, dtype=DType.i8)
+    net.output(ops.make("div", a, b), ops.make("mod", a, b), ops.make("reduce_prod", a, axes=(0, 2)),
+               ops.make("reduce_sum", a, axes=(1,), keep=False), ops.make("bit_xor", a, b), ops.make("softmax", d),
+               ops.make("reduce_max", d, axes=(1,)), ops.make("matmul", d, net.weights(8, 2, dtype=DType.f64)),
+               ops.make("shift_left", u, constant(np.uint8(3))), ops.make("cast", u, to=DType.bool),
+               ops.make("conv2d", img, net.weights(6, 3, 3, 2, dtype=DType.i8), groups=2, pad=(1, 1, 1, 1)),
+               ops.make("conv_transpose2d", img, net.weights(3, 2, 2, 4, dtype=DType.i8), stride=(2, 2)),
+               ops.make("max_pool2d", img, kernel=(2, 2), stride=(2, 2)),
+               ops.make("matmul", a, b, trans_b=True), ops.make("cumsum", b, axis=0),
+               ops.make("concat", ops.make("neg", a), ops.make("abs", a), axis=2))
+
+
+@network
+def weights_as_inputs(net: Net) -> None:
+    x, w, b = net.input(1, 6, 5, 4), net.input(8, 3, 3, 2), net.input(8)
+    y = ops.make("conv2d", x, w, b, groups=2, pad=(1, 0, 1, 0), stride=(1, 2))
+    net.output(y, ops.make("conv_transpose2d", y, net.input(3, 2, 2, 8)))
+    h, seq = net.input(1, 4), net.input(3, 1, 5)
+    net.output(ops.make("rnn", seq, net.input(4, 5), net.input(4, 4), net.input(2, 4), h))
+
+
+def resized() -> Graph:
+    """Images in two sizes: nearest neighbours and linear interpolation."""
+    nodes = [helper.make_node("Resize", ["x", "", "scales"], ["up"], mode="nearest"),
+             helper.make_node("Relu", ["up"], ["r"]),
+             helper.make_node("Resize", ["r", "", "", "size"], ["y"], mode="linear")]
+    graph = helper.make_graph(
+        nodes, "resized", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 5, 6, 4])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("r", "y")],
+        [numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"),
+         numpy_helper.from_array(np.array([1, 5, 7, 9], np.int64), "size")])
+    return import_onnx(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def keywords() -> Graph:
+    """The shipped keyword-spotting model."""
+    return import_onnx(KEYWORDS, input_shapes={"input": (1, 1, 49, 10)})
+
+
+NETWORKS |= {"resized": resized, "keywords": keywords}
