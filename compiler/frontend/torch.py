@@ -280,6 +280,23 @@ def _sha256(program: ExportedProgram) -> str:
     return h.hexdigest()
 
 
+def _may_write(program: ExportedProgram) -> bool:
+    """Whether some operator may write to an operand; only then is it worth finding out to which.
+
+    Batch normalisation updates its statistics in training mode, though its schema does not say so.
+    """
+    for node in program.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__module__", "") == "_operator":
+            continue
+        schema = getattr(node.target, "_schema", None)
+        if schema is None or schema.is_mutable:
+            return True
+        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+        if given.get("training") is True or given.get("use_input_stats") is True:
+            return True
+    return False
+
+
 def _refuse_state(program: ExportedProgram) -> None:
     """UnsupportedOpError, with every buffer and input that `forward` writes to."""
     signature = program.graph_signature
@@ -303,7 +320,8 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         raise SkiveError("a PyTorch model needs onnxscript; pip install 'skive-compiler[torch]'") from None
     names = _output_names(program)
     with _quiet():
-        _refuse_state(program.run_decompositions({}))
+        if _may_write(program):
+            _refuse_state(program.run_decompositions({}))
         try:
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=names,
                                            optimize=True, verbose=False)

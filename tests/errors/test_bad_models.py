@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Callable[[], ModelProto | bytes], str]] = {
     "pipe": (lambda: outside("fifo"), "w"),
     "location that is too long": (lambda: outside("x" * 5000), "not a file name"),
     "location that is no text": (
-        lambda: outside("weights.bin").SerializeToString().replace(b"weights.bin", b"weig\xffts.bin"), "not a file name"),
+        lambda: outside("weights.bin").SerializeToString().replace(b"weights", b"weig\xffts"), "not a file name"),
     "offset behind the end": (lambda: outside("weights.bin", offset="1000000"), "w"),
     "negative offset": (lambda: outside("weights.bin", offset="-4"), "w"),
     "overflowing shape": (lambda: model([helper.make_node("Relu", ["x"], ["y"])], shape=(2**31,) * 3), "2^40"),
