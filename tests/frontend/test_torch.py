@@ -248,8 +248,7 @@ for seed, activation in ((0, nn.ReLU), (1, nn.ReLU), (0, nn.Tanh)):
 
     def hashes(seed: str) -> list[str]:
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
-        return done.stdout.split()
+        return subprocess.check_output([sys.executable, "-c", script], text=True, env=environment).split()
 
     first = hashes("0")
     assert len(set(first)) == 3 and all(len(h) == 64 for h in first)
