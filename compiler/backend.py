@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,7 +45,8 @@ class SkiveRep(BackendRep):
 
     ONNX lets values decide shapes (the shape given to a Reshape may be an input) and skive compiles
     static shapes only: those inputs, and the shapes of the others, are fixed to what the first call
-    gives, and the model is compiled again when a later call changes them.
+    gives, and the model is compiled again when a later call changes them. Data is never fixed: an
+    operator whose result has a shape that depends on data is refused.
     """
 
     def __init__(self, model: ModelProto, engine: Engine):
@@ -74,23 +75,36 @@ class SkiveRep(BackendRep):
                 if not new:
                     raise
                 self.fixed |= new
-        flat = execute({n: np.asarray(values[n]) for n in imported.graph_inputs})
+        tensors = dict(leaf for n, v in values.items() for leaf in tensors_of(n, v))
+        flat = execute({n: tensors[n] for n in imported.graph_inputs})
         results = imported.structured(flat)
         return namedtupledict("Outputs", list(imported.output_names))(*results)
 
     def specialised(self, values: dict[str, Any]) -> tuple[Imported, Executor]:
         """The compiled model for these values of the fixed inputs and shapes of the others."""
         fixed = {n: v for n, v in values.items() if n in self.fixed}
-        shapes = {n: np.shape(v) for n, v in values.items() if n not in self.fixed and is_tensor(v)}
-        key = (tuple(shapes.items()), tuple((n, frozen(v)) for n, v in fixed.items()))
+        shapes = {n: shapes_of(v) for n, v in values.items() if n not in self.fixed}
+        key = (repr(shapes), tuple((n, frozen(v)) for n, v in fixed.items()))
         if key not in self.compiled:
             imported = import_model(self.model, fixed_inputs=fixed, input_shapes=shapes)
             self.compiled[key] = imported, self.engine(imported.graph)
         return self.compiled[key]
 
 
-def is_tensor(value: Any) -> bool:
-    return not isinstance(value, (list, tuple, type(None)))
+def shapes_of(value: Any) -> Any:
+    """The shape of a tensor, a list of such for a sequence, None for an optional that is absent."""
+    if isinstance(value, (list, tuple)):
+        return [shapes_of(v) for v in value]
+    return None if value is None else np.shape(value)
+
+
+def tensors_of(name: str, value: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of an input by the names that the importer gives them."""
+    if isinstance(value, (list, tuple)):
+        for i, v in enumerate(value):
+            yield from tensors_of(f"{name}[{i}]", v)
+    elif value is not None:
+        yield name, np.asarray(value)
 
 
 def frozen(value: Any) -> Any:

@@ -58,6 +58,9 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+_name: str
+_fn: Callable[..., Array]
+_domain: frozenset[DType]
 
 
 def _add(op: Op) -> None:
@@ -186,7 +189,7 @@ def _elementwise(name: str, arity: int, fn: Callable[..., Array], domain: frozen
             "elementwise", tolerance, cxx or name, None, doc))
 
 
-def _float(fn: Callable[[Array], Array]) -> Callable[..., Array]:
+def _float(fn: Callable[..., Array]) -> Callable[..., Array]:
     """`fn` evaluated in float64: the reference of a transcendental function is exact to its type."""
     return lambda x, *a: fn(np.asarray(x, np.float64), *a).astype(x.dtype)
 
@@ -199,6 +202,13 @@ def _trunc_div(a: Array, b: Array) -> Array:
     q = np.floor_divide(a, safe)
     q = q + ((np.remainder(a, safe) != 0) & ((a < 0) != (safe < 0)))
     return np.where(zero, 0, q).astype(a.dtype)
+
+
+def _power(a: Array, b: Array) -> Array:
+    if a.dtype.kind != "i":
+        return np.power(a, b)
+    inverse = np.where(np.abs(a) == 1, np.where(b % 2 == 0, 1, a), 0)  # 1 / a^|b|, truncated
+    return np.where(b < 0, inverse, np.power(a, np.maximum(b, 0))).astype(a.dtype)
 
 
 def _mod(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
@@ -308,6 +318,16 @@ def _infer_cast(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 _add(Op("cast", (1, 1), _infer_cast, lambda x, a: _cast(x[0], a["to"]), {"to": REQUIRED}, "elementwise", 0.0, "cast",
         doc="x in another element type; float to integer truncates, integers wrap, bool is x != 0"))
 
+def _infer_bit_cast(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, to = types[0], a["to"]
+    if to.bytes != x.dtype.bytes or (to is BOOL and x.dtype is not BOOL):  # a bool is 0 or 1, no other bits
+        raise ShapeError(f"bit_cast of {x} to {to.value}")
+    return TensorType(x.shape, to)
+
+
+_add(Op("bit_cast", (1, 1), _infer_bit_cast, lambda x, a: np.ascontiguousarray(x[0]).view(a["to"].numpy).reshape(x[0].shape),
+        {"to": REQUIRED}, "elementwise", 0.0, "bit_cast", doc="the bits of x as another element type of the same width"))
+
 for _name, _fn, _domain in [
         ("add", np.add, NUMBERS), ("sub", np.subtract, NUMBERS), ("mul", np.multiply, NUMBERS),
         ("div", _trunc_div, NUMBERS), ("min", np.minimum, NUMBERS), ("max", np.maximum, NUMBERS),
@@ -320,7 +340,8 @@ for _name, _fn in [("less", np.less), ("less_equal", np.less_equal), ("greater",
                    ("greater_equal", np.greater_equal), ("equal", np.equal), ("not_equal", np.not_equal)]:
     _elementwise(_name, 2, _fn, ANY if "equal" in (_name, _name[4:]) else NUMBERS, result=BOOL,
                  cxx={"equal": "equal_", "not_equal": "not_equal_"}.get(_name, _name), doc=f"{_name}(a, b)")
-_elementwise("pow", 2, np.power, NUMBERS, cxx="pow_", tolerance=_SMOOTH, doc="a to the power b")
+_elementwise("pow", 2, _power, NUMBERS, cxx="pow_", tolerance=_SMOOTH,
+             doc="a to the power b; of integers with b < 0 the inverse, truncated: 0, or 1 or -1 for |a| = 1")
 _elementwise("mod", 2, lambda a, b: _mod(a, b, np.mod), NUMBERS, cxx="mod_", tolerance=1e-6,
              doc="remainder with the sign of b")
 _elementwise("fmod", 2, lambda a, b: _mod(a, b, np.fmod), NUMBERS, cxx="fmod_", tolerance=1e-6,
@@ -487,7 +508,7 @@ def _infer_gather_elements(types: Sequence[TensorType], a: FrozenDict) -> Tensor
 def _ref_gather_elements(x: Sequence[Array], a: FrozenDict) -> Array:
     data, idx = x
     axis = a["axis"] % data.ndim
-    grid = list(np.indices(idx.shape, sparse=True))
+    grid: list[Array] = list(np.indices(idx.shape, sparse=True))
     grid[axis] = _wrap(idx, data.shape[axis])
     return data[tuple(grid)]
 
@@ -501,7 +522,7 @@ def _infer_gather_nd(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 
 
 def _nd_index(idx: Array, shape: tuple[int, ...], batch: int) -> tuple[Array, ...]:
-    grids = [g.reshape(g.shape) for g in np.indices(idx.shape[:-1], sparse=True)[:batch]] if batch else []
+    grids: list[Array] = list(np.indices(idx.shape[:-1], sparse=True)[:batch]) if batch else []
     return (*grids, *(_wrap(idx[..., k], shape[batch + k]) for k in range(idx.shape[-1])))
 
 
@@ -530,7 +551,7 @@ def _scatter(data: Array, index: tuple[Array, ...], upd: Array, reduction: str) 
 def _ref_scatter_elements(x: Sequence[Array], a: FrozenDict) -> Array:
     data, idx, upd = x
     axis = a["axis"] % data.ndim
-    grid = list(np.indices(idx.shape, sparse=True))
+    grid: list[Array] = list(np.indices(idx.shape, sparse=True))
     grid[axis] = _wrap(idx, data.shape[axis])
     return _scatter(data, tuple(grid), upd, a["reduction"])
 
@@ -639,7 +660,8 @@ def _cumulative(fn: Callable[..., Array], neutral: int) -> Callable[[Sequence[Ar
     return reference
 
 
-for _name, _fn, _zero in [("cumsum", np.cumsum, 0), ("cumprod", np.cumprod, 1)]:
+_scans: list[tuple[str, Callable[..., Array], int]] = [("cumsum", np.cumsum, 0), ("cumprod", np.cumprod, 1)]
+for _name, _fn, _zero in _scans:
     _add(Op(_name, (1, 1), _infer_scan, _cumulative(_fn, _zero),
             {"axis": REQUIRED, "exclusive": False, "reverse": False}, "reduce", 1e-5,
             doc=f"running {'sum' if _zero == 0 else 'product'} along an axis"))
@@ -739,7 +761,7 @@ def _padded(x: Array, pad: tuple[int, int, int, int], value: float = 0.0) -> Arr
     return np.pad(x, [(0, 0), (t, b), (left, r), (0, 0)], constant_values=value) if any(pad) else x
 
 
-def _taps(x: Array, kernel: tuple[int, int], out: tuple[int, int], a: FrozenDict) -> Any:
+def _taps(x: Array, kernel: tuple[int, ...], out: tuple[int, ...], a: FrozenDict) -> Any:
     """(kh, kw, view [N, OH, OW, C]) of every tap of a window over the padded image x."""
     (sh, sw), (dh, dw) = a["stride"], a.get("dilation", (1, 1))
     for kh in range(kernel[0]):
@@ -856,6 +878,34 @@ _add(Op("max_pool2d", (1, 1), _pool_rule("max_pool2d"), _ref_max_pool, {"kernel"
 _add(Op("avg_pool2d", (1, 1), _pool_rule("avg_pool2d"), _ref_avg_pool, {"kernel": REQUIRED, **_WINDOW, "count_pad": False},
         "window", 1e-6, epilogue=1, doc="mean of each window; `count_pad` counts the padding as zeros"))
 
+
+
+def _infer_resize(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, *tables = types
+    if x.rank != 4 or x.dtype is not F32:
+        raise ShapeError(f"resize2d of {x}")
+    for i, (sources, weights) in enumerate((tables[:2], tables[2:])):
+        if sources.dtype is not DType.i32 or weights.dtype is not F32 or sources.rank != 2 or sources.shape != weights.shape:
+            raise ShapeError(f"resize2d: tables {sources} and {weights}")
+        if sources.size == 0 or x.shape[1 + i] == 0:
+            raise ShapeError(f"resize2d of {x} with tables {sources}: nothing to sample")
+    return TensorType((x.shape[0], tables[0].shape[0], tables[2].shape[0], x.shape[3]), F32)
+
+
+def _ref_resize(x: Sequence[Array], a: FrozenDict) -> Array:
+    image = x[0].astype(np.float64)
+    for axis, sources, weights in ((1, *x[1:3]), (2, *x[3:5])):
+        places = np.clip(sources, 0, image.shape[axis] - 1)
+        spread = [-1 if i == axis else 1 for i in range(4)]
+        image = sum(np.take(image, places[:, t], axis) * weights[:, t].astype(np.float64).reshape(spread)
+                    for t in range(places.shape[1]))
+    return image.astype(np.float32)
+
+
+_add(Op("resize2d", (5, 5), _infer_resize, _ref_resize, {}, "window", 1e-5, epilogue=5,
+        doc="image [N, H, W, C] resampled: result row i is the sum over t of row_weights[i, t] times row rows[i, t], columns "
+            "likewise; operands x, rows, row_weights [OH, T], columns, column_weights [OW, S]"))
+
 # ------------------------------------------------------------------------------------ normalisation
 
 
@@ -946,7 +996,7 @@ _add(Op("attention", (3, 4), _infer_attention, _ref_attention, {"scale": REQUIRE
 
 # ------------------------------------------------------------------------------------ recurrence
 
-ACTIVATIONS = {"sigmoid": _sigmoid, "tanh": np.tanh, "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"sigmoid": _sigmoid, "tanh": np.tanh, "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x}
 
 
 def _infer_rnn(gates: int, states: int) -> Callable[[Sequence[TensorType], FrozenDict], TensorType]:

@@ -1,4 +1,4 @@
-"""ONNX's own backend tests through the importer and the numpy reference: nothing may be wrong."""
+"""ONNX's own backend tests, in the numpy reference and compiled: nothing may be wrong."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto, TypeProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
 from onnx.backend.test.case.test_case import TestCase
 from onnx.backend.test.loader import load_model_tests
 
 from skive.backend import SkiveRep, compiled_engine, reference_engine
 from skive.errors import UnsupportedOpError
+from skive.ir import Graph
 
 # The element types that count: every graph input and output of a case in scope is such a tensor.
 IN_SCOPE = {TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16,
@@ -26,7 +27,7 @@ IN_SCOPE = {TensorProto.FLOAT, TensorProto.UINT8, TensorProto.INT8, TensorProto.
 UNSUPPORTED = {
     "Bernoulli": "", "RandomUniformLike": "",  # random numbers
     "Dropout": "test_training_dropout(?!_zero)",  # with a ratio above 0: random numbers
-    "BitCast": "",
+    "Compress": "", "NonMaxSuppression": "", "NonZero": "", "Unique": "",  # data decides the shape
     "ImageDecoder": "",  # JPEG and PNG files
     "TreeEnsemble": "",
     "StringNormalizer": "",
@@ -34,6 +35,8 @@ UNSUPPORTED = {
 }
 # The expected values of these cases are themselves off by 2e-7 where the exact result is 0.
 ABSOLUTE = {"test_dft_inverse": 1e-6, "test_dft_inverse_opset19": 1e-6}
+# By version of onnx: (cases, of which demanded) of the node cases in scope and of the other kinds.
+COUNTS = {"1.23.2": ((1493, 1456), (140, 132))}
 OTHER_KINDS = ("simple", "pytorch-operator", "pytorch-converted")
 
 
@@ -108,37 +111,92 @@ def run(case: TestCase, model: ModelProto, data: list[tuple[list[Any], list[Any]
         assert_same(list(rep.run(inputs)), outputs, case.rtol, ABSOLUTE.get(case.name, case.atol))
 
 
-@pytest.mark.parametrize("name", cases())
-def test_reference(name: str) -> None:
+def check(name: str, engine: Any) -> None:
+    """Runs a case: right, or unsupported as the list says; outside the scope it may be unsupported, never wrong."""
     case = cases()[name]
     model, data = load(case)
     known = excused(case, model)
+    counts = in_scope(model) or not name.startswith("node:")
     try:
-        run(case, model, data, reference_engine)
+        run(case, model, data, engine)
     except UnsupportedOpError as e:
-        assert known or not (in_scope(model) or not name.startswith("node:")), e
-        if known:
+        assert known or not counts, e
+        if known and counts:
             assert any(op in str(e) for op in known)
         pytest.skip(str(e).splitlines()[0])
     assert not known, f"{name} works now: take it off the list"
 
 
+@pytest.mark.parametrize("name", cases())
+def test_reference(name: str) -> None:
+    check(name, reference_engine)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", cases())
 def test_compiled(name: str) -> None:
-    case = cases()[name]
-    model, data = load(case)
-    try:
-        run(case, model, data, compiled_engine)
-    except UnsupportedOpError as e:
-        pytest.skip(str(e).splitlines()[0])
+    check(name, compiled_engine)
+
+
+@cache
+def sample() -> list[str]:
+    """The first case of every third operator, and of each of those that most networks consist of."""
+    first: dict[str, str] = {}
+    for name, case in sorted(cases().items()):
+        if name.startswith("node:") and "_expanded" not in name and in_scope(case.model) and not excused(case, case.model):
+            first.setdefault(case.model.graph.node[0].op_type, name)
+    always = ("Conv", "ConvTranspose", "MatMul", "Gemm", "MaxPool", "AveragePool", "Softmax", "LSTM", "Resize", "Attention")
+    return [first[op] for op in sorted({*sorted(first)[::3], *always})]
+
+
+@pytest.mark.parametrize("name", sample())
+def test_compiled_sample(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKIVE_CXXFLAGS", "-O1")
+    check(name, compiled_engine)
 
 
 def test_coverage() -> None:
-    """How many cases are in scope, and how many of those `test_reference` demands to pass."""
+    """How many cases there are, and how many of those the tests above demand to pass."""
     node = [(c, c.model) for n, c in cases().items() if n.startswith("node:") and in_scope(c.model)]
     other = [(c, load(c)[0]) for n, c in cases().items() if not n.startswith("node:")]
-    for found, least, share in ((node, 1100, 0.98), (other, 120, 0.94)):
-        demanded = sum(not excused(c, m) for c, m in found)
-        assert demanded >= least
-        assert demanded >= share * len(found)
+    counts = [(len(found), sum(not excused(c, m) for c, m in found)) for found in (node, other)]
+    for (total, demanded), share in zip(counts, (0.97, 0.94)):
+        assert demanded >= share * total
+    if onnx.__version__ in COUNTS:
+        assert tuple(counts) == COUNTS[onnx.__version__]
+
+
+def test_an_input_is_not_fixed_for_its_data() -> None:
+    """A shape may be specialised to its value; what the model computes with may not."""
+    info = helper.make_tensor_value_info
+    x, y = info("x", TensorProto.FLOAT, [2, 3]), info("y", TensorProto.FLOAT, None)
+    shape, places = info("shape", TensorProto.INT64, [1]), info("y", TensorProto.INT64, None)
+
+    def rep(node: NodeProto, inputs: list[Any], output: Any) -> SkiveRep:
+        graph = helper.make_graph([node], "g", inputs, [output])
+        return SkiveRep(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), reference_engine)
+
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    reshaped = rep(helper.make_node("Reshape", ["x", "shape"], ["y"]), [x, shape], y)
+    assert reshaped.run([value, np.array([6])])[0].shape == (6,)
+    assert reshaped.fixed == {"shape"}
+    found = rep(helper.make_node("NonZero", ["x"], ["y"]), [x], places)
+    with pytest.raises(UnsupportedOpError, match="NonZero"):
+        found.run([value])
+    assert not found.fixed
+
+
+def test_the_tensors_of_a_sequence_are_run_time_data() -> None:
+    compiled = []
+
+    def engine(graph: Graph) -> Any:
+        compiled.append(graph)
+        return reference_engine(graph)
+
+    rep = SkiveRep(cases()["node:test_sequence_map_add_2_sequences"].model, engine)
+    for scale in (1, 2):
+        parts = [[scale * np.full(10, i, np.float32) for i in range(3)] for _ in range(2)]
+        (result,) = rep.run(parts)
+        for got, a, b in zip(result, *parts, strict=True):
+            np.testing.assert_array_equal(got, a + b)
+    assert [len(g.inputs) for g in compiled] == [6]

@@ -57,14 +57,15 @@ def test_large_constants_stay_nodes() -> None:
 
 def test_every_problem_is_reported() -> None:
     nodes = [helper.make_node("NonZero", ["x"], ["nz"], "where"),
-             helper.make_node("Cast", ["nz"], ["f"], "convert", to=1),
+             helper.make_node("Cast", ["nz"], ["f"], "convert", to=1), helper.make_node("Reshape", ["x", "s"], ["v"], "view"),
              helper.make_node("RandomNormalLike", ["x"], ["r"], "noise"), helper.make_node("Det", ["q"], ["d"], "det"),
              helper.make_node("Nonsense", ["r"], ["z"], "nonsense"), helper.make_node("Relu", ["x"], ["y"], "fine")]
-    model = model_of(nodes, {"x": ((2, 3), "float32"), "q": ((9, 9), "float32")}, ["y", "f", "z", "d"])
+    model = model_of(nodes, {"x": ((2, 3), "float32"), "q": ((9, 9), "float32"), "s": ((1,), "int64")},
+                     ["y", "f", "z", "d", "v"])
     with pytest.raises(UnsupportedOpError) as e:
         import_onnx(model)
-    assert [p[0] for p in e.value.problems] == ["where", "noise", "det", "nonsense"]
-    assert e.value.fixable == ("x",)
+    assert [p[0] for p in e.value.problems] == ["where", "view", "noise", "det", "nonsense"]
+    assert e.value.fixable == ("s",)
     assert all(word in str(e.value) for word in ("NonZero", "RandomNormalLike", "Nonsense", "fixed_inputs"))
 
 
@@ -107,10 +108,19 @@ def test_constant_condition() -> None:
     for value, op in ((True, "relu"), (False, "exp")):
         graph = import_onnx(model_of([node], {"x": ((2,), "float32")}, ["y"], {"c": np.array(value)}))
         assert graph.outputs[0].op == op
-    open_ = model_of([node], {"x": ((2,), "float32"), "c": ((), "bool")}, ["y"])
+
+
+def test_open_condition() -> None:
+    inputs = {"x": ((2,), "float32"), "c": ((1,), "bool")}
+    node = helper.make_node("If", ["c"], ["y"], "choice", then_branch=branch("Relu"), else_branch=branch("Exp"))
+    graph = import_onnx(model_of([node], inputs, ["y"]))
+    x = np.array([-1, 2], np.float32)
+    for value, want in ((True, np.maximum(x, 0)), (False, np.exp(x))):
+        np.testing.assert_allclose(evaluate_graph(graph, {"x": x, "c": np.array([value])})[0], want, rtol=1e-6)
+    node = helper.make_node("If", ["c"], ["y"], "choice", then_branch=branch("Relu"), else_branch=branch("Size"))
     with pytest.raises(UnsupportedOpError, match="choice") as e:
-        import_onnx(open_)
-    assert e.value.fixable == ("c",)
+        import_onnx(model_of([node], inputs, ["y"]))
+    assert not e.value.fixable
 
 
 def test_model_functions() -> None:

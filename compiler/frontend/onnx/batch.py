@@ -311,6 +311,12 @@ def _pool(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> 
     return axes[0]
 
 
+@rule("resize2d")
+def _resize(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
+    need(same(a, b) and axes[0] in (0, 3) and not any(x is not None for x in axes[1:]), f"{b.op} across samples")
+    return axes[0]
+
+
 @rule("attention")
 def _attention(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     axis = only(axes[:3], "attention joins samples with shared values")

@@ -165,15 +165,35 @@ class Importer:
 
     def graph_input(self, info: ValueInfoProto) -> Value:
         if not info.type.HasField("tensor_type"):
-            self.problems.append((info.name, "the input is a sequence or an optional",
-                                  "give its value with fixed_inputs"))
-            self.to_fix[info.name] = None
-            return UNKNOWN
+            return self.structured_input(info.name, info.type, self.shapes.get(info.name, UNKNOWN))
         elem = info.type.tensor_type.elem_type
         if elem not in DTYPES:
             self.problems.append((info.name, f"element type {elem_name(elem)} is not supported", ""))
             return UNKNOWN
         node = ops.make("input", shape=self.input_shape(info), dtype=DTYPES[elem], label=info.name, origin=info.name)
+        self.inputs.append(node)
+        return node
+
+    def structured_input(self, name: str, type_: TypeProto, given: Any) -> Value:
+        """A sequence or optional of which `given` tells the structure: a list of shapes, or None for nothing.
+
+        Each tensor in it is an input of the graph: element 2 of `name` is called `name[2]`.
+        """
+        if given is UNKNOWN:
+            self.problems.append((name, "the input is a sequence or an optional",
+                                  "give the shapes of its tensors as a list, or None for nothing, with input_shapes"))
+            return UNKNOWN
+        if type_.HasField("optional_type"):
+            inner = type_.optional_type.elem_type
+            return OptionalValue(None if given is None else self.structured_input(name, inner, given))
+        if type_.HasField("sequence_type"):
+            inner = type_.sequence_type.elem_type
+            return SequenceValue(tuple(self.structured_input(f"{name}[{i}]", inner, g) for i, g in enumerate(given)))
+        elem = type_.tensor_type.elem_type
+        if elem not in DTYPES:
+            self.problems.append((name, f"element type {elem_name(elem)} is not supported", ""))
+            return UNKNOWN
+        node = ops.make("input", shape=tuple(int(d) for d in given), dtype=DTYPES[elem], label=name, origin=name)
         self.inputs.append(node)
         return node
 

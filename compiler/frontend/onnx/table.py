@@ -150,14 +150,21 @@ class Call:
         """All inputs, each of which must be a tensor."""
         return [self[i] for i in range(len(self.inputs))]
 
-    def const(self, i: int, what: str) -> np.ndarray:
+    def const(self, i: int, what: str, *, data: bool = False) -> np.ndarray:
         """The value of input `i`; Unsupported if it is not known when the model is compiled."""
-        return self.known(self[i], what)
+        return self.known(self[i], what, data=data)
 
-    def known(self, node: Node, what: str) -> np.ndarray:
-        """The value of `node`; Unsupported, naming the inputs to fix, if it is not a constant."""
+    def known(self, node: Node, what: str, *, data: bool = False) -> np.ndarray:
+        """The value of `node`; Unsupported, naming the inputs to fix, if it is not a constant.
+
+        `data`: the operand is what the model computes with, not a parameter such as a shape. To fix
+        it would be to compute the result in advance, so no input is named.
+        """
         if node.is_const:
             return node.value
+        if data:
+            raise Unsupported(f"{self.op_type} needs {what} to be a constant of the model",
+                              "end the model before this node and do it in the program that calls it")
         names = self.importer.inputs_behind(node)
         hint = f"give its value with fixed_inputs={{{', '.join(f'{n!r}: ...' for n in names)}}}"
         raise Unsupported(f"{self.op_type} needs {what} to be a constant", hint, names)

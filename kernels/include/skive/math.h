@@ -390,6 +390,15 @@ SKIVE_INLINE auto cast(Mask<N> x) {
     return select(x, splat<N>(1.0f), zero<N>());
 }
 
+// The bits of x as another type of the same width.
+template <class To, class From, if_number<From> = 0>
+SKIVE_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "reinterpretation keeps the width");
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
 // ------------------------------------------------------------------------------- integer functions
 
 template <class T, if_number<T> = 0>

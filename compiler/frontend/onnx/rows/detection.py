@@ -12,8 +12,8 @@ from skive.ir import Node
 @onnx_op("NonMaxSuppression")
 def non_max_suppression(c: Call) -> Node:
     """The kept boxes [K, 3] as (batch, class, box). K depends on the values: boxes and scores must be constant."""
-    boxes = c.const(0, "boxes, whose values decide the shape,")
-    scores = c.const(1, "scores, whose values decide the shape,")
+    boxes = c.const(0, "boxes, whose values decide the shape,", data=True)
+    scores = c.const(1, "scores, whose values decide the shape,", data=True)
     most = int(c.const(2, "the number of boxes").reshape(-1)[0]) if c.has(2) else 0
     overlap = float(c.const(3, "the threshold").reshape(-1)[0]) if c.has(3) else 0.0
     lowest = float(c.const(4, "the threshold").reshape(-1)[0]) if c.has(4) else -np.inf

@@ -79,6 +79,8 @@ def power(c: Call) -> Node:
         return c.make("pow", base, exponent)
     if base.dtype.is_int and exponent.dtype.is_float:
         return c.cast(c.make("pow", c.cast(base, DType.f64), c.cast(exponent, DType.f64)), base.dtype)
+    if base.dtype.is_int:  # the low bits of a wide power are the narrow power; a negative exponent stays negative
+        return c.cast(c.make("pow", c.cast(base, DType.i64), c.cast(exponent, DType.i64)), base.dtype)
     return c.make("pow", base, c.cast(exponent, base.dtype))
 
 
@@ -151,6 +153,15 @@ def cast(c: Call) -> Node:
     if to not in DTYPES:
         raise Unsupported("the element type that Cast produces is not supported")
     return c.cast(c[0], DTYPES[to])
+
+
+@onnx_op("BitCast")
+def bit_cast(c: Call) -> Node:
+    to = c.required("to")
+    if to not in DTYPES or DTYPES[to].bytes != c[0].dtype.bytes or (DTYPES[to] is DType.bool and c[0].dtype is not DType.bool):
+        name = DTYPES[to].value if to in DTYPES else f"element type {to}"
+        raise Unsupported(f"BitCast of {c[0].dtype.value} to {name}")
+    return c.make("bit_cast", c[0], to=DTYPES[to])
 
 
 @onnx_op("CastLike")

@@ -8,6 +8,7 @@ from skive.errors import InvalidModelError
 from skive.frontend.onnx.table import Call, Unsupported, onnx_op
 from skive.ir import Node
 from skive.ops import ACTIVATIONS
+from skive.types import DType
 
 DEFAULTS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -28,11 +29,7 @@ def recurrent(c: Call) -> list[Node]:
     if "clip" in c.attrs or c.attr("input_forget", 0) or c.has(7) and c.op_type != "LSTM":
         raise Unsupported(f"{c.op_type} with clip or input_forget")
     c.room(batch * steps * hidden, "the result")
-    lengths = np.full(batch, steps)
-    if c.has(4):
-        lengths = c.const(4, "sequence_lens").astype(np.int64)
-        if lengths.shape != (batch,) or lengths.min(initial=0) < 0 or lengths.max(initial=0) > steps:
-            raise InvalidModelError(f"sequence_lens {lengths.tolist()} for {x.type}")
+    lengths = sequence_lengths(c, steps, batch)
     results = [one_way(c, x, way, direction == "reverse" or way == 1, lengths, layout, hidden) for way in range(ways)]
     y = c.stack([r[0] for r in results], 1)  # [T, D, N, H]
     last = [c.stack([r[i] for r in results], 0) for i in range(1, len(results[0]))]  # [D, N, H]
@@ -42,7 +39,21 @@ def recurrent(c: Call) -> list[Node]:
     return [y, *last]
 
 
-def one_way(c: Call, x: Node, way: int, backward: bool, lengths: np.ndarray, layout: int, hidden: int) -> list[Node]:
+def sequence_lengths(c: Call, steps: int, batch: int) -> Node | None:
+    """[N] i64: how many steps each sample has; None if all have all."""
+    if not c.has(4):
+        return None
+    lengths = c.cast(c[4], DType.i64)
+    if lengths.shape != (batch,):
+        raise InvalidModelError(f"sequence_lens {lengths.type} for {batch} samples")
+    if not lengths.is_const:
+        return c.make("clip", lengths, lo=0, hi=steps)
+    if lengths.value.min(initial=0) < 0 or lengths.value.max(initial=0) > steps:
+        raise InvalidModelError(f"sequence_lens {lengths.value.tolist()} for {steps} steps")
+    return lengths if (lengths.value != steps).any() else None
+
+
+def one_way(c: Call, x: Node, way: int, backward: bool, lengths: Node | None, layout: int, hidden: int) -> list[Node]:
     """All hidden states [T, N, H] and the last ones [N, H] of one direction."""
     steps, batch = x.shape[:2]
     gates = GATES[c.op_type]
@@ -51,9 +62,8 @@ def one_way(c: Call, x: Node, way: int, backward: bool, lengths: np.ndarray, lay
             else c.full((2, gates * hidden), 0, x.dtype))
     zeros = c.full((batch, hidden), 0, x.dtype)
     start = [initial(c, i, way, layout, zeros) for i in ((5, 6) if c.op_type == "LSTM" else (5,))]
-    ragged = bool((lengths != steps).any())
     if backward:
-        x = backwards(c, x, lengths, ragged)
+        x = backwards(c, x, lengths)
     operands = [x, w, r, bias, *start]
     names = activations(c, way)
     if c.op_type == "LSTM":
@@ -65,28 +75,27 @@ def one_way(c: Call, x: Node, way: int, backward: bool, lengths: np.ndarray, lay
         tracks = [c.make("gru", *operands, activations=names, reset_after=bool(c.attr("linear_before_reset", 0)))]
     else:
         tracks = [c.make("rnn", *operands, activations=names)]
-    if not ragged:
+    y = tracks[0]
+    if lengths is None:
         last = [c.index(t, 0, steps - 1) for t in tracks]
     else:  # the state after a sample's own last step
-        at = c.lit(np.broadcast_to(np.maximum(lengths - 1, 0)[None, :, None], (1, batch, hidden)), np.int64)
-        alive = c.lit((lengths > 0)[:, None], np.bool_)
+        at = c.expand(c.reshape(c.make("max", c.make("sub", lengths, 1), 0), (1, batch, 1)), (1, batch, hidden))
+        alive = c.reshape(c.make("greater", lengths, 0), (batch, 1))
         last = [c.make("where", alive, c.index(c.make("gather_elements", t, at, axis=0), 0, 0), s)
                 for t, s in zip(tracks, start)]
-    y = tracks[0]
-    if ragged:
-        inside = (np.arange(steps)[:, None] < lengths)[:, :, None]
-        y = c.make("where", c.lit(inside, np.bool_), y, c.lit(0, y.dtype))
-    return [backwards(c, y, lengths, ragged) if backward else y, *last]
+        inside = c.make("less", c.lit(np.arange(steps)[:, None, None], np.int64), c.reshape(lengths, (1, batch, 1)))
+        y = c.make("where", inside, y, c.lit(0, y.dtype))
+    return [backwards(c, y, lengths) if backward else y, *last]
 
 
-def backwards(c: Call, x: Node, lengths: np.ndarray, ragged: bool) -> Node:
+def backwards(c: Call, x: Node, lengths: Node | None) -> Node:
     """[T, N, I] with the steps of every sample in reverse; what lies behind its end stays."""
-    steps, batch, width = x.shape
-    if not ragged:
+    steps, batch, _ = x.shape
+    if lengths is None:
         return c.slice(x, 0, steps - 1, steps, -1)
-    t = np.arange(steps)[:, None]
-    index = np.where(t < lengths, lengths - 1 - t, t)[:, :, None]
-    return c.make("gather_elements", x, c.lit(np.broadcast_to(index, (steps, batch, width)), np.int64), axis=0)
+    t, own = c.lit(np.arange(steps)[:, None, None], np.int64), c.reshape(lengths, (1, batch, 1))
+    index = c.make("where", c.make("less", t, own), c.make("sub", c.make("sub", own, t), 1), t)
+    return c.make("gather_elements", x, c.expand(index, x.shape), axis=0)
 
 
 def initial(c: Call, i: int, way: int, layout: int, zeros: Node) -> Node:

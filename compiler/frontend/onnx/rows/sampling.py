@@ -16,6 +16,8 @@ from skive.types import DType
 
 # ------------------------------------------------------------------------------------------- Resize
 
+MAX_TAPS = 64  # elements of a window that one resize2d sums
+
 
 def source_positions(mode: str, size: int, out: int, scale: float, roi: tuple[float, float]) -> np.ndarray:
     """Where each of `out` results lies on an axis of `size` elements, by coordinate mode."""
@@ -89,6 +91,41 @@ def along_matrix(c: Call, x: Node, axis: int, matrix: np.ndarray) -> Node:
     return c.back(c.make("linear", c.transpose(x, perm), weights), perm)
 
 
+def taps_of(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(sources, weights) [out, taps] of a matrix [out, size]: its elements that are not zero, row by row.
+
+    A row with fewer than the longest repeats its first source with weight 0.
+    """
+    used = matrix != 0
+    order = np.argsort(~used, axis=1, kind="stable")[:, :max(int(used.sum(1).max()), 1)]
+    weights = np.take_along_axis(matrix, order, 1)
+    sources = np.where(weights != 0, order, order[:, :1])
+    return sources.astype(np.int32), weights.astype(np.float32)
+
+
+def resampled(c: Call, x: Node, tables: dict[int, np.ndarray]) -> Node:
+    """`x` with each axis in `tables` sampled at indices [out] or multiplied by a matrix [out, size].
+
+    The two axes of an image become one `resize2d`; a window of more than MAX_TAPS elements is
+    cheaper axis by axis, and so is everything that is no image.
+    """
+    spatial = next((s for s in ((2, 3), (1, 2)) if x.type.rank == 4 and set(tables) <= set(s)), None)
+    if tables and spatial and x.dtype is DType.f32 and x.type.size:
+        operands, taps = [], 1
+        for a in spatial:
+            table = tables.get(a, np.arange(x.shape[a]))
+            sources, weights = ((table.astype(np.int32)[:, None], np.ones((len(table), 1), np.float32)) if table.ndim == 1
+                                else taps_of(table))
+            operands += [c.lit(sources), c.lit(weights)]
+            taps *= sources.shape[1]
+        if taps <= MAX_TAPS:
+            perm = (0, *spatial, 6 - sum(spatial))  # channels last
+            return c.back(c.make("resize2d", c.transpose(x, perm), *operands), perm)
+    for a, table in tables.items():
+        x = c.make("gather", x, c.lit(table), axis=a) if table.ndim == 1 else along_matrix(c, x, a, table)
+    return x
+
+
 @onnx_op("Resize", "Upsample")
 def resize(c: Call) -> Node:
     x = c[0]
@@ -130,7 +167,7 @@ def resize(c: Call) -> Node:
         roi |= {a: (given[i], given[len(axes) + i]) for i, a in enumerate(axes)}
     rounding = "floor" if old else c.attr("nearest_mode", "round_prefer_floor")
     outside = []
-    y = x
+    tables: dict[int, np.ndarray] = {}
     for a in range(rank):
         if x.shape[a] == shape[a] and factor[a] == 1.0 and transform != "tf_crop_and_resize" or a not in axes:
             continue
@@ -142,13 +179,14 @@ def resize(c: Call) -> Node:
             outside.append(((position < 0) | (position > x.shape[a] - 1)).reshape(
                 [-1 if i == a else 1 for i in range(rank)]))
         if mode == "nearest":
-            y = c.make("gather", y, c.lit(nearest(rounding, position, x.shape[a])), axis=a)
+            tables[a] = nearest(rounding, position, x.shape[a])
         elif mode in ("linear", "bilinear", "cubic"):
             matrix = interpolation_matrix(c, "cubic" if mode == "cubic" else "linear", position, x.shape[a], factor[a])
             if x.shape[a] != shape[a] or not np.array_equal(matrix, np.eye(x.shape[a])):
-                y = along_matrix(c, y, a, matrix)
+                tables[a] = matrix
         else:
             raise InvalidModelError(f"mode {mode!r}")
+    y = resampled(c, x, tables)
     if outside and any(o.any() for o in outside):
         mask = np.zeros((1,) * rank, np.bool_)
         for o in outside:
@@ -332,7 +370,7 @@ def roi_align(c: Call) -> Node:
     ratio = int(c.attr("sampling_ratio", 0))
     if ratio > 0:
         return roi_bins(c, x, rois, batch, oh, ow, ratio, ratio, scale, half)
-    boxes = c.known(rois, "the boxes, without a sampling_ratio,")
+    boxes = c.known(rois, "the boxes, without a sampling_ratio,", data=True)
     parts = []
     for i, (x1, y1, x2, y2) in enumerate(boxes * np.float32(scale)):
         width, height = (x2 - x1, y2 - y1) if half else (max(x2 - x1, 1.0), max(y2 - y1, 1.0))

@@ -8,7 +8,17 @@ import numpy as np
 
 from skive.errors import InvalidModelError
 from skive.frontend.onnx.load import DTYPES
-from skive.frontend.onnx.table import Call, OptionalValue, SequenceValue, Unsupported, Value, checked_axis, onnx_op
+from skive.frontend.onnx.table import (
+    UNKNOWN,
+    Call,
+    OptionalValue,
+    SequenceValue,
+    UnknownValue,
+    Unsupported,
+    Value,
+    checked_axis,
+    onnx_op,
+)
 from skive.ir import Node
 from skive.types import DType
 
@@ -24,7 +34,23 @@ def truth(c: Call, node: Value, what: str) -> bool:
 
 @onnx_op("If")
 def if_(c: Call) -> list[Value]:
-    return c.subgraph("then_branch" if truth(c, c[0], "the condition") else "else_branch")
+    """The branch that a constant condition takes; else both are computed and the results selected."""
+    if c[0].is_const:
+        return c.subgraph("then_branch" if truth(c, c[0], "the condition") else "else_branch")
+    condition = c.reshape(c[0], ())
+    return [selected(c, condition, a, b) for a, b in zip(c.subgraph("then_branch"), c.subgraph("else_branch"), strict=True)]
+
+
+def selected(c: Call, condition: Node, a: Value, b: Value) -> Value:
+    """`a` where the condition holds, else `b`; Unsupported unless both have the same shape or structure."""
+    if isinstance(a, UnknownValue) or isinstance(b, UnknownValue):
+        return UNKNOWN
+    if isinstance(a, Node) and isinstance(b, Node) and a.type == b.type:
+        return c.make("where", condition, a, b)
+    if isinstance(a, SequenceValue) and isinstance(b, SequenceValue) and len(a.items) == len(b.items):
+        return SequenceValue(tuple(selected(c, condition, x, y) for x, y in zip(a.items, b.items, strict=True)))
+    raise Unsupported(f"{c.op_type} with a condition that is no constant and branches whose results differ in shape",
+                      "export the branch that is needed")
 
 
 @onnx_op("Loop")
@@ -264,12 +290,12 @@ def random(c: Call) -> Node:
 
 @onnx_op("NonZero")
 def non_zero(c: Call) -> Node:
-    return c.lit(np.array(np.nonzero(c.const(0, "an operand whose values decide the shape"))), np.int64)
+    return c.lit(np.array(np.nonzero(c.const(0, "an operand whose values decide the shape", data=True))), np.int64)
 
 
 @onnx_op("Compress")
 def compress(c: Call) -> Node:
-    keep = np.flatnonzero(c.const(1, "a condition, which decides the shape,")).astype(np.int64)
+    keep = np.flatnonzero(c.const(1, "a condition, which decides the shape,", data=True)).astype(np.int64)
     x = c[0] if "axis" in c.attrs else c.reshape(c[0], (c[0].type.size,))
     axis = c.axis("axis", 0, x.type.rank)
     return c.make("gather", x, c.lit(keep[keep < x.shape[axis]]), axis=axis)
@@ -277,7 +303,7 @@ def compress(c: Call) -> Node:
 
 @onnx_op("Unique")
 def unique(c: Call) -> list[Node]:
-    x = c.const(0, "an operand whose values decide the shape")
+    x = c.const(0, "an operand whose values decide the shape", data=True)
     axis = c.attr("axis")
     axis = None if axis is None else checked_axis(int(axis), x.ndim)
     values, first, inverse, counts = np.unique(x, return_index=True, return_inverse=True, return_counts=True, axis=axis)
