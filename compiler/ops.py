@@ -325,8 +325,12 @@ def _infer_bit_cast(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     return TensorType(x.shape, to)
 
 
-_add(Op("bit_cast", (1, 1), _infer_bit_cast, lambda x, a: np.ascontiguousarray(x[0]).view(a["to"].numpy).reshape(x[0].shape),
-        {"to": REQUIRED}, "elementwise", 0.0, "bit_cast", doc="the bits of x as another element type of the same width"))
+def _ref_bit_cast(x: Sequence[Array], a: FrozenDict) -> Array:
+    return np.frombuffer(x[0].tobytes(), a["to"].numpy).reshape(x[0].shape)
+
+
+_add(Op("bit_cast", (1, 1), _infer_bit_cast, _ref_bit_cast, {"to": REQUIRED}, "elementwise", 0.0, "bit_cast",
+        doc="the bits of x as another element type of the same width"))
 
 for _name, _fn, _domain in [
         ("add", np.add, NUMBERS), ("sub", np.subtract, NUMBERS), ("mul", np.multiply, NUMBERS),
@@ -885,7 +889,7 @@ def _infer_resize(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     if x.rank != 4 or x.dtype is not F32:
         raise ShapeError(f"resize2d of {x}")
     for i, (sources, weights) in enumerate((tables[:2], tables[2:])):
-        if sources.dtype is not DType.i32 or weights.dtype is not F32 or sources.rank != 2 or sources.shape != weights.shape:
+        if (sources.dtype, weights.dtype) != (DType.i32, F32) or sources.rank != 2 or sources.shape != weights.shape:
             raise ShapeError(f"resize2d: tables {sources} and {weights}")
         if sources.size == 0 or x.shape[1 + i] == 0:
             raise ShapeError(f"resize2d of {x} with tables {sources}: nothing to sample")
@@ -903,8 +907,8 @@ def _ref_resize(x: Sequence[Array], a: FrozenDict) -> Array:
 
 
 _add(Op("resize2d", (5, 5), _infer_resize, _ref_resize, {}, "window", 1e-5, epilogue=5,
-        doc="image [N, H, W, C] resampled: result row i is the sum over t of row_weights[i, t] times row rows[i, t], columns "
-            "likewise; operands x, rows, row_weights [OH, T], columns, column_weights [OW, S]"))
+        doc="image [N, H, W, C] resampled: row i of the result is the sum over t of row_weights[i, t] times row rows[i, t], "
+            "columns likewise; operands x, rows, row_weights [OH, T], columns, column_weights [OW, S]"))
 
 # ------------------------------------------------------------------------------------ normalisation
 

@@ -47,7 +47,10 @@ def map_operands(m: Match) -> Node | None:
     return _without_unread(m.root, "fn", 0, 0)
 
 
-@rule(op("conv2d|conv_transpose2d|linear|max_pool2d|avg_pool2d|resize2d", where=lambda n: bool(n.attrs.get("epilogue"))))
+HOSTS = "|".join(n for n, o in ops.OPS.items() if o.epilogue is not None)
+
+
+@rule(op(HOSTS, where=lambda n: bool(n.attrs.get("epilogue"))))
 def epilogue_operands(m: Match) -> Node | None:
     base = ops.op_of(m.root.op).epilogue
     assert base is not None

@@ -143,9 +143,10 @@ def sample() -> list[str]:
     """The first case of every third operator, and of each of those that most networks consist of."""
     first: dict[str, str] = {}
     for name, case in sorted(cases().items()):
-        if name.startswith("node:") and "_expanded" not in name and in_scope(case.model) and not excused(case, case.model):
-            first.setdefault(case.model.graph.node[0].op_type, name)
-    always = ("Conv", "ConvTranspose", "MatMul", "Gemm", "MaxPool", "AveragePool", "Softmax", "LSTM", "Resize", "Attention")
+        model = case.model
+        if name.startswith("node:") and "_expanded" not in name and in_scope(model) and not excused(case, model):
+            first.setdefault(model.graph.node[0].op_type, name)
+    always = ("Attention", "AveragePool", "Conv", "ConvTranspose", "Gemm", "LSTM", "MatMul", "MaxPool", "Resize", "Softmax")
     return [first[op] for op in sorted({*sorted(first)[::3], *always})]
 
 

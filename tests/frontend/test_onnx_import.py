@@ -57,7 +57,8 @@ def test_large_constants_stay_nodes() -> None:
 
 def test_every_problem_is_reported() -> None:
     nodes = [helper.make_node("NonZero", ["x"], ["nz"], "where"),
-             helper.make_node("Cast", ["nz"], ["f"], "convert", to=1), helper.make_node("Reshape", ["x", "s"], ["v"], "view"),
+             helper.make_node("Cast", ["nz"], ["f"], "convert", to=1),
+             helper.make_node("Reshape", ["x", "s"], ["v"], "view"),
              helper.make_node("RandomNormalLike", ["x"], ["r"], "noise"), helper.make_node("Det", ["q"], ["d"], "det"),
              helper.make_node("Nonsense", ["r"], ["z"], "nonsense"), helper.make_node("Relu", ["x"], ["y"], "fine")]
     model = model_of(nodes, {"x": ((2, 3), "float32"), "q": ((9, 9), "float32"), "s": ((1,), "int64")},

@@ -158,10 +158,10 @@ def cast(c: Call) -> Node:
 @onnx_op("BitCast")
 def bit_cast(c: Call) -> Node:
     to = c.required("to")
-    if to not in DTYPES or DTYPES[to].bytes != c[0].dtype.bytes or (DTYPES[to] is DType.bool and c[0].dtype is not DType.bool):
-        name = DTYPES[to].value if to in DTYPES else f"element type {to}"
-        raise Unsupported(f"BitCast of {c[0].dtype.value} to {name}")
-    return c.make("bit_cast", c[0], to=DTYPES[to])
+    source, target = c[0].dtype, DTYPES.get(to)
+    if target is None or target.bytes != source.bytes or (target is DType.bool and source is not DType.bool):
+        raise Unsupported(f"BitCast of {source.value} to {target.value if target else f'element type {to}'}")
+    return c.make("bit_cast", c[0], to=target)
 
 
 @onnx_op("CastLike")

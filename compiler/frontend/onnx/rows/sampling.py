@@ -114,8 +114,10 @@ def resampled(c: Call, x: Node, tables: dict[int, np.ndarray]) -> Node:
         operands, taps = [], 1
         for a in spatial:
             table = tables.get(a, np.arange(x.shape[a]))
-            sources, weights = ((table.astype(np.int32)[:, None], np.ones((len(table), 1), np.float32)) if table.ndim == 1
-                                else taps_of(table))
+            if table.ndim == 1:
+                sources, weights = table.astype(np.int32)[:, None], np.ones((len(table), 1), np.float32)
+            else:
+                sources, weights = taps_of(table)
             operands += [c.lit(sources), c.lit(weights)]
             taps *= sources.shape[1]
         if taps <= MAX_TAPS:

@@ -38,7 +38,8 @@ def if_(c: Call) -> list[Value]:
     if c[0].is_const:
         return c.subgraph("then_branch" if truth(c, c[0], "the condition") else "else_branch")
     condition = c.reshape(c[0], ())
-    return [selected(c, condition, a, b) for a, b in zip(c.subgraph("then_branch"), c.subgraph("else_branch"), strict=True)]
+    branches = c.subgraph("then_branch"), c.subgraph("else_branch")
+    return [selected(c, condition, a, b) for a, b in zip(*branches, strict=True)]
 
 
 def selected(c: Call, condition: Node, a: Value, b: Value) -> Value:
