@@ -243,7 +243,8 @@ class Lowering:
                     and sum(i is x for i in n.inputs) == 1):
                 self._roots.remove(own.root)
                 for v in own.root.values:
-                    self._views[v] = View(view.root, offset + self._views[v].offset)
+                    inner = self._views[v]
+                    self._views[v] = View(view.root, offset + inner.offset, inner.pixel)
                 view.root.values.extend(own.root.values)
             offset += x.type.bytes
 
