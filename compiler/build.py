@@ -147,7 +147,7 @@ def build_shared(
             if cached.exists():
                 shutil.copyfile(cached, obj)
             else:
-                _run([*command, *flags, "-I.", "-c", unit, "-o", obj.name], folder)
+                _run([*command, *flags, "-iquote.", "-c", unit, "-o", obj.name], folder)
                 store(obj, cached)
         done += 1
         progress(done, len(sources.units))

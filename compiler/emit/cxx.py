@@ -19,11 +19,21 @@ namespace new noexcept not nullptr operator or private protected public register
 struct switch template this throw true try typedef typeid typename union unsigned using virtual void volatile while
 xor int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t main""".split())
 
+# NAME.h would hide a header of the C library from a program that looks into the artefact's folder,
+# libNAME one of the libraries that every program links; CMake keeps some targets to itself.
+_TAKEN = frozenset("""
+assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign stdarg stdatomic stdbool
+stddef stdint stdio stdlib stdnoreturn string strings tgmath threads time uchar wchar wctype pthread sched semaphore
+unistd fcntl dlfcn malloc memory features
+c m gcc gcc_s pthread dl rt stdc
+all ALL_BUILD clean edit_cache help install INSTALL package PACKAGE package_source preinstall rebuild_cache RUN_TESTS
+test ZERO_CHECK""".split())
+
 
 def identifier(text: str, fallback: str = "model") -> str:
-    """A C identifier made of `text`: other characters become `_`; never a keyword or reserved."""
+    """A C identifier made of `text`: other characters become `_`; never a name that means something else."""
     s = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:60].rstrip("_") or fallback
-    return f"m_{s}" if s[0].isdigit() or s in _KEYWORDS else s
+    return f"m_{s}" if s[0].isdigit() or s in _KEYWORDS or s in _TAKEN else s
 
 
 def comment(text: str) -> str:
@@ -154,9 +164,9 @@ def emit(plan: Plan, target: Target) -> Sources:
 
 def _kernels_header(upper: str, name: str, target: Target, declarations: str) -> str:
     return (f"// Kernels of {name}: shared by its translation units. Generated; do not edit.\n"
-            f"#ifndef {upper}_KERNELS_H\n#define {upper}_KERNELS_H\n\n#define {target.define}\n"
+            f"#ifndef {upper}_MODEL_KERNELS_H\n#define {upper}_MODEL_KERNELS_H\n\n#define {target.define}\n"
             f'#include "skive/isa.h"\n\nnamespace {name}_model {{\nusing skive::Part;\n\n{declarations}\n'
-            f"}}  // namespace {name}_model\n\n#endif  // {upper}_KERNELS_H\n")
+            f"}}  // namespace {name}_model\n\n#endif  // {upper}_MODEL_KERNELS_H\n")
 
 
 def _public_header(plan: Plan, upper: str) -> str:
@@ -165,7 +175,7 @@ def _public_header(plan: Plan, upper: str) -> str:
     for kind, ports in (("input", plan.inputs), ("output", plan.outputs)):
         for i, p in enumerate(ports):
             lines.append(f"// {kind} {i}: {comment(p.name)} {p.dtype}[{','.join(map(str, p.shape))}]")
-    lines += [f"#ifndef {upper}_H", f"#define {upper}_H", "",
+    lines += [f"#ifndef {upper}_MODEL_H", f"#define {upper}_MODEL_H", "",
               "#ifdef __cplusplus", 'extern "C" {', "#endif", "",
               f"#define {upper}_INPUT_COUNT {len(plan.inputs)}", f"#define {upper}_OUTPUT_COUNT {len(plan.outputs)}"]
     for kind, ports in (("INPUT", plan.inputs), ("OUTPUT", plan.outputs)):
@@ -194,7 +204,7 @@ def _public_header(plan: Plan, upper: str) -> str:
     if plan.threads > 1:
         lines += ["", "/* Starts and stops the worker threads. Without them a call computes the same, alone. */",
                   f"{upper}_API void {n}_pool_start(int threads);", f"{upper}_API void {n}_pool_stop(void);"]
-    lines += ["", "#ifdef __cplusplus", "}", "#endif", "", f"#endif  /* {upper}_H */", ""]
+    lines += ["", "#ifdef __cplusplus", "}", "#endif", "", f"#endif  /* {upper}_MODEL_H */", ""]
     return "\n".join(lines)
 
 
@@ -229,10 +239,31 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
             out += [f"  pool.parallel({plan.threads}, [&](Part part) {{", f"    {fname}({args}{', ' if args else ''}part);", "  });", "}", ""]
         else:
             out += [f"  {fname}({args}{', ' if args else ''}Part{{}});", "}", ""]
-    out += ["// Kept apart from the entry, whose own code must run on any processor.",
-            "__attribute__((noinline)) static void run(const Memory& m) {"]
-    out += [f"  layer{i}(m);" for i, _, _ in calls] or ["  (void)m;"]
-    out += ["}", "", f"}}  // namespace {n}_model", "", f"using namespace {n}_model;", ""]
+    pointers = "const void* const* inputs, void* const* outputs, void* arena"
+    out += ["static Memory memory(const void* const* inputs, void* const* outputs, void* arena) {",
+            "  return {reinterpret_cast<const unsigned char* const*>(inputs),",
+            "          reinterpret_cast<unsigned char* const*>(outputs), static_cast<unsigned char*>(arena),",
+            f"          {n}_weights}};", "}", "",
+            "// This and what follows up to the checks is kept apart from the entries: their own code must",
+            "// run on any processor, and here even a copy of two pointers may be a vector instruction.",
+            f"__attribute__((noinline)) static void run({pointers}) {{",
+            f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);"]
+    out += [f"  layer{i}(m);" for i, _, _ in calls]
+    out += ["}", ""]
+    if plan.batch_max:
+        out += [f"__attribute__((noinline)) static void run_batch({pointers}, int batch) {{",
+                "  for (int b = 0; b < batch; ++b) {"]
+        for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
+            source = "inputs" if kind == "in" else "outputs"
+            items = ", ".join(f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}]) + static_cast<size_t>(b) * {p.bytes}"
+                              for i, p in enumerate(ports))
+            out += [f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};"]
+        out += ["    run(in, out, arena);", "  }", "}", ""]
+    if calls:
+        out += [f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
+                "  static void (*const layers[])(const Memory&) = {" + ", ".join(f"layer{i}" for i, _, _ in calls) + "};",
+                "  layers[layer](memory(inputs, outputs, arena));", "}", ""]
+    out += [f"}}  // namespace {n}_model", "", f"using namespace {n}_model;", ""]
     checks = " && ".join(f'__builtin_cpu_supports("{f}")' for f in target.features)
     out += [f'extern "C" int {n}_cpu_supported(void) {{',
             *(["  __builtin_cpu_init();", f"  return {checks} ? 1 : 0;"] if checks else ["  return 1;"]), "}", "",
@@ -251,36 +282,25 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
         out += [f"  for (int i = 0; i < {upper}_OUTPUT_COUNT; ++i)", f"    if (!outputs[i]) return {upper}_ERROR_NULL;"]
     out += [f"  if ({upper}_ARENA_BYTES && !arena) return {upper}_ERROR_NULL;",
             f"  if (reinterpret_cast<uintptr_t>(arena) % {upper}_ARENA_ALIGN) return {upper}_ERROR_ALIGN;", "  return 0;", "}", "",
-            "static Memory memory(const void* const* inputs, void* const* outputs, void* arena) {",
-            "  return {reinterpret_cast<const unsigned char* const*>(inputs),",
-            "          reinterpret_cast<unsigned char* const*>(outputs), static_cast<unsigned char*>(arena),",
-            f"          {n}_weights}};", "}", "",
             f'extern "C" int {n}_run(const void* const* inputs, void* const* outputs, void* arena) {{',
             "  if (int error = check(inputs, outputs, arena)) return error;",
-            "  run(memory(inputs, outputs, arena));", "  return 0;", "}", ""]
+            "  run(inputs, outputs, arena);", "  return 0;", "}", ""]
     if plan.batch_max:
         out += [f'extern "C" int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch) {{',
                 "  if (int error = check(inputs, outputs, arena)) return error;",
                 f"  if (batch < 1 || batch > {upper}_BATCH_MAX) return {upper}_ERROR_BATCH;",
-                "  for (int b = 0; b < batch; ++b) {"]
-        for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
-            source = "inputs" if kind == "in" else "outputs"
-            items = ", ".join(f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}]) + static_cast<size_t>(b) * {p.bytes}"
-                              for i, p in enumerate(ports))
-            out += [f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};"]
-        out += ["    run(memory(in, out, arena));", "  }", "  return 0;", "}", ""]
+                "  run_batch(inputs, outputs, arena, batch);", "  return 0;", "}", ""]
     out += [f'extern "C" int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena) {{',
             "  if (int error = check(inputs, outputs, arena)) return error;"]
     if calls:
-        out += ["  static void (*const layers[])(const Memory&) = {" + ", ".join(f"layer{i}" for i, _, _ in calls) + "};",
-                f"  if (layer < 0 || layer >= {upper}_LAYER_COUNT) return {upper}_ERROR_BATCH;",
-                "  layers[layer](memory(inputs, outputs, arena));"]
+        out += [f"  if (layer < 0 || layer >= {upper}_LAYER_COUNT) return {upper}_ERROR_BATCH;",
+                "  run_layer(layer, inputs, outputs, arena);"]
     else:
         out += ["  (void)layer;"]
     out += ["  return 0;", "}", ""]
     if plan.threads > 1:
-        out += [f'extern "C" void {n}_pool_start(int threads) {{ pool.start(threads); }}',
-                f'extern "C" void {n}_pool_stop(void) {{ pool.stop(); }}', ""]
+        out += [f'extern "C" void {n}_pool_start(int threads) {{', f"  if ({n}_cpu_supported()) pool.start(threads);", "}", "",
+                f'extern "C" void {n}_pool_stop(void) {{', f"  if ({n}_cpu_supported()) pool.stop();", "}", ""]
     return "\n".join(out)
 
 
@@ -311,9 +331,10 @@ def _cmake(plan: Plan, target: Target, units: tuple[str, ...]) -> str:
             f"cmake_minimum_required(VERSION 3.13)\nproject({n} LANGUAGES CXX ASM)\n\n"
             f"option(BUILD_SHARED_LIBS \"Build lib{n}.so instead of lib{n}.a\" ON)\n"
             f"add_library({n}\n  {sources})\n"
-            f"target_include_directories({n} PUBLIC ${{CMAKE_CURRENT_SOURCE_DIR}})\n"
+            f"target_include_directories({n} INTERFACE ${{CMAKE_CURRENT_SOURCE_DIR}})\n"
             f"target_compile_features({n} PRIVATE cxx_std_17)\n"
             f"separate_arguments(options UNIX_COMMAND \"{options}\")\n"
             f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${{options}}>)\n"
+            f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-iquote${{CMAKE_CURRENT_SOURCE_DIR}}>)\n"
             f"set_source_files_properties({n}_weights.S PROPERTIES COMPILE_OPTIONS \"-Wa,-I,${{CMAKE_CURRENT_SOURCE_DIR}}\")\n"
             f"target_link_options({n} PRIVATE -nodefaultlibs)\ntarget_link_libraries({n} PRIVATE m c gcc)\n{threads}")

@@ -64,6 +64,11 @@ def clang() -> list[str]:
     pytest.skip("no clang: neither clang++ on PATH nor ziglang installed, and SKIVE_CLANG names none")
 
 
+def cmake_or_skip() -> None:
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake on PATH")
+
+
 def needs_target(target: str) -> None:
     """Skips the test where this processor cannot run code for `target`."""
     from skive import _native

@@ -77,9 +77,11 @@ def pools(net: Net) -> None:
     low = ops.make("max_pool2d", x, kernel=(3, 3), stride=(2, 2), pad=(1, 1, 1, 1))
     mean = ops.make("avg_pool2d", x, kernel=(3, 2), stride=(2, 2), pad=(1, 0, 1, 0), epilogue="t0=relu(x0)")
     joined = ops.make("concat", low, mean, axis=3)
-    rows = constant(np.array([[0, 0], [0, 1], [6, 6]], np.int32)), constant(np.array([[1, 0], [0.25, 0.75], [1, 0]], np.float32))
+    rows = [constant(np.array([[0, 0], [0, 1], [6, 6]], np.int32)),
+            constant(np.array([[1, 0], [0.25, 0.75], [1, 0]], np.float32))]
     nearest = constant(np.array([[0], [7], [3]], np.int32)), constant(np.ones((3, 1), np.float32))
-    net.output(ops.make("resize2d", x, *rows, *nearest, net.weights(20), epilogue="t0=mul(x0,x1)"), joined, ops.make("avg_pool2d", joined, kernel=(2, 2), pad=(1, 1, 1, 1), count_pad=True),
+    net.output(ops.make("resize2d", x, *rows, *nearest, net.weights(20), epilogue="t0=mul(x0,x1)"), joined,
+               ops.make("avg_pool2d", joined, kernel=(2, 2), pad=(1, 1, 1, 1), count_pad=True),
                ops.make("reduce_mean", joined, axes=(1, 2), keep=False))
 
 
