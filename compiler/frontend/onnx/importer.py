@@ -313,6 +313,7 @@ class Importer:
             return [UNKNOWN] * len(node.output)
         reason = not_supported(node.op_type, domain, opset)
         if row is not None:
+            check_attribute_kinds(bound, node.op_type, domain, opset)
             values = {k: self.attribute(a) for k, a in bound.items()}
             call = Call(node.op_type, node.name, origin, opset, values, inputs, list(node.output), self, env)
             try:
@@ -404,6 +405,18 @@ def schema_function(node: NodeProto, attrs: Mapping[str, AttributeProto], domain
         if name not in present and a.default_value.name:
             body.attribute_proto.add().CopyFrom(a.default_value)
     return body
+
+
+def check_attribute_kinds(attrs: Mapping[str, AttributeProto], op_type: str, domain: str, opset: int) -> None:
+    """InvalidModelError if an attribute is a string where the specification says integer, and the like."""
+    try:
+        known = onnx.defs.get_schema(op_type, opset, domain).attributes
+    except onnx.defs.SchemaError:
+        return
+    for name, a in attrs.items():
+        if name in known and a.type != int(known[name].type.value):
+            raise InvalidModelError(f"attribute {name} is of the kind {AttributeProto.AttributeType.Name(a.type).lower()}, "
+                                    f"not {known[name].type.name.lower()}")
 
 
 def has_function(op_type: str, domain: str, opset: int) -> bool:
