@@ -40,7 +40,7 @@ def test_mutation_is_deterministic_and_varied() -> None:
 
 
 def test_mutated_files_compile_or_are_refused() -> None:
-    result = script("fuzz_files").fuzz(seconds=20)
+    result = script("fuzz_files").fuzz(seconds=15)
     assert result.cases > 50 and result.outcomes["compiled"] and result.outcomes["refused"]
     assert not result.defects, "\n".join(f"case {n}: {text}" for n, text in result.defects)
 
@@ -53,7 +53,7 @@ def test_command_on_mutated_files() -> None:
 
 def test_random_graphs_compute_what_onnxruntime_computes(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="the oracle of the random graphs")
-    result = script("fuzz_graphs").fuzz(seconds=20, jobs=1, folder=tmp_path)
+    result = script("fuzz_graphs").fuzz(seconds=12, jobs=1, folder=tmp_path)
     assert result.graphs
     assert not result.problems, "\n".join(result.problems.values())
 
