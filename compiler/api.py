@@ -117,6 +117,9 @@ def compile(
 
     progress("import", 0.05)
     imported = dataclasses.replace(source.graph(), name=cxx.identifier(name or source.name))
+    if batch_max is not None and imported.batch_max != batch_max:
+        raise SkiveError(f"batch_max={batch_max}: the graph itself says "
+                         f"{imported.batch_max or 'that its batch is fixed'}; set Graph.batch_max")
     progress("optimise", 0.1)
     from skive import passes
 
@@ -145,7 +148,7 @@ def compile(
             "target": chosen.name,
             "isa": list(chosen.features),
             "threads": threads,
-            "batch_max": batch_max,
+            "batch_max": plan.batch_max,
             "inputs": _ports(plan, "inputs"),
             "outputs": _ports(plan, "outputs"),
             "arena_bytes": plan.arena_bytes,

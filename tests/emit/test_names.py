@@ -84,8 +84,8 @@ def test_hostile_names(text: str, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("out", "plain")] == []
 
 
-ELSEWHERE = ["skive", "skive_isa", "skive_map", "std", "m", "c", "gcc", "int8_t", "main", "NULL", "errno", "sys", "test",
-             "install", "clean", "linux", "EOF", "run", "Part"]
+ELSEWHERE = ["skive", "skive_isa", "skive_map", "std", "m", "c", "gcc", "int8_t", "main", "NULL", "errno", "sys",
+             "test", "install", "clean", "linux", "EOF", "run", "Part"]
 
 
 def test_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
