@@ -84,27 +84,41 @@ def _lambda(fn: Fn) -> str:
         args = ", ".join([names.get(a, a) for a in s.args] + list(s.tail))
         target = "return " if n == len(fn.steps) - 1 else f"const auto t{n} = "
         lines.append(f"{target}{s.name}({args});")
+    body = " ".join(lines)
     if fn.epilogue:
-        head = "[=]([[maybe_unused]] auto x0, [[maybe_unused]] ptrdiff_t pixel, [[maybe_unused]] int channel)"
+        head = f"[=]({_parameters(['auto x0', 'ptrdiff_t pixel', 'int channel'], body)})"
     else:
-        params = ", ".join(f"[[maybe_unused]] auto x{i}" for i, a in enumerate(fn.operands) if a.mode == "value")
-        head = f"[]({params})"
+        head = f"[]({_parameters([f'auto x{i}' for i, a in enumerate(fn.operands) if a.mode == 'value'], body)})"
+    if len(lines) == 1:
+        return f"{head} {{ {body} }}"
     return head + " {\n      " + "\n      ".join(lines) + "\n    }"
 
 
+def _parameters(declared: Sequence[str], body: str) -> str:
+    """The parameter list; what `body` does not mention stays without a name."""
+    return ", ".join(d if re.search(rf"\b{d.rsplit(' ', 1)[1]}\b", body) else d.rsplit(" ", 1)[0] for d in declared)
+
+
 def _body(call: Call, threads: int) -> str:
+    """The statements of a kernel function."""
     template = f"<{', '.join(call.template)}>" if call.template else ""
-    order = ", ".join("part" if o == "part" else _lambda(call.fn) if o == "fn" and call.fn else o for o in call.order)
-    if not call.scratch_bytes:
-        return f"  {call.kernel}{template}::run({order});"
-    return (f"  using Kernel_ = {call.kernel}{template};\n"
-            f"  static_assert(Kernel_::scratch_bytes({threads}) <= {call.scratch_bytes}, \"the plan gave too little scratch\");\n"
-            f"  Kernel_::run({order});")
+    order = [_lambda(call.fn) if o == "fn" and call.fn else o for o in call.order]
+    lines = [f"using K = {call.kernel}{template};"]
+    if call.scratch_bytes:
+        lines.append(f"static_assert(K::scratch_bytes({threads}) <= {call.scratch_bytes}, \"the plan gave too little scratch\");")
+    plain = ", ".join(o for o in order if not o.startswith("["))
+    if len(plain) < sum(map(len, order)):
+        at = next(i for i, o in enumerate(order) if o.startswith("["))
+        parts = [", ".join(order[:at]), order[at], ", ".join(order[at + 1:])]
+        lines.append("K::run(" + ",\n         ".join(p for p in parts if p) + ");")
+    else:
+        lines.append(f"K::run({plain});")
+    return "\n".join(f"  {line}" for line in lines)
 
 
-def _signature(call: Call, name: str) -> str:
-    params = [f"[[maybe_unused]] {'const ' if a.const else ''}{a.ctype}* {a.name}" for a in call.args]
-    return f"void {name}({', '.join([*params, '[[maybe_unused]] Part part'])})"
+def _signature(call: Call, name: str, threads: int) -> str:
+    declared = [f"{'const ' if a.const else ''}{a.ctype}* {a.name}" for a in call.args] + ["Part part"]
+    return f"void {name}({_parameters(declared, _body(call, threads))})"
 
 
 _BASES = {"input": "in[{index}]", "output": "out[{index}]", "arena": "arena", "weights": "weights"}
@@ -128,18 +142,18 @@ def emit(plan: Plan, target: Target) -> Sources:
     calls = []
     for i, c in enumerate(plan.calls):
         anonymous = replace(c, args=tuple(replace(a, kind="", index=0, offset=0) for a in c.args), origin="", macs=0, bytes=0)
-        key = _signature(anonymous, "") + _body(anonymous, plan.threads)
+        key = _signature(anonymous, "", plan.threads) + _body(anonymous, plan.threads)
         if key not in functions:
-            functions[key] = (f"k{len(functions)}_{c.op}", c)
+            functions[key] = (f"kernel{len(functions)}_{c.kernel}", c)
         calls.append((i, functions[key][0], c))
 
     headers = _headers(plan.calls)
-    bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n)} {{\n{_body(c, plan.threads)}\n}}\n", c) for n, c in functions.values()]
+    bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n, plan.threads)} {{\n{_body(c, plan.threads)}\n}}\n", c) for n, c in functions.values()]
     files: dict[str, str] = {}
     units = [f"{name}.cpp"]
     split = len(bodies) > KERNELS_PER_UNIT
     if split:
-        declarations = "".join(f"{_signature(c, n)};\n" for n, _, c in bodies)
+        declarations = "".join(f"{_signature(c, n, plan.threads)};\n" for n, _, c in bodies)
         files[f"{name}_kernels.h"] = _kernels_header(upper, name, target, declarations)
         # Neighbouring layers share template instances: keep them in one unit.
         count = -(-len(bodies) // KERNELS_PER_UNIT)
@@ -208,6 +222,11 @@ def _public_header(plan: Plan, upper: str) -> str:
     return "\n".join(lines)
 
 
+def _layer_name(index: int, call: Call) -> str:
+    """`layer3_block1_conv`: the number keeps it unique, the rest says where it comes from."""
+    return f"layer{index}_{identifier(call.origin, call.op)[:40].rstrip('_')}"
+
+
 def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodies: list[tuple[str, str, Call]],
                calls: list[tuple[int, str, Call]], split: bool) -> str:
     n = plan.name
@@ -234,7 +253,7 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
         unpack = [f"  {'const unsigned char* const* in' if k == 'in' else 'unsigned char* const* out' if k == 'out' else ('unsigned char* ' if k == 'arena' else 'const unsigned char* ') + k} = m.{k};"
                   for k, kind in (("in", "input"), ("out", "output"), ("arena", "arena"), ("weights", "weights")) if kind in used]
         args = ", ".join(pointers)
-        out += [f"// {comment(c.origin) or c.op}", f"static void layer{i}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{", *unpack]
+        out += [f"// {comment(c.origin) or c.op}", f"static void {_layer_name(i, c)}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{", *unpack]
         if plan.threads > 1 and c.parallel:
             out += [f"  pool.parallel({plan.threads}, [&](Part part) {{", f"    {fname}({args}{', ' if args else ''}part);", "  });", "}", ""]
         else:
@@ -248,7 +267,7 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
             "// run on any processor, and here even a copy of two pointers may be a vector instruction.",
             f"__attribute__((noinline)) static void run({pointers}) {{",
             f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);"]
-    out += [f"  layer{i}(m);" for i, _, _ in calls]
+    out += [f"  {_layer_name(i, c)}(m);" for i, _, c in calls]
     out += ["}", ""]
     if plan.batch_max:
         out += [f"__attribute__((noinline)) static void run_batch({pointers}, int batch) {{",
@@ -261,7 +280,7 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
         out += ["    run(in, out, arena);", "  }", "}", ""]
     if calls:
         out += [f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
-                "  static void (*const layers[])(const Memory&) = {" + ", ".join(f"layer{i}" for i, _, _ in calls) + "};",
+                "  static void (*const layers[])(const Memory&) = {" + ",\n    ".join(_layer_name(i, c) for i, _, c in calls) + "};",
                 "  layers[layer](memory(inputs, outputs, arena));", "}", ""]
     out += [f"}}  // namespace {n}_model", "", f"using namespace {n}_model;", ""]
     checks = " && ".join(f'__builtin_cpu_supports("{f}")' for f in target.features)
