@@ -217,7 +217,9 @@ def _mod(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
 
 def _shift(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
     bits = a.dtype.itemsize * 8
-    return np.where(b < bits, fn(a, np.minimum(b, bits - 1)), 0).astype(a.dtype)
+    inside = (b >= 0) & (b < bits)
+    beyond = np.where((a < 0) & (fn is np.right_shift), -1, 0)
+    return np.where(inside, fn(a, np.where(inside, b, 0)), beyond).astype(a.dtype)
 
 
 _erf = np.frompyfunc(math.erf, 1, 1)
@@ -350,8 +352,8 @@ _elementwise("mod", 2, lambda a, b: _mod(a, b, np.mod), NUMBERS, cxx="mod_", tol
              doc="remainder with the sign of b")
 _elementwise("fmod", 2, lambda a, b: _mod(a, b, np.fmod), NUMBERS, cxx="fmod_", tolerance=1e-6,
              doc="remainder with the sign of a")
-_elementwise("shift_left", 2, lambda a, b: _shift(a, b, np.left_shift), INTS, doc="a << b, 0 if b is too large")
-_elementwise("shift_right", 2, lambda a, b: _shift(a, b, np.right_shift), INTS, doc="a >> b, 0 if b is too large")
+_elementwise("shift_left", 2, lambda a, b: _shift(a, b, np.left_shift), INTS, doc="a << b, 0 if b is negative or too large")
+_elementwise("shift_right", 2, lambda a, b: _shift(a, b, np.right_shift), INTS, doc="a >> b; if b is negative or too large only the sign remains: 0 or -1")
 _elementwise("prelu", 2, lambda x, s: np.where(x < 0, s * x, x), NUMBERS, tolerance=1e-6, doc="x if x >= 0 else slope x")
 
 

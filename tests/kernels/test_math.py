@@ -166,7 +166,9 @@ def _divide(a: int, b: int) -> int:
 
 
 def _shift(a: int, b: int, bits: int, left: bool) -> int:
-    return 0 if not 0 <= b < bits else a << b if left else a >> b
+    if not 0 <= b < bits:
+        return -1 if a < 0 and not left else 0
+    return a << b if left else a >> b
 
 
 @pytest.mark.parametrize("isa", ["generic"])

@@ -51,6 +51,9 @@ Row: TypeAlias = "Callable[[Call], Results]"
 Operand: TypeAlias = "Node | np.ndarray | np.generic | float | int | bool"
 
 ROWS: dict[tuple[str, str], Row] = {}
+# Rows that only say why the operator is refused, and operands that must be constants of the model.
+REFUSED: set[tuple[str, str]] = set()
+CONSTANT: dict[tuple[str, str], str] = {}
 
 
 class Unsupported(Exception):
@@ -68,14 +71,22 @@ class Decline(Exception):
     """Raised by a row that leaves a case to the function body in the ONNX specification."""
 
 
-def onnx_op(*names: str, domain: str = "") -> Callable[[Row], Row]:
-    """Registers a function as the row of the operators `names` of `domain`."""
+def onnx_op(*names: str, domain: str = "", refused: bool = False, constant: str = "") -> Callable[[Row], Row]:
+    """Registers a function as the row of the operators `names` of `domain`.
+
+    For the documentation: `refused` if the row always raises Unsupported; `constant` names operands
+    that hold data and yet must be constants of the model.
+    """
 
     def register(row: Row) -> Row:
         for name in names:
             if (domain, name) in ROWS:
                 raise AssertionError(f"{name} is twice in the ONNX table")
             ROWS[domain, name] = row
+            if refused:
+                REFUSED.add((domain, name))
+            if constant:
+                CONSTANT[domain, name] = constant
         return row
 
     return register

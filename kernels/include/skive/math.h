@@ -5,7 +5,7 @@
 // Meaning, everywhere:
 //   integers   arithmetic wraps; x / 0 = 0, x mod 0 = 0, INT_MIN / -1 = INT_MIN, INT_MIN mod -1 =
 //   0;
-//              shifting by the width or more gives 0
+//              a shift count outside [0, width) shifts every bit out
 //   floats     IEEE: NaN propagates through min, max, clip and relu; nothing is flushed
 //   cast       float to integer truncates and then wraps as the conversion to int64 does; NaN and
 //              values beyond int64 become INT64_MIN first (uint64 keeps [2^63, 2^64))
@@ -417,7 +417,8 @@ template <class T, if_number<T> = 0>
 SKIVE_INLINE T bit_not(T a) {
   return static_cast<T>(~a);
 }
-// A shift count outside [0, width) gives 0.
+// A shift count outside [0, width) shifts every bit out: 0 remains, of a negative number shifted to
+// the right -1.
 template <class T, if_number<T> = 0>
 SKIVE_INLINE T shift_left(T a, T b) {
   constexpr uint64_t width = 8 * sizeof(T);
@@ -428,7 +429,7 @@ template <class T, if_number<T> = 0>
 SKIVE_INLINE T shift_right(T a, T b) {
   constexpr uint64_t width = 8 * sizeof(T);
   const uint64_t count = static_cast<uint64_t>(b);
-  return count < width ? static_cast<T>(a >> count) : T{0};
+  return static_cast<T>(count < width ? a >> count : a < 0 ? -1 : 0);
 }
 
 // --------------------------------------------------------------- minimum, maximum, piecewise

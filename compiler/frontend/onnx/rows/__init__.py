@@ -14,5 +14,6 @@ from skive.frontend.onnx.rows import (  # noqa: F401
     structure,
     text,
     training,
+    trees,
     windows,
 )

@@ -9,7 +9,7 @@ from skive.frontend.onnx.table import Call, onnx_op
 from skive.ir import Node
 
 
-@onnx_op("NonMaxSuppression")
+@onnx_op("NonMaxSuppression", constant="boxes, scores")
 def non_max_suppression(c: Call) -> Node:
     """The kept boxes [K, 3] as (batch, class, box). K depends on the values: boxes and scores must be constant."""
     boxes = c.const(0, "boxes, whose values decide the shape,", data=True)

@@ -358,7 +358,7 @@ def max_unpool(c: Call) -> Node:
     return c.make("pad", y, before=(0,) * len(grow), after=tuple(grow)) if any(grow) else y
 
 
-@onnx_op("RoiAlign")
+@onnx_op("RoiAlign", constant="rois, unless sampling_ratio is given")
 def roi_align(c: Call) -> Node:
     """Bilinear samples of each box, averaged (or their maximum) per bin; one sample grid per bin.
 

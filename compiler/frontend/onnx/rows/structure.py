@@ -284,17 +284,18 @@ def range_(c: Call) -> Node:
     return c.lit((start + np.arange(count).astype(dtype) * delta).astype(dtype))
 
 
-@onnx_op("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli")
+@onnx_op("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli",
+         refused=True)
 def random(c: Call) -> Node:
     raise Unsupported(f"{c.op_type} draws random numbers", "feed random numbers as an input")
 
 
-@onnx_op("NonZero")
+@onnx_op("NonZero", constant="X")
 def non_zero(c: Call) -> Node:
     return c.lit(np.array(np.nonzero(c.const(0, "an operand whose values decide the shape", data=True))), np.int64)
 
 
-@onnx_op("Compress")
+@onnx_op("Compress", constant="condition")
 def compress(c: Call) -> Node:
     keep = np.flatnonzero(c.const(1, "a condition, which decides the shape,", data=True)).astype(np.int64)
     x = c[0] if "axis" in c.attrs else c.reshape(c[0], (c[0].type.size,))
@@ -302,7 +303,7 @@ def compress(c: Call) -> Node:
     return c.make("gather", x, c.lit(keep[keep < x.shape[axis]]), axis=axis)
 
 
-@onnx_op("Unique")
+@onnx_op("Unique", constant="X")
 def unique(c: Call) -> list[Node]:
     x = c.const(0, "an operand whose values decide the shape", data=True)
     axis = c.attr("axis")
