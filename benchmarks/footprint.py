@@ -8,6 +8,7 @@ Per model, each in a fresh process with an empty cache where that matters:
     cached s    compile again, unchanged
     load ms     from `skive.load` to the first result, in a process that has imported skive
     resident MB memory beyond the interpreter with numpy and skive, and beyond the weights
+    C ms, C MB  the same of a C program that opens the library (needs a C compiler)
     library KB  the shared library with its weights, and what it is linked to
     call us     a call of the module from Python beyond the C function alone
 """
@@ -18,6 +19,7 @@ import argparse
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,7 @@ def first_result(folder: str) -> dict[str, float]:
 
     manifest = json.loads((Path(folder) / "manifest.json").read_text())
     weights = (Path(folder) / f"{manifest['name']}_weights.bin").stat().st_size / 2**20
+    np.random.default_rng(0).standard_normal(1)  # numpy.random is loaded on first use: no part of the artefact's memory
     before = resident_mb()
     start = time.perf_counter()
     module = load(folder)
@@ -55,6 +58,77 @@ def first_result(folder: str) -> dict[str, float]:
     end = time.perf_counter()
     # Making up inputs is no part of loading.
     return {"load_ms": (end - ready + loaded - start) * 1e3, "resident_mb": resident_mb() - before - weights}
+
+
+_C_PROGRAM = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+#include "{name}.h"
+
+static double now_ms(void) {{
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return 1e3 * (double)t.tv_sec + 1e-6 * (double)t.tv_nsec;
+}}
+
+static double resident_mb(void) {{
+  long size = 0, resident = 0;
+  FILE* f = fopen("/proc/self/statm", "r");
+  if (!f || fscanf(f, "%ld %ld", &size, &resident) != 2) exit(2);
+  fclose(f);
+  return (double)resident * (double)sysconf(_SC_PAGESIZE) / 1048576.0;
+}}
+
+static void* buffer(size_t bytes) {{
+  void* p = NULL;
+  if (posix_memalign(&p, 64, bytes + 64)) exit(2);
+  return memset(p, 0, bytes);
+}}
+
+int main(void) {{
+  const size_t in_bytes[] = {{{in_bytes}}}, out_bytes[] = {{{out_bytes}}};
+  const void* in[{upper}_INPUT_COUNT + 1];
+  void* out[{upper}_OUTPUT_COUNT + 1];
+  const double before = resident_mb(), start = now_ms();
+  void* library = dlopen("./lib{name}.so", RTLD_NOW);
+  if (!library) exit(2);
+  int (*run)(const void* const*, void* const*, void*);
+  *(void**)&run = dlsym(library, "{name}_run");
+  const double loaded = now_ms();
+  for (int i = 0; i < {upper}_INPUT_COUNT; ++i) in[i] = buffer(in_bytes[i]);
+  const double ready = now_ms();
+  for (int i = 0; i < {upper}_OUTPUT_COUNT; ++i) out[i] = buffer(out_bytes[i]);
+  if (run(in, out, buffer({upper}_ARENA_BYTES))) exit(3);
+  const double end = now_ms();
+  printf("{{\"load_ms\": %.6f, \"resident_mb\": %.6f}}\n", end - ready + loaded - start, resident_mb() - before);
+  return 0;
+}}
+"""
+
+
+def first_result_in_c(folder: Path, scratch: Path) -> dict[str, float] | None:
+    """What `first_result` gives, of a C program; medians of five runs. None if it cannot be built."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    name, compiler = manifest["name"], shutil.which("cc")
+    if compiler is None:
+        return None
+
+    def macros(kind: str, ports: str) -> str:
+        return ", ".join([*(f"{name.upper()}_{kind}{i}_BYTES" for i in range(len(manifest[ports]))), "0"])
+
+    (scratch / "first.c").write_text(_C_PROGRAM.format(
+        name=name, upper=name.upper(), in_bytes=macros("INPUT", "inputs"), out_bytes=macros("OUTPUT", "outputs")))
+    subprocess.run([compiler, "-O1", "-D_GNU_SOURCE", f"-I{folder}", str(scratch / "first.c"), "-ldl", "-o",
+                    str(scratch / "first")], check=True)
+    weights = (folder / f"{name}_weights.bin").stat().st_size / 2**20
+    runs = [json.loads(subprocess.run([str(scratch / "first")], cwd=folder, check=True, capture_output=True).stdout)
+            for _ in range(5)]
+    return {"load_ms": float(np.median([r["load_ms"] for r in runs])),
+            "resident_mb": float(np.median([r["resident_mb"] for r in runs])) - weights}
 
 
 def call_overhead_us(folder: str) -> float:
@@ -120,11 +194,12 @@ def footprint(path: Path, threads: int, shapes: Mapping[str, Sequence[int]]) -> 
         cached = in_process("--compile", request, cache=cache)["seconds"]
         loads = [in_process("--load", artefact, cache=cache) for _ in range(5)]
         (library,) = Path(artefact).glob("*.so")
+        c = first_result_in_c(Path(artefact), Path(folder))
         linked = subprocess.run(["ldd", str(library)], text=True, capture_output=True).stdout
         return {"model": path.stem, "cold_s": cold, "cached_s": cached,
                 "load_ms": float(np.median([x["load_ms"] for x in loads])),
                 "resident_mb": float(np.median([x["resident_mb"] for x in loads])),
-                "library_bytes": library.stat().st_size,
+                "c": c, "library_bytes": library.stat().st_size,
                 "linked": [row.split()[0] for row in linked.splitlines() if ".so" in row and "ld-linux" not in row
                            and "vdso" not in row],
                 "call_overhead_us": in_process("--call", artefact, cache=cache)["us"]}
@@ -149,8 +224,8 @@ def main() -> int:
         print(json.dumps({"us": call_overhead_us(a.call)}))
         return 0
     rows, failed = [], 0
-    print(f"{'model':<24}{'cold s':>9}{'cached s':>10}{'load ms':>9}{'resident MB':>13}{'library KB':>12}"
-          f"{'call us':>9}")
+    print(f"{'model':<24}{'cold s':>9}{'cached s':>10}{'load ms':>9}{'resident MB':>13}{'C ms':>8}{'C MB':>7}"
+          f"{'library KB':>12}{'call us':>9}")
     for path in models_in(a.models):
         try:
             r = footprint(path, a.threads, open_batches(path) | dict(a.input))
@@ -159,8 +234,10 @@ def main() -> int:
             print(f"{path.stem:<24} failed: {e}")
             continue
         rows.append(r)
+        c = f"{r['c']['load_ms']:>8.2f}{r['c']['resident_mb']:>7.1f}" if r["c"] else f"{'-':>8}{'-':>7}"
         print(f"{r['model']:<24}{r['cold_s']:>9.1f}{r['cached_s']:>10.2f}{r['load_ms']:>9.2f}{r['resident_mb']:>13.1f}"
-              f"{r['library_bytes'] / 1024:>12.0f}{r['call_overhead_us']:>9.2f}  {' '.join(r['linked'])}", flush=True)
+              f"{c}{r['library_bytes'] / 1024:>12.0f}{r['call_overhead_us']:>9.2f}  {' '.join(r['linked'])}",
+              flush=True)
     if a.json:
         Path(a.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if failed else 0

@@ -55,7 +55,8 @@ def without_strings(text: str) -> list[str]:
     lines = []
     for line in text.splitlines():  # splits at every character that any reader takes for a line's end
         code = re.sub(r'"(\\.|[^"\\])*"', '""', line)
-        lines.append(re.sub(r"//.*|/\*.*?\*/", "", code))
+        code = re.sub(r"//.*|/\*.*?\*/", "", code)
+        lines.append(re.sub(r"\blayer(\d+)_\w+", r"layer\1", code))  # identifiers carry the layer's name
     return lines
 
 
