@@ -12,10 +12,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from skive.errors import ShapeError, UnsupportedOpError
 from skive.frontend.onnx import import_onnx
+from skive.frontend.onnx.rows import sampling
 from skive.frontend.onnx.table import ROWS
 from skive.reference import evaluate_graph
 
-ELEM = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
+ELEM = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64, "bool": TensorProto.BOOL}
 
 
 def model_of(nodes: Sequence[NodeProto], inputs: Mapping[str, tuple[Sequence[int | str], str]], outputs: Sequence[str],
@@ -219,3 +220,38 @@ def test_inputs_without_a_batch() -> None:
     with pytest.raises(ShapeError, match="'k'"):
         import_onnx(model, batch_max=4)
     assert import_onnx(model, batch_max=4, fixed_inputs={"k": np.ones(4, np.float32)}).batch_max == 4
+
+
+@pytest.mark.parametrize("attrs", [
+    {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"},
+    {"mode": "linear", "coordinate_transformation_mode": "align_corners"}, {"mode": "linear", "antialias": 1},
+    {"mode": "cubic", "exclude_outside": 1}], ids=lambda a: "-".join(map(str, a.values())))
+@pytest.mark.parametrize("axes", [(2, 3), (1, 2), (3,)])
+def test_resampling_of_images(attrs: dict[str, Any], axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One resize2d on either layout, equal to the products and gathers that it stands for."""
+    x = np.random.default_rng(1).normal(size=(2, 6, 5, 7)).astype(np.float32)
+    scales = np.array([1.8, 0.6][:len(axes)], np.float32)
+    model = model_of([helper.make_node("Resize", ["x", "", "scales"], ["y"], axes=axes, **attrs)],
+                     {"x": (x.shape, "float32")}, ["y"], {"scales": scales})
+    graph = import_onnx(model)
+    used = [n.op for n in graph.nodes if n.op not in ("input", "const")]
+    assert used == (["resize2d"] if axes == (1, 2) else ["transpose", "resize2d", "transpose"])
+    monkeypatch.setattr(sampling, "MAX_TAPS", 0)
+    composed = import_onnx(model)
+    assert "resize2d" not in {n.op for n in composed.nodes}
+    np.testing.assert_allclose(evaluate_graph(graph, [x])[0], evaluate_graph(composed, [x])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_ragged_sequences_at_run_time() -> None:
+    """Lengths that are an input give what the same lengths as a constant give."""
+    rng = np.random.default_rng(2)
+    weights = {"w": rng.normal(size=(2, 9, 3)), "r": rng.normal(size=(2, 9, 3))}
+    weights = {k: v.astype(np.float32) for k, v in weights.items()}
+    x, lengths = rng.normal(size=(4, 3, 3)).astype(np.float32), np.array([2, 4, 0], np.int32)
+    node = helper.make_node("GRU", ["x", "w", "r", "", "n"], ["y", "h"], hidden_size=3, direction="bidirectional")
+    inputs = {"x": (x.shape, "float32")}
+    fixed = import_onnx(model_of([node], inputs, ["y", "h"], {**weights, "n": lengths}))
+    open_ = import_onnx(model_of([node], {**inputs, "n": ((3,), "int32")}, ["y", "h"], weights))
+    for want, got in zip(evaluate_graph(fixed, [x]), evaluate_graph(open_, [x, lengths]), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert not evaluate_graph(open_, [x, lengths])[0][2:, :, 0].any()

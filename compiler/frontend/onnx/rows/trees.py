@@ -27,7 +27,7 @@ def tree_ensemble(c: Call) -> Node:
     roots, outputs = np.asarray(c.required("tree_roots")), int(c.attr("n_targets", 1))
     nodes, leaves = len(features), len(weights)
     after = [places(c, branch, nodes, leaves) for branch in ("false", "true")]
-    if x.type.rank != 2 or not nodes or not len(roots) or len(targets) != leaves or not len(modes) == len(splits) == nodes:
+    if x.type.rank != 2 or not nodes or not len(roots) or len(targets) != leaves or {len(modes), len(splits)} != {nodes}:
         raise InvalidModelError(f"an ensemble of {nodes} conditions and {leaves} leaves for {x.type}")
     if features.min() < 0 or features.max() >= x.shape[1] or roots.min() < 0 or roots.max() >= nodes:
         raise InvalidModelError("a feature or a root is out of range")
@@ -56,7 +56,8 @@ def tree_ensemble(c: Call) -> Node:
 def places(c: Call, branch: str, nodes: int, leaves: int) -> np.ndarray:
     """[nodes + leaves]: where the branch of every condition leads; a leaf to itself."""
     to, is_leaf = (np.asarray(c.required(f"nodes_{branch}{k}"), np.int64) for k in ("nodeids", "leafs"))
-    if to.shape != (nodes,) or is_leaf.shape != (nodes,) or (to < 0).any() or (to >= np.where(is_leaf, leaves, nodes)).any():
+    count = np.where(is_leaf, leaves, nodes)
+    if to.shape != (nodes,) or is_leaf.shape != (nodes,) or (to < 0).any() or (to >= count).any():
         raise InvalidModelError(f"the {branch} branches lead outside the ensemble")
     return np.concatenate([np.where(is_leaf, to + nodes, to), np.arange(nodes, nodes + leaves)])
 
