@@ -153,7 +153,8 @@ def sample() -> list[str]:
         model = case.model
         if name.startswith("node:") and "_expanded" not in name and in_scope(model) and not excused(case, model):
             first.setdefault(model.graph.node[0].op_type, name)
-    always = "Attention AveragePool Conv ConvTranspose Gemm LSTM MatMul MaxPool Resize Softmax".split()
+    always = ["Attention", "AveragePool", "Conv", "ConvTranspose", "Gemm", "LSTM", "MatMul", "MaxPool", "Resize",
+              "Softmax"]
     return [first[op] for op in sorted({*sorted(first)[::3], *always})]
 
 

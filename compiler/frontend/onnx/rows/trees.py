@@ -27,7 +27,8 @@ def tree_ensemble(c: Call) -> Node:
     roots, outputs = np.asarray(c.required("tree_roots")), int(c.attr("n_targets", 1))
     nodes, leaves = len(features), len(weights)
     after = [places(c, branch, nodes, leaves) for branch in ("false", "true")]
-    if x.type.rank != 2 or not nodes or not len(roots) or len(targets) != leaves or {len(modes), len(splits)} != {nodes}:
+    sizes = len(targets), len(modes), len(splits)
+    if x.type.rank != 2 or not nodes or not len(roots) or sizes != (leaves, nodes, nodes):
         raise InvalidModelError(f"an ensemble of {nodes} conditions and {leaves} leaves for {x.type}")
     if features.min() < 0 or features.max() >= x.shape[1] or roots.min() < 0 or roots.max() >= nodes:
         raise InvalidModelError("a feature or a root is out of range")
