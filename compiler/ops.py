@@ -900,11 +900,12 @@ def _infer_resize(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 
 def _ref_resize(x: Sequence[Array], a: FrozenDict) -> Array:
     image = x[0].astype(np.float64)
-    for axis, sources, weights in ((1, *x[1:3]), (2, *x[3:5])):
+    for axis, sources, weights in ((1, x[1], x[2]), (2, x[3], x[4])):
         places = np.clip(sources, 0, image.shape[axis] - 1)
-        spread = [-1 if i == axis else 1 for i in range(4)]
-        image = sum(np.take(image, places[:, t], axis) * weights[:, t].astype(np.float64).reshape(spread)
-                    for t in range(places.shape[1]))
+        taps = np.moveaxis(np.take(image, places, axis), axis + 1, -1)  # the sources of each result as the last axis
+        spread = [1, 1, 1, 1, weights.shape[1]]
+        spread[axis] = weights.shape[0]
+        image = np.sum(taps * weights.astype(np.float64).reshape(spread), -1)
     return image.astype(np.float32)
 
 
