@@ -763,8 +763,8 @@ def pool(p: Pool) -> Drawn:
     if op.startswith("Global"):
         return op, [x], 1, {}
     attrs = window(p, p[x].ndim - 2)
-    # A window that does not fit: onnxruntime gives an empty result for this operator alone, skive refuses it.
-    if op == "LpPool" and any(k > d for k, d in zip(attrs["kernel_shape"], p[x].shape[2:], strict=True)):
+    # A window that does not fit: onnxruntime may give an empty result, skive refuses it.
+    if any(k > d for k, d in zip(attrs["kernel_shape"], p[x].shape[2:], strict=True)):
         raise LookupError
     if op == "AveragePool":
         attrs["count_include_pad"] = p.rng.randrange(2)
