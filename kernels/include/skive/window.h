@@ -8,7 +8,8 @@
 // Borders cost no branch inside a tile. Rows: the range of taps that lie inside the image is
 // computed once per output row. Columns: a tile at the left or right edge has compile-time
 // coordinates, so taps outside the image are not even compiled; the tiles between them are one loop.
-// Windows whose border is wider than one tile (large dilations) take their border columns one by one.
+// Windows whose border is wider than one tile (large dilations) take their border columns one by one,
+// and very wide windows all of them.
 //
 // `Op` supplies the arithmetic:
 //   Row<N> row(c, kh)              what one row of taps needs, e.g. its weights; lives in registers
@@ -46,8 +47,14 @@ struct Window {
           ? kInnerBegin
           : max_int(kInnerBegin, min_int(OW, (In::W - 1 - kLastTap) / Strides::W + 1));
 
+  // A tile compiles a load for every input column under it: it stays below this many, and a window
+  // that is wider alone takes all its columns one by one, in loops.
+  static constexpr int kSpanMax = 256;
+  static constexpr int kReach = (KW - 1) * Dilations::W + 1;  // input columns under a window
+  static constexpr bool kTiled = kReach <= kSpanMax;
   // Eight accumulators hide the multiply-add's latency; with more, large windows spill.
-  static constexpr int kTileMax = 8;
+  static constexpr int kTileMax =
+      kTiled ? min_int(8, (kSpanMax - kReach) / Strides::W + 1) : 1;
   static constexpr int kTiles = (OW + kTileMax - 1) / kTileMax;
   static constexpr int kTile = (OW + kTiles - 1) / kTiles;  // tiles of nearly equal width
   static constexpr int kLastBegin = (OW - 1) / kTile * kTile;
@@ -93,7 +100,9 @@ struct Window {
     const ptrdiff_t pixel = (ptrdiff_t{n} * OH + oh) * OW;
     const Line line{x + (ptrdiff_t{n} * In::H + ih) * In::W * XS + c, y + pixel * YS + c, pixel,
                     oh, c, kh_begin, kh_end};
-    if constexpr (kStaticEdges) {
+    if constexpr (!kTiled) {
+      for (int ow = 0; ow < OW; ++ow) edge_column<N>(line, ow, op, epilogue);
+    } else if constexpr (kStaticEdges) {
       edge_tile<N, 0, kTile>(line, op, epilogue);
       for (int ow = kTile; ow < kLastBegin; ow += kTile)
         inner_tile<N, kTile>(line, ow, op, epilogue);
@@ -109,7 +118,7 @@ struct Window {
   }
 
   // Input columns under a tile of T output columns.
-  static constexpr int span(int t) { return (t - 1) * Strides::W + (KW - 1) * Dilations::W + 1; }
+  static constexpr int span(int t) { return (t - 1) * Strides::W + kReach; }
   template <int T>
   using EachColumn = Indices<span(T)>;
 
