@@ -72,14 +72,14 @@ def random_cases(count: int) -> list[Case]:
 
 
 CASES = [
-    Case((1, 1, 400, 3), (1, 40), stride=(1, 10), pad=(0, 100, 0, 91), dilation=(1, 10)),  # wider than any tile
-    Case((1, 2, 300, 5), (1, 30), stride=(1, 20), dilation=(1, 8)),  # tiles of two columns
     Case((1, 14, 15, 33), (3, 3), stride=(2, 2), pad=(1, 1, 1, 1)),
     Case((2, 8, 8, 16), (2, 2), stride=(2, 2)),
     Case((1, 9, 9, 7), (3, 3), stride=(2, 2), pad=(0, 0, 1, 1), counted=(0, 0, 0, 0)),  # ceil mode
     Case((1, 6, 6, 70), (6, 6)),
     Case((1, 1, 50, 3), (1, 9), pad=(0, 4, 0, 4), counted=(0, 4, 0, 4)),
     *random_cases(12),
+    Case((1, 1, 400, 3), (1, 40), stride=(1, 10), pad=(0, 100, 0, 91), dilation=(1, 10)),  # wider than any tile
+    Case((1, 2, 300, 5), (1, 30), stride=(1, 20), dilation=(1, 8)),  # tiles of two columns
 ]
 
 _CASE = """
@@ -203,7 +203,7 @@ def test_whole_images(library: ctypes.CDLL, index: int) -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 7, 13])
 def test_nan_survives_wherever_it_stands_in_the_window(library: ctypes.CDLL, at: int) -> None:
-    case = CASES[2]
+    case = CASES[0]
     x = input_of(case, 0)
     x[0, at, at, 4] = np.nan
     zeros = np.zeros(np.prod(case.output[:-1]), np.float32)
