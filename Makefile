@@ -4,6 +4,7 @@
 #   make demo       compile and run the keyword-spotting example
 #   make test       the tests (without those marked slow)
 #   make test-all   all tests
+#   make onnx       compiles every backend case of ONNX and counts what passes in docs/onnx.md
 #   make bench      the example in turns with onnxruntime and OpenVINO
 #   make fuzz       random graphs and damaged files, ten minutes
 #   make lint       ruff
@@ -30,7 +31,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 # What the build of the package depends on.
 PACKAGE := pyproject.toml setup.py CMakeLists.txt bindings/module.cpp
 
-.PHONY: demo test test-all bench fuzz lint typing asan clean
+.PHONY: demo test test-all onnx bench fuzz lint typing asan clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -41,6 +42,13 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n $(JOBS)
+
+onnx: $(VENV)/.installed-dev
+	mkdir -p build
+	SKIVE_CXXFLAGS=-O1 $(BIN)/python -m pytest -n $(JOBS) -m slow tests/frontend/test_onnx_backend.py \
+	  --junitxml=build/onnx.xml
+	$(BIN)/python tests/frontend/test_onnx_backend.py build/onnx.xml docs/onnx_cases.json
+	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/skive bench examples/keyword_spotting/kws_dscnn.onnx --input input=1x1x49x10 \

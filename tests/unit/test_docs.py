@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 
+import onnx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,3 +35,14 @@ def test_every_make_target_is_listed_and_declared() -> None:
     listed = set(re.findall(r"^#   make ([a-z-]+)", makefile, re.MULTILINE))
     phony = set(re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[0].split())
     assert targets == listed == phony
+
+
+def test_generated_pages_are_current() -> None:
+    written_for = json.loads((ROOT / "docs" / "onnx_cases.json").read_text())["onnx"]
+    if onnx.__version__ != written_for:
+        pytest.skip(f"the pages are written for onnx {written_for}")
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.stale() == [], "run python docs/generate.py"
