@@ -25,9 +25,15 @@ from skive.types import DType, TensorType
 F32 = DType.f32
 
 # Operations whose function in math.h has an overload for Vec<N>; the others run on scalars.
-VECTOR = frozenset("""less less_equal greater greater_equal equal not_equal and or xor not where is_nan is_inf add sub mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh
-atanh erf floor ceil round_even trunc sign reciprocal relu clip min max pow mod fmod sigmoid silu gelu gelu_tanh
-hard_sigmoid hard_swish leaky_relu elu selu celu softplus softsign mish prelu thresholded_relu shrink""".split())
+VECTOR = frozenset(
+    """
+    less less_equal greater greater_equal equal not_equal and or xor not where is_nan is_inf add sub
+    mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh
+    erf floor ceil round_even trunc sign reciprocal relu clip min max pow mod fmod sigmoid silu gelu
+    gelu_tanh hard_sigmoid hard_swish leaky_relu elu selu celu softplus softsign mish prelu
+    thresholded_relu shrink
+    """.split()
+)
 
 
 @dataclass
@@ -60,7 +66,7 @@ def _literal(value: Any, dtype: DType) -> str:
         v = dtype.numpy.type(value)
         suffix = "f" if dtype is F32 else ""
         if np.isnan(v):
-            return f"__builtin_nan{suffix}(\"\")"
+            return f'__builtin_nan{suffix}("")'
         if np.isinf(v):
             return f"{'-' if v < 0 else ''}__builtin_inf{suffix}()"
         text = repr(float(v)) if dtype is not F32 else np.format_float_scientific(v, unique=True)
@@ -128,7 +134,9 @@ def _without_epilogue(node: Node) -> Node:
     count = ops.op_of(node.op).epilogue or 0
     attrs = {k: v for k, v in node.attrs.items() if k != "epilogue"}
     base = ops.make(node.op, *node.inputs[:count], origin=node.origin, **attrs)
-    return ops.make("map", base, *node.inputs[count:], origin=node.origin, label=node.name, fn=node.attrs["epilogue"])
+    return ops.make(
+        "map", base, *node.inputs[count:], origin=node.origin, label=node.name, fn=node.attrs["epilogue"]
+    )
 
 
 def legalise(graph: Graph) -> Graph:
@@ -142,7 +150,9 @@ def legalise(graph: Graph) -> Graph:
             return _without_epilogue(node)
         if node.op in ("softmax", "log_softmax") and node.type.size and node.dtype is not F32:
             wide = ops.make("cast", node.inputs[0], origin=node.origin, to=F32)
-            return ops.make("cast", ops.make(node.op, wide, origin=node.origin, axis=node.attrs["axis"]), to=node.dtype)
+            return ops.make(
+                "cast", ops.make(node.op, wide, origin=node.origin, axis=node.attrs["axis"]), to=node.dtype
+            )
         return node
 
     return graph.map_nodes(one)
@@ -190,7 +200,12 @@ class Lowering:
             view.root.values.append(n)
         for i, o in enumerate(graph.outputs):
             settled = self._views.get(o)
-            if settled and settled.root.kind == "arena" and settled.offset == 0 and settled.root.bytes == o.type.bytes:
+            if (
+                settled
+                and settled.root.kind == "arena"
+                and settled.offset == 0
+                and settled.root.bytes == o.type.bytes
+            ):
                 settled.root.kind, settled.root.index = "output", i
                 self._roots.remove(settled.root)
                 settled.root.block = None
@@ -199,7 +214,9 @@ class Lowering:
                 self._concat_in_place(n, outputs)
                 self._concat_channels_in_place(n)
 
-    def _shared_view(self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]) -> View | None:
+    def _shared_view(
+        self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]
+    ) -> View | None:
         """The memory that `n` takes over from an operand; None if it needs its own."""
         if not n.type.size:
             return None
@@ -209,7 +226,8 @@ class Lowering:
             x = n.inputs[0]
             outer = [i for i in range(n.type.rank) if n.shape[i] != x.shape[i]]
             if all(s == 1 for s, d in zip(n.attrs["step"], n.shape, strict=True) if d > 1) and (
-                    not outer or all(n.shape[i] == 1 for i in range(outer[-1]))):
+                not outer or all(n.shape[i] == 1 for i in range(outer[-1]))
+            ):
                 start = 0
                 for s, d in zip(n.attrs["start"], x.shape, strict=True):
                     start = start * d + s
@@ -218,11 +236,19 @@ class Lowering:
         if ops.op_of(n.op).kind == "elementwise":
             for x in n.inputs:
                 view = self._views.get(x)
-                if (view and view.root.kind == "arena" and view.offset == 0 and view.root.bytes == n.type.bytes == x.type.bytes
-                        and x.shape == n.shape and not any(v in outputs for v in view.root.values)
-                        and all(last_use[v] <= position[n] for v in view.root.values)
-                        and sum(i is x for i in n.inputs) == 1
-                        and not any(self._views.get(i) and self._views[i].root is view.root for i in n.inputs if i is not x)):
+                if (
+                    view
+                    and view.root.kind == "arena"
+                    and view.offset == 0
+                    and view.root.bytes == n.type.bytes == x.type.bytes
+                    and x.shape == n.shape
+                    and not any(v in outputs for v in view.root.values)
+                    and all(last_use[v] <= position[n] for v in view.root.values)
+                    and sum(i is x for i in n.inputs) == 1
+                    and not any(
+                        self._views.get(i) and self._views[i].root is view.root for i in n.inputs if i is not x
+                    )
+                ):
                     return view
         return None
 
@@ -234,13 +260,23 @@ class Lowering:
         view, offset = self._views[n], self._views[n].offset
         # An in-place operation on the result would destroy an operand that is read again later.
         if any(ops.op_of(v.op).kind == "elementwise" for v in view.root.values) and any(
-                self._last_use[v] > self._position[n] for x in n.inputs for v in (self._views[x].root.values if x in self._views else [])):
+            self._last_use[v] > self._position[n]
+            for x in n.inputs
+            for v in (self._views[x].root.values if x in self._views else [])
+        ):
             return
         for x in n.inputs:
             own = self._views.get(x)
-            if (own and own.root.kind == "arena" and own.offset == 0 and own.root.bytes == x.type.bytes and own.root is not view.root
-                    and own.root in self._roots and not any(v in outputs for v in own.root.values)
-                    and sum(i is x for i in n.inputs) == 1):
+            if (
+                own
+                and own.root.kind == "arena"
+                and own.offset == 0
+                and own.root.bytes == x.type.bytes
+                and own.root is not view.root
+                and own.root in self._roots
+                and not any(v in outputs for v in own.root.values)
+                and sum(i is x for i in n.inputs) == 1
+            ):
                 self._roots.remove(own.root)
                 for v in own.root.values:
                     inner = self._views[v]
@@ -255,8 +291,14 @@ class Lowering:
         view, channel = self._views[n], 0
         for x in n.inputs:
             own = self._views.get(x)
-            if (own and _writes_channel_slices(x) and self.graph.users[x] == [n] and own.root in self._roots
-                    and own.root.values == [x] and view.pixel == 0):
+            if (
+                own
+                and _writes_channel_slices(x)
+                and self.graph.users[x] == [n]
+                and own.root in self._roots
+                and own.root.values == [x]
+                and view.pixel == 0
+            ):
                 self._roots.remove(own.root)
                 self._views[x] = View(view.root, view.offset + channel * n.dtype.bytes, n.shape[-1])
                 view.root.values.append(x)
@@ -284,22 +326,37 @@ class Lowering:
 
     def packed(self, name: str, array: np.ndarray) -> tuple[View, Arg]:
         """A constant in the layout its kernel reads."""
-        return (View(Root("weights", array.nbytes, offset=self.weights.add(array))),
-                Arg(name, DType.of(array.dtype).ctype, ""))
+        return (
+            View(Root("weights", array.nbytes, offset=self.weights.add(array))),
+            Arg(name, DType.of(array.dtype).ctype, ""),
+        )
 
     def temporary(self, name: str, nbytes: int) -> tuple[View, Arg]:
         """Memory that lives from the first to the last call that names it."""
         return View(self._new_root("arena", nbytes)), Arg(name, "unsigned char", "", const=False)
 
-    def call(self, node: Node, kernel: str, header: str, template: Sequence[object], order: Sequence[str],
-             args: Sequence[tuple[View, Arg]], fn: Fn | None = None, parallel: bool = True, scratch: int = 0) -> None:
+    def call(
+        self,
+        node: Node,
+        kernel: str,
+        header: str,
+        template: Sequence[object],
+        order: Sequence[str],
+        args: Sequence[tuple[View, Arg]],
+        fn: Fn | None = None,
+        parallel: bool = True,
+        scratch: int = 0,
+    ) -> None:
         """Appends one kernel call that computes (a part of) `node`.
 
         `scratch`: bytes of working memory; the argument called `scratch` in `order`, null if 0.
         """
         index = len(self.calls)
         if scratch:
-            args = [*args, (View(self._new_root("arena", scratch)), Arg("scratch", "unsigned char", "", const=False))]
+            args = [
+                *args,
+                (View(self._new_root("arena", scratch)), Arg("scratch", "unsigned char", "", const=False)),
+            ]
         else:
             order = ["nullptr" if o == "scratch" else o for o in order]
         moved = 0
@@ -309,8 +366,22 @@ class Lowering:
                 view.root.block.first = min(view.root.block.first, index)
                 view.root.block.last = max(view.root.block.last, index)
         self._pending.append(([(v.root, v.offset, a) for v, a in args], index))
-        self.calls.append(Call(kernel, header, tuple(map(str, template)), tuple(order), (), fn, node.label(), node.op,
-                               ops.macs(node), moved, parallel, scratch))
+        self.calls.append(
+            Call(
+                kernel,
+                header,
+                tuple(map(str, template)),
+                tuple(order),
+                (),
+                fn,
+                node.label(),
+                node.op,
+                ops.macs(node),
+                moved,
+                parallel,
+                scratch,
+            )
+        )
 
     def finish(self) -> Plan:
         """Places the blocks and resolves every argument."""
@@ -322,8 +393,14 @@ class Lowering:
             target = View(self._new_root("output", o.type.bytes, i))
             if o.type.size:
                 dense = f"Shape<{o.type.size}>"
-                self.call(o, "copy_strided", "copy.h", [o.dtype.ctype, dense, dense, dense], ["y", "x", "part"],
-                          [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))])
+                self.call(
+                    o,
+                    "copy_strided",
+                    "copy.h",
+                    [o.dtype.ctype, dense, dense, dense],
+                    ["y", "x", "part"],
+                    [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))],
+                )
         if self.problems:
             raise UnsupportedOpError(self.problems)
         blocks = [r.block for r in self._roots if r.block and r.block.last >= 0]
@@ -335,10 +412,25 @@ class Lowering:
                 base = root.block.offset if root.block else root.offset
                 resolved.append(replace(arg, kind=root.kind, index=root.index, offset=base + offset))
             calls[index] = replace(calls[index], args=tuple(resolved))
-        ports = [tuple(Port(name, n.shape, n.dtype.numpy.name, n.type.bytes) for name, n in side) for side in (
-            [(n.name, n) for n in graph.inputs], list(zip(graph.output_names, graph.outputs, strict=True)))]
-        return Plan(graph.name, self.target.name, self.threads, ports[0], ports[1], tuple(calls), self.weights.blob(),
-                    size, bound, graph.batch_max)
+        ports = [
+            tuple(Port(name, n.shape, n.dtype.numpy.name, n.type.bytes) for name, n in side)
+            for side in (
+                [(n.name, n) for n in graph.inputs],
+                list(zip(graph.output_names, graph.outputs, strict=True)),
+            )
+        ]
+        return Plan(
+            graph.name,
+            self.target.name,
+            self.threads,
+            ports[0],
+            ports[1],
+            tuple(calls),
+            self.weights.blob(),
+            size,
+            bound,
+            graph.batch_max,
+        )
 
     # -- epilogues
 
@@ -349,7 +441,7 @@ class Lowering:
             return Fn((), (Access("value"),), True, True), []
         e = expressions.parse(text)
         operands, args = [Access("value")], []
-        for i, extra in enumerate(node.inputs[ops.op_of(node.op).epilogue or 0:], 1):
+        for i, extra in enumerate(node.inputs[ops.op_of(node.op).epilogue or 0 :], 1):
             access = _fusible_operand(extra, node)
             assert access is not None, "legalise() lets only fusible epilogues through"
             if access.mode != "literal":
@@ -412,6 +504,7 @@ def lower(graph: Graph, target: Target, threads: int = 1) -> Plan:
 
 # -- windows
 
+
 def _image(shape: Sequence[int]) -> str:
     return f"Image<{', '.join(map(str, shape))}>"
 
@@ -439,23 +532,50 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     fn, extra = ctx.epilogue(node)
     order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
 
-    def run(kernel: str, header: str, template: list[object], weights: np.ndarray, bias: np.ndarray, scratch: int = 0) -> None:
-        ctx.call(node, kernel, header, template, order, [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias),
-                                                         ctx.write("y", node), *extra], fn, scratch=scratch)
+    def run(
+        kernel: str, header: str, template: list[object], weights: np.ndarray, bias: np.ndarray, scratch: int = 0
+    ) -> None:
+        ctx.call(
+            node,
+            kernel,
+            header,
+            template,
+            order,
+            [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias), ctx.write("y", node), *extra],
+            fn,
+            scratch=scratch,
+        )
 
     if groups == c and oc % c == 0 and groups > 1:
-        run("depthwise2d", "depthwise.h", [*tags, *strides], *pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c))
+        run(
+            "depthwise2d",
+            "depthwise.h",
+            [*tags, *strides],
+            *pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c),
+        )
     elif ctx.target.winograd_pays(node):
         block = pack.winograd_block(oc, ctx.target.name)
-        run("winograd2d", "winograd.h", [tags[0], tags[1], tags[3], block, *strides], pack.pack_winograd(w.value, block),
+        run(
+            "winograd2d",
+            "winograd.h",
+            [tags[0], tags[1], tags[3], block, *strides],
+            pack.pack_winograd(w.value, block),
             pack.pack_bias(_bias(node, oc), block),
-            pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads))
+            pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads),
+        )
     else:
         block = pack.conv2d_block(oc // groups, ctx.target.name, math.prod(node.shape[:3]))
-        kernel, template = ("conv2d", [*tags, block]) if groups == 1 else ("grouped_conv2d", [*tags, groups, block])
-        run(kernel, "conv.h", [*template, *strides], np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
+        kernel, template = (
+            ("conv2d", [*tags, block]) if groups == 1 else ("grouped_conv2d", [*tags, groups, block])
+        )
+        run(
+            kernel,
+            "conv.h",
+            [*template, *strides],
+            np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
             np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)]),
-            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads))
+            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads),
+        )
 
 
 def _plain_conv(ctx: Lowering, node: Node, kernel: str, template: list[object]) -> None:
@@ -479,10 +599,16 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
     block = pack.conv2d_block(oc // groups, ctx.target.name)
     weights = pack.pack_conv_transpose2d(w.value, node.attrs, node.shape, block)
     bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
-    ctx.call(node, "conv_transpose2d", "conv.h", [*tags, _image(node.shape), groups, block],
-             ["x", "w", "bias", "y", "scratch", "part", "fn"],
-             [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias), ctx.write("y", node), *extra], fn,
-             scratch=pack.conv_transpose2d_scratch_bytes(x.shape, node.attrs, (kh, kw), node.shape, ctx.threads))
+    ctx.call(
+        node,
+        "conv_transpose2d",
+        "conv.h",
+        [*tags, _image(node.shape), groups, block],
+        ["x", "w", "bias", "y", "scratch", "part", "fn"],
+        [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias), ctx.write("y", node), *extra],
+        fn,
+        scratch=pack.conv_transpose2d_scratch_bytes(x.shape, node.attrs, (kh, kw), node.shape, ctx.threads),
+    )
 
 
 @lowers("max_pool2d", "avg_pool2d")
@@ -492,28 +618,49 @@ def _pool2d(ctx: Lowering, node: Node) -> None:
     stride, padding, dilation = _window_tags(node.attrs)
     if not _has_fast_kernel(node):
         if node.op == "avg_pool2d":
-            ctx.problems.append((node.label(), f"average pooling of {x.dtype.value}", "cast the operand to float32"))
+            ctx.problems.append(
+                (node.label(), f"average pooling of {x.dtype.value}", "cast the operand to float32")
+            )
             return
-        ctx.call(node, "plain_max_pool2d", "plain.h", [x.dtype.ctype, _image(x.shape), kernel, stride, padding, dilation],
-                 ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+        ctx.call(
+            node,
+            "plain_max_pool2d",
+            "plain.h",
+            [x.dtype.ctype, _image(x.shape), kernel, stride, padding, dilation],
+            ["x", "y", "part"],
+            [ctx.read("x", x), ctx.write("y", node)],
+        )
         return
     fn, extra = ctx.epilogue(node)
     template: list[object] = [_image(x.shape), kernel, stride, padding]
-    template += [padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>", dilation] if node.op == "avg_pool2d" else [dilation]
+    template += (
+        [padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>", dilation]
+        if node.op == "avg_pool2d"
+        else [dilation]
+    )
     template += [x.shape[3], ctx.pixel(node)] if ctx.view(node).pixel else []
-    ctx.call(node, node.op, "pool.h", template, ["x", "y", "nullptr", "part", "fn"],
-             [ctx.read("x", x), ctx.write("y", node), *extra], fn)
+    ctx.call(
+        node,
+        node.op,
+        "pool.h",
+        template,
+        ["x", "y", "nullptr", "part", "fn"],
+        [ctx.read("x", x), ctx.write("y", node), *extra],
+        fn,
+    )
 
 
 @lowers("resize2d")
 def _resize2d(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
     if not _has_fast_kernel(node):
-        ctx.problems.append((node.label(), "resampling with tables that are not constant", "fix the size of the result"))
+        ctx.problems.append(
+            (node.label(), "resampling with tables that are not constant", "fix the size of the result")
+        )
         return
     args, spelled, taps = [ctx.read("x", x)], [], []
     for axis, name in ((1, "rows"), (2, "columns")):
-        sources, weights = (i.value for i in node.inputs[2 * axis - 1:2 * axis + 1])
+        sources, weights = (i.value for i in node.inputs[2 * axis - 1 : 2 * axis + 1])
         args.append(ctx.packed(name, np.clip(sources, 0, x.shape[axis] - 1)))
         plain = sources.shape[1] == 1 and (weights == 1).all()
         if not plain:
@@ -521,32 +668,54 @@ def _resize2d(ctx: Lowering, node: Node) -> None:
         spelled.append(f"{{{name}, {'nullptr' if plain else f'{name}_weights'}}}")
         taps.append(sources.shape[1])
     fn, extra = ctx.epilogue(node)
-    ctx.call(node, "resize2d", "resize.h", [_image(x.shape), *node.shape[1:3], *taps, x.shape[3], ctx.pixel(node)],
-             ["x", *spelled, "y", "nullptr", "part", "fn"], [*args, ctx.write("y", node), *extra], fn)
+    ctx.call(
+        node,
+        "resize2d",
+        "resize.h",
+        [_image(x.shape), *node.shape[1:3], *taps, x.shape[3], ctx.pixel(node)],
+        ["x", *spelled, "y", "nullptr", "part", "fn"],
+        [*args, ctx.write("y", node), *extra],
+        fn,
+    )
 
 
 @lowers("linear")
 def _linear(ctx: Lowering, node: Node) -> None:
     x, w = node.inputs[:2]
     if not _has_fast_kernel(node):
-        ctx.problems.append((node.label(), f"linear on {x.dtype.value} or with weights that are not constant", "use matmul"))
+        ctx.problems.append(
+            (node.label(), f"linear on {x.dtype.value} or with weights that are not constant", "use matmul")
+        )
         return
     oc, k = w.shape
     rows = x.type.size // k
     fn, extra = ctx.epilogue(node)
     block = pack.conv2d_block(oc, ctx.target.name, rows)
     one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
-    ctx.call(node, "conv2d", "conv.h", [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block],
-             ["x", "w", "bias", "y", "scratch", "part", "fn"],
-             [ctx.read("x", x), ctx.packed("w", pack.pack_conv2d(w.value.reshape(oc, 1, 1, k), block)),
-              ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)), ctx.write("y", node), *extra], fn,
-             scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads))
+    ctx.call(
+        node,
+        "conv2d",
+        "conv.h",
+        [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block],
+        ["x", "w", "bias", "y", "scratch", "part", "fn"],
+        [
+            ctx.read("x", x),
+            ctx.packed("w", pack.pack_conv2d(w.value.reshape(oc, 1, 1, k), block)),
+            ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)),
+            ctx.write("y", node),
+            *extra,
+        ],
+        fn,
+        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads),
+    )
 
 
 # -- elementwise
 
 
-def collapse(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+def collapse(
+    shape: Sequence[int], strides: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     """Neighbouring axes merged where every operand walks them as one."""
     dims: list[int] = []
     walks: list[list[int]] = [[] for _ in strides]
@@ -594,7 +763,13 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
     if node.op == "map":
         e = expressions.parse(node.attrs["fn"])
     else:
-        e = expressions.Expr((expressions.Step(node.op, tuple(("x", i) for i in range(len(node.inputs))), tuple(node.attrs.items())),))
+        e = expressions.Expr(
+            (
+                expressions.Step(
+                    node.op, tuple(("x", i) for i in range(len(node.inputs))), tuple(node.attrs.items())
+                ),
+            )
+        )
     e_types = [i.dtype for i in node.inputs]
     vector = node.dtype is F32 and all(t is F32 for t in e_types) and all(s.op in VECTOR for s in e.steps)
     operands, args, strides = [], [], []
@@ -609,10 +784,16 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
     if pixel:
         out_strides = [s // node.shape[-1] * pixel for s in out_strides[:-1]] + [1]
     dims, walks = collapse(node.shape, [out_strides, *strides])
-    template = [node.dtype.ctype, _tag("Shape", dims), *(_tag("Strides", w) for w in walks[0 if pixel else 1:])]
-    ctx.call(node, ("vmap" if vector else "map") + ("_to" if pixel else ""), "map.h", template[1:] if vector else template,
-             ["y", "part", "fn", *(a.name for _, a in args)], [ctx.write("y", node), *args],
-             Fn(_steps(e, e_types), tuple(operands), False, vector))
+    template = [node.dtype.ctype, _tag("Shape", dims), *(_tag("Strides", w) for w in walks[0 if pixel else 1 :])]
+    ctx.call(
+        node,
+        ("vmap" if vector else "map") + ("_to" if pixel else ""),
+        "map.h",
+        template[1:] if vector else template,
+        ["y", "part", "fn", *(a.name for _, a in args)],
+        [ctx.write("y", node), *args],
+        Fn(_steps(e, e_types), tuple(operands), False, vector),
+    )
 
 
 for _op in ops.OPS.values():
@@ -629,11 +810,24 @@ def _shift(arg: tuple[View, Arg], elements: int, dtype: DType) -> tuple[View, Ar
     return View(view.root, view.offset + elements * dtype.bytes), a
 
 
-def _copy(ctx: Lowering, node: Node, x: tuple[View, Arg], y: tuple[View, Arg], shape: Sequence[int],
-          x_strides: Sequence[int], y_strides: Sequence[int]) -> None:
+def _copy(
+    ctx: Lowering,
+    node: Node,
+    x: tuple[View, Arg],
+    y: tuple[View, Arg],
+    shape: Sequence[int],
+    x_strides: Sequence[int],
+    y_strides: Sequence[int],
+) -> None:
     dims, (to, start) = collapse(shape, [y_strides, x_strides])
-    ctx.call(node, "copy_strided", "copy.h", [node.dtype.ctype, _tag("Shape", dims), _tag("Strides", to), _tag("Strides", start)],
-             ["y", "x", "part"], [x, y])
+    ctx.call(
+        node,
+        "copy_strided",
+        "copy.h",
+        [node.dtype.ctype, _tag("Shape", dims), _tag("Strides", to), _tag("Strides", start)],
+        ["y", "x", "part"],
+        [x, y],
+    )
 
 
 @lowers("slice")
@@ -645,7 +839,15 @@ def _slice(ctx: Lowering, node: Node) -> None:
     strides = row_strides(x.shape)
     start = sum(s * b for s, b in zip(strides, node.attrs["start"], strict=True))
     steps = [s * st for s, st in zip(strides, node.attrs["step"], strict=True)]
-    _copy(ctx, node, _shift(ctx.read("x", x), start, x.dtype), ctx.write("y", node), node.shape, steps, row_strides(node.shape))
+    _copy(
+        ctx,
+        node,
+        _shift(ctx.read("x", x), start, x.dtype),
+        ctx.write("y", node),
+        node.shape,
+        steps,
+        row_strides(node.shape),
+    )
 
 
 @lowers("concat")
@@ -656,16 +858,30 @@ def _concat(ctx: Lowering, node: Node) -> None:
     for x in node.inputs:
         place_of = View(view.root, view.offset + offset * strides[axis] * node.dtype.bytes)
         if x.type.size and not (ctx.view(x).root is view.root and ctx.view(x).offset == place_of.offset):
-            _copy(ctx, node, ctx.read("x", x), _shift(ctx.write("y", node), offset * strides[axis], node.dtype), x.shape,
-                  row_strides(x.shape), strides)
+            _copy(
+                ctx,
+                node,
+                ctx.read("x", x),
+                _shift(ctx.write("y", node), offset * strides[axis], node.dtype),
+                x.shape,
+                row_strides(x.shape),
+                strides,
+            )
         offset += x.shape[axis]
 
 
 @lowers("expand")
 def _expand(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
-    _copy(ctx, node, ctx.read("x", x), ctx.write("y", node), node.shape, broadcast_strides(x.shape, node.shape),
-          row_strides(node.shape))
+    _copy(
+        ctx,
+        node,
+        ctx.read("x", x),
+        ctx.write("y", node),
+        node.shape,
+        broadcast_strides(x.shape, node.shape),
+        row_strides(node.shape),
+    )
 
 
 @lowers("transpose")
@@ -684,17 +900,33 @@ def _transpose(ctx: Lowering, node: Node) -> None:
     by_input = sorted(groups)
     shape = [math.prod(dims[i] for i in g) for g in by_input] or [1]
     new_perm = [by_input.index(g) for g in groups] or [0]
-    ctx.call(node, "transpose", "transpose.h", [node.dtype.ctype, _tag("Shape", shape), _tag("Perm", new_perm)],
-             ["y", "x", "part"], [ctx.read("x", x), ctx.write("y", node)])
+    ctx.call(
+        node,
+        "transpose",
+        "transpose.h",
+        [node.dtype.ctype, _tag("Shape", shape), _tag("Perm", new_perm)],
+        ["y", "x", "part"],
+        [ctx.read("x", x), ctx.write("y", node)],
+    )
 
 
 @lowers("pad")
 def _pad(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
-    ctx.call(node, "pad", "copy.h",
-             [node.dtype.ctype, f"PadMode::{node.attrs['mode']}", _tag("Shape", x.shape), _tag("Shape", node.shape),
-              _tag("Strides", node.attrs["before"])],
-             ["y", "x", _literal(node.attrs["value"], node.dtype), "part"], [ctx.read("x", x), ctx.write("y", node)])
+    ctx.call(
+        node,
+        "pad",
+        "copy.h",
+        [
+            node.dtype.ctype,
+            f"PadMode::{node.attrs['mode']}",
+            _tag("Shape", x.shape),
+            _tag("Shape", node.shape),
+            _tag("Strides", node.attrs["before"]),
+        ],
+        ["y", "x", _literal(node.attrs["value"], node.dtype), "part"],
+        [ctx.read("x", x), ctx.write("y", node)],
+    )
 
 
 # -- indexing
@@ -704,27 +936,64 @@ def _pad(ctx: Lowering, node: Node) -> None:
 def _gather(ctx: Lowering, node: Node) -> None:
     x, index = node.inputs
     axis = node.attrs["axis"] % x.type.rank
-    template = [x.dtype.ctype, index.dtype.ctype, math.prod(x.shape[:axis]), x.shape[axis], index.type.size, math.prod(x.shape[axis + 1:])]
-    ctx.call(node, "gather", "gather.h", template, ["x", "i", "y", "part"],
-             [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+    template = [
+        x.dtype.ctype,
+        index.dtype.ctype,
+        math.prod(x.shape[:axis]),
+        x.shape[axis],
+        index.type.size,
+        math.prod(x.shape[axis + 1 :]),
+    ]
+    ctx.call(
+        node,
+        "gather",
+        "gather.h",
+        template,
+        ["x", "i", "y", "part"],
+        [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)],
+    )
 
 
 @lowers("gather_elements")
 def _gather_elements(ctx: Lowering, node: Node) -> None:
     x, index = node.inputs
-    template = [x.dtype.ctype, index.dtype.ctype, _tag("Shape", x.shape), _tag("Shape", index.shape), node.attrs["axis"] % x.type.rank]
-    ctx.call(node, "gather_elements", "gather.h", template, ["x", "i", "y", "part"],
-             [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+    template = [
+        x.dtype.ctype,
+        index.dtype.ctype,
+        _tag("Shape", x.shape),
+        _tag("Shape", index.shape),
+        node.attrs["axis"] % x.type.rank,
+    ]
+    ctx.call(
+        node,
+        "gather_elements",
+        "gather.h",
+        template,
+        ["x", "i", "y", "part"],
+        [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)],
+    )
 
 
 @lowers("gather_nd")
 def _gather_nd(ctx: Lowering, node: Node) -> None:
     x, index = node.inputs
     b, q = node.attrs["batch_dims"], index.shape[-1]
-    template = [x.dtype.ctype, index.dtype.ctype, math.prod(x.shape[:b]), _tag("Shape", x.shape[b:b + q]),
-                math.prod(index.shape[b:-1]), math.prod(x.shape[b + q:])]
-    ctx.call(node, "gather_nd", "gather.h", template, ["x", "i", "y", "part"],
-             [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)])
+    template = [
+        x.dtype.ctype,
+        index.dtype.ctype,
+        math.prod(x.shape[:b]),
+        _tag("Shape", x.shape[b : b + q]),
+        math.prod(index.shape[b:-1]),
+        math.prod(x.shape[b + q :]),
+    ]
+    ctx.call(
+        node,
+        "gather_nd",
+        "gather.h",
+        template,
+        ["x", "i", "y", "part"],
+        [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)],
+    )
 
 
 _SCATTER = {"none": "Replace", "add": "Add", "mul": "Mul", "min": "Minimum", "max": "Maximum"}
@@ -739,8 +1008,14 @@ def _scatter(ctx: Lowering, node: Node) -> None:
     else:
         q = index.shape[-1]
         template += [_tag("Shape", x.shape[:q]), math.prod(index.shape[:-1]), math.prod(x.shape[q:])]
-    ctx.call(node, node.op, "gather.h", [*template, _SCATTER[node.attrs["reduction"]]], ["x", "i", "u", "y", "part"],
-             [ctx.read("x", x), ctx.read("i", index), ctx.read("u", updates), ctx.write("y", node)])
+    ctx.call(
+        node,
+        node.op,
+        "gather.h",
+        [*template, _SCATTER[node.attrs["reduction"]]],
+        ["x", "i", "u", "y", "part"],
+        [ctx.read("x", x), ctx.read("i", index), ctx.read("u", updates), ctx.write("y", node)],
+    )
 
 
 @lowers("topk_values", "topk_indices")
@@ -748,8 +1023,15 @@ def _topk(ctx: Lowering, node: Node) -> None:
     x, k = node.inputs[0], node.attrs["k"]
     template = [x.dtype.ctype, x.type.size // x.shape[-1], x.shape[-1], k, _bool(node.attrs["largest"])]
     results = ["y", "nullptr"] if node.op == "topk_values" else ["nullptr", "y"]
-    ctx.call(node, "topk", "topk.h", template, ["x", *results, "scratch", "part"], [ctx.read("x", x), ctx.write("y", node)],
-             scratch=aligned(8 * k) * ctx.threads)
+    ctx.call(
+        node,
+        "topk",
+        "topk.h",
+        template,
+        ["x", *results, "scratch", "part"],
+        [ctx.read("x", x), ctx.write("y", node)],
+        scratch=aligned(8 * k) * ctx.threads,
+    )
 
 
 # -- recurrence
@@ -769,8 +1051,10 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
     if packed:
         # The reset gate of a GRU stands between its first two gates and the third: two panels.
         panels = np.split(r.value, [2 * h]) if node.op == "gru" else [r.value]
-        weights = [ctx.packed("w", pack.pack_gates(w.value, t * b, isa)),
-                   ctx.packed("r", np.concatenate([pack.pack_gates(p, b, isa) for p in panels]))]
+        weights = [
+            ctx.packed("w", pack.pack_gates(w.value, t * b, isa)),
+            ctx.packed("r", np.concatenate([pack.pack_gates(p, b, isa) for p in panels])),
+        ]
     else:
         weights = [ctx.read("w", w), ctx.read("r", r)]
     args = [ctx.read("x", x), *weights, ctx.read("bias", node.inputs[3]), ctx.read("h0", node.inputs[4])]
@@ -783,8 +1067,15 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
         order.append("peep" if len(node.inputs) > 6 else "nullptr")
     args.append(ctx.write("y", node))
     order.append("y")
-    ctx.call(node, node.op, "rnn.h", template, [*order, "scratch", "part"], args,
-             scratch=pack.recurrent_scratch_bytes(gates, t, b, i, h, packed, isa))
+    ctx.call(
+        node,
+        node.op,
+        "rnn.h",
+        template,
+        [*order, "scratch", "part"],
+        args,
+        scratch=pack.recurrent_scratch_bytes(gates, t, b, i, h, packed, isa),
+    )
 
 
 # -- reductions
@@ -792,10 +1083,16 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
 
 def _outer_axis_inner(shape: Sequence[int], axis: int) -> tuple[int, int, int]:
     axis %= max(len(shape), 1)
-    return math.prod(shape[:axis]), shape[axis] if shape else 1, math.prod(shape[axis + 1:])
+    return math.prod(shape[:axis]), shape[axis] if shape else 1, math.prod(shape[axis + 1 :])
 
 
-_REDUCE = {"reduce_sum": "Sum", "reduce_mean": "Mean", "reduce_max": "Max", "reduce_min": "Min", "reduce_prod": "Prod"}
+_REDUCE = {
+    "reduce_sum": "Sum",
+    "reduce_mean": "Mean",
+    "reduce_max": "Max",
+    "reduce_min": "Min",
+    "reduce_prod": "Prod",
+}
 _PLAIN = Fn((), (Access("value"),), True, True)  # an epilogue that changes nothing
 
 
@@ -808,10 +1105,21 @@ def _reduce(ctx: Lowering, node: Node) -> None:
     reduced = sorted(axes)
     # The mean over the middle of [outer, n, inner] is a pooling window: vectors run over inner.
     if node.op == "reduce_mean" and x.dtype is F32 and reduced and reduced[-1] - reduced[0] == len(reduced) - 1:
-        outer, n, inner = (math.prod(x.shape[:reduced[0]]), math.prod(x.shape[i] for i in reduced), math.prod(x.shape[reduced[-1] + 1:]))
+        outer, n, inner = (
+            math.prod(x.shape[: reduced[0]]),
+            math.prod(x.shape[i] for i in reduced),
+            math.prod(x.shape[reduced[-1] + 1 :]),
+        )
         if inner > 1 and outer and n:
-            ctx.call(node, "global_pool2d", "pool.h", [_image((outer, 1, n, inner)), "GlobalAverage"],
-                     ["x", "y", "nullptr", "part", "fn"], [ctx.read("x", x), ctx.write("y", node)], _PLAIN)
+            ctx.call(
+                node,
+                "global_pool2d",
+                "pool.h",
+                [_image((outer, 1, n, inner)), "GlobalAverage"],
+                ["x", "y", "nullptr", "part", "fn"],
+                [ctx.read("x", x), ctx.write("y", node)],
+                _PLAIN,
+            )
             return
     template: list[object] = [_REDUCE[node.op], x.dtype.ctype]
     for group in (kept, reduced):
@@ -823,15 +1131,27 @@ def _reduce(ctx: Lowering, node: Node) -> None:
 @lowers("argmax", "argmin")
 def _arg(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
-    template = [x.dtype.ctype, *_outer_axis_inner(x.shape, node.attrs["axis"]), _bool(node.op == "argmax"), _bool(node.attrs["last"])]
-    ctx.call(node, "arg_extremum", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+    template = [
+        x.dtype.ctype,
+        *_outer_axis_inner(x.shape, node.attrs["axis"]),
+        _bool(node.op == "argmax"),
+        _bool(node.attrs["last"]),
+    ]
+    ctx.call(
+        node, "arg_extremum", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)]
+    )
 
 
 @lowers("cumsum", "cumprod")
 def _scan(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
-    template = ["Sum" if node.op == "cumsum" else "Prod", x.dtype.ctype, *_outer_axis_inner(x.shape, node.attrs["axis"]),
-                _bool(node.attrs["exclusive"]), _bool(node.attrs["reverse"])]
+    template = [
+        "Sum" if node.op == "cumsum" else "Prod",
+        x.dtype.ctype,
+        *_outer_axis_inner(x.shape, node.attrs["axis"]),
+        _bool(node.attrs["exclusive"]),
+        _bool(node.attrs["reverse"]),
+    ]
     ctx.call(node, "scan", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
 
 
@@ -855,7 +1175,14 @@ def _norm(ctx: Lowering, node: Node) -> None:
     if node.op == "layer_norm":
         order.append("bias" if len(node.inputs) > 2 else "nullptr")
         args += [ctx.read("bias", b) for b in node.inputs[2:]]
-    ctx.call(node, node.op, "norm.h", template, [*order, "y", "part", _literal(node.attrs["eps"], F32)], [*args, ctx.write("y", node)])
+    ctx.call(
+        node,
+        node.op,
+        "norm.h",
+        template,
+        [*order, "y", "part", _literal(node.attrs["eps"], F32)],
+        [*args, ctx.write("y", node)],
+    )
 
 
 # -- products
@@ -876,8 +1203,19 @@ def _matmul(ctx: Lowering, node: Node) -> None:
         ctx.call(node, "plain_matmul", "matmul.h", [t, t, *template], ["a", "b", "y", "part"], args)
         return
     fn, extra = ctx.epilogue(node)
-    scratch = pack.matmul_scratch_bytes(math.prod(dims), m, k, n, node.attrs["trans_a"], ctx.target.name) * ctx.threads
-    ctx.call(node, "matmul", "matmul.h", template, ["a", "b", "y", "scratch", "part", "fn"], [*args, *extra], fn, scratch=scratch)
+    scratch = (
+        pack.matmul_scratch_bytes(math.prod(dims), m, k, n, node.attrs["trans_a"], ctx.target.name) * ctx.threads
+    )
+    ctx.call(
+        node,
+        "matmul",
+        "matmul.h",
+        template,
+        ["a", "b", "y", "scratch", "part", "fn"],
+        [*args, *extra],
+        fn,
+        scratch=scratch,
+    )
 
 
 @lowers("attention")
@@ -897,8 +1235,26 @@ def _attention(ctx: Lowering, node: Node) -> None:
         walk = broadcast_strides(node.inputs[3].shape, (b, heads, nq, nk))
         mask, name = _tag("MaskStrides", walk), "mask"
         args.append(ctx.read("mask", node.inputs[3]))
-    template = [b, heads, nq, nk, d, dv, head_strides(q), head_strides(k), head_strides(v), head_strides(node), mask,
-                _bool(node.attrs["causal"])]
-    ctx.call(node, "attention", "attention.h", template,
-             ["q", "k", "v", name, "y", "scratch", "part", _literal(node.attrs["scale"], F32)], [*args, ctx.write("y", node)],
-             scratch=pack.attention_scratch_bytes(nq, nk, d, dv, ctx.target.name) * ctx.threads)
+    template = [
+        b,
+        heads,
+        nq,
+        nk,
+        d,
+        dv,
+        head_strides(q),
+        head_strides(k),
+        head_strides(v),
+        head_strides(node),
+        mask,
+        _bool(node.attrs["causal"]),
+    ]
+    ctx.call(
+        node,
+        "attention",
+        "attention.h",
+        template,
+        ["q", "k", "v", name, "y", "scratch", "part", _literal(node.attrs["scale"], F32)],
+        [*args, ctx.write("y", node)],
+        scratch=pack.attention_scratch_bytes(nq, nk, d, dv, ctx.target.name) * ctx.threads,
+    )

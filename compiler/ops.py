@@ -257,9 +257,11 @@ def _f32(x: float, like: Array) -> Any:
 
 _SMOOTH = 2e-6  # a vectorised transcendental: a few units in the last place
 
-for _name, _fn in {"sqrt": np.sqrt, "exp": np.exp, "log": np.log, "sin": np.sin, "cos": np.cos, "tan": np.tan,
-                   "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
-                   "tanh": np.tanh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "erf": erf}.items():
+_TRANSCENDENTAL: dict[str, Callable[..., Array]] = {
+    "sqrt": np.sqrt, "exp": np.exp, "log": np.log, "sin": np.sin, "cos": np.cos, "tan": np.tan,
+    "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
+    "tanh": np.tanh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "erf": erf}
+for _name, _fn in _TRANSCENDENTAL.items():
     _elementwise(_name, 1, _float(_fn), cxx=_name + "_", tolerance=_SMOOTH, doc=f"{_name}(x)")
 
 _elementwise("rsqrt", 1, _float(lambda x: 1 / np.sqrt(x)), tolerance=_SMOOTH, doc="1 / sqrt(x)")
@@ -334,10 +336,11 @@ def _ref_bit_cast(x: Sequence[Array], a: FrozenDict) -> Array:
 _add(Op("bit_cast", (1, 1), _infer_bit_cast, _ref_bit_cast, {"to": REQUIRED}, "elementwise", 0.0, "bit_cast",
         doc="the bits of x as another element type of the same width"))
 
-for _name, _fn, _domain in [
+_BINARY: list[tuple[str, Callable[..., Array], frozenset[DType]]] = [
         ("add", np.add, NUMBERS), ("sub", np.subtract, NUMBERS), ("mul", np.multiply, NUMBERS),
         ("div", _trunc_div, NUMBERS), ("min", np.minimum, NUMBERS), ("max", np.maximum, NUMBERS),
-        ("bit_and", np.bitwise_and, INTS), ("bit_or", np.bitwise_or, INTS), ("bit_xor", np.bitwise_xor, INTS)]:
+        ("bit_and", np.bitwise_and, INTS), ("bit_or", np.bitwise_or, INTS), ("bit_xor", np.bitwise_xor, INTS)]
+for _name, _fn, _domain in _BINARY:
     _elementwise(_name, 2, _fn, _domain, cxx=_name + "_" if _name in ("div", "min", "max") else _name,  # libc has them too
                  tolerance=1e-6 if _name == "div" else 0.0, doc=f"{_name}(a, b)")
 for _name, _fn in [("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)]:
@@ -594,9 +597,9 @@ def _reduction(name: str, fn: Callable[..., Array], domain: frozenset[DType], to
         if t.dtype not in domain:
             raise ShapeError(f"{name} is not defined for {t.dtype.value}")
         axes = tuple(_axis(x, t.rank, name) for x in a["axes"])
-        if name in ("reduce_max", "reduce_min") and t.size == 0:
-            if any(t.shape[x] == 0 for x in axes) and all(d for i, d in enumerate(t.shape) if i not in axes):
-                raise ShapeError(f"{name} of an empty axis has no value")
+        empty = any(t.shape[x] == 0 for x in axes) and all(d for i, d in enumerate(t.shape) if i not in axes)
+        if empty and name in ("reduce_max", "reduce_min"):
+            raise ShapeError(f"{name} of an empty axis has no value")
         return TensorType(_reduced_shape(t.shape, axes, a["keep"]), t.dtype)
 
     def reference(x: Sequence[Array], a: FrozenDict) -> Array:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 __all__ = [
     "conv2d_block",
-    "conv2d_scratch_bytes", "conv_transpose2d_scratch_bytes",
+    "conv2d_scratch_bytes",
+    "conv_transpose2d_scratch_bytes",
     "pack_bias",
     "pack_conv2d",
     "pack_depthwise",
@@ -231,15 +232,24 @@ def matmul_scratch_bytes(batch: int, m: int, k: int, n: int, trans_a: bool, isa:
     if batch < 4:
         columns = min(columns, _round_up(-(-n // 4), block))
     columns = min(max(columns, block), n)
-    return 4 * (_panel_floats(k, columns, block) + _round_up(columns + block, 16) + (_round_up(m * k, 16) if trans_a else 0))
+    return 4 * (
+        _panel_floats(k, columns, block)
+        + _round_up(columns + block, 16)
+        + (_round_up(m * k, 16) if trans_a else 0)
+    )
 
 
 def attention_scratch_bytes(queries: int, keys: int, width: int, value_width: int, isa: str) -> int:
     """attention::scratch_bytes() of attention.h for one part."""
     rows = min(max(128 * 1024 // 4 // keys // 8 * 8, 8), 64, queries)
     lanes = _BLOCK_VECTORS[isa]
-    return 4 * (_panel_floats(width, keys, _panel_block(keys, isa)) + _panel_floats(keys, value_width, _panel_block(value_width, isa))
-                + _round_up(rows * keys, 16) + _round_up(max(keys, value_width) + 3 * lanes, 16) + _round_up(rows, 16))
+    return 4 * (
+        _panel_floats(width, keys, _panel_block(keys, isa))
+        + _panel_floats(keys, value_width, _panel_block(value_width, isa))
+        + _round_up(rows * keys, 16)
+        + _round_up(max(keys, value_width) + 3 * lanes, 16)
+        + _round_up(rows, 16)
+    )
 
 
 def _gate_block(gates: int, rows: int, isa: str) -> int:
@@ -253,7 +263,9 @@ def pack_gates(weights: np.ndarray, rows: int, isa: str) -> Floats:
     return pack_conv2d(weights[:, None, None, :], _gate_block(weights.shape[0], rows, isa))
 
 
-def recurrent_scratch_bytes(gates: int, steps: int, batch: int, inputs: int, hidden: int, packed: bool, isa: str) -> int:
+def recurrent_scratch_bytes(
+    gates: int, steps: int, batch: int, inputs: int, hidden: int, packed: bool, isa: str
+) -> int:
     """`scratch_bytes` of lstm (4 gates), gru (3) and rnn (1) of rnn.h; `packed`: weights by pack_gates."""
 
     def bias(outputs: int, rows: int) -> int:
@@ -264,7 +276,11 @@ def recurrent_scratch_bytes(gates: int, steps: int, batch: int, inputs: int, hid
         return _panel_floats(width, outputs, _gate_block(outputs, rows, isa))
 
     n = gates * hidden
-    total = _round_up(steps * batch * n, 16) + _round_up(batch * n, 16) + 2 * max(bias(n, steps * batch), bias(n, batch))
+    total = (
+        _round_up(steps * batch * n, 16)
+        + _round_up(batch * n, 16)
+        + 2 * max(bias(n, steps * batch), bias(n, batch))
+    )
     total += _round_up(batch * hidden, 16)
     if not packed:
         total += weights(n, inputs, steps * batch) + weights(n, hidden, batch)

@@ -12,22 +12,28 @@ from skive.targets.base import Target
 # More kernels than this are spread over several translation units, so that they compile side by side.
 KERNELS_PER_UNIT = 6
 
-_KEYWORDS = frozenset("""
-alignas alignof and asm auto bitand bitor bool break case catch char class compl const constexpr continue decltype
-default delete do double else enum explicit export extern false float for friend goto if inline int long mutable
-namespace new noexcept not nullptr operator or private protected public register return short signed sizeof static
-struct switch template this throw true try typedef typeid typename union unsigned using virtual void volatile while
-xor int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t main""".split())
+_KEYWORDS = frozenset(
+    """
+    alignas alignof and asm auto bitand bitor bool break case catch char class compl const constexpr
+    continue decltype default delete do double else enum explicit export extern false float for
+    friend goto if inline int long mutable namespace new noexcept not nullptr operator or private
+    protected public register return short signed sizeof static struct switch template this throw
+    true try typedef typeid typename union unsigned using virtual void volatile while xor int8_t
+    int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t size_t main
+    """.split()
+)
 
 # NAME.h would hide a header of the C library from a program that looks into the artefact's folder,
 # libNAME one of the libraries that every program links; CMake keeps some targets to itself.
-_TAKEN = frozenset("""
-assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign stdarg stdatomic stdbool
-stddef stdint stdio stdlib stdnoreturn string strings tgmath threads time uchar wchar wctype pthread sched semaphore
-unistd fcntl dlfcn malloc memory features
-c m gcc gcc_s pthread dl rt stdc
-all ALL_BUILD clean edit_cache help install INSTALL package PACKAGE package_source preinstall rebuild_cache RUN_TESTS
-test ZERO_CHECK""".split())
+_TAKEN = frozenset(
+    """
+    assert complex ctype errno fenv float inttypes iso646 limits locale math setjmp signal stdalign
+    stdarg stdatomic stdbool stddef stdint stdio stdlib stdnoreturn string strings tgmath threads
+    time uchar wchar wctype pthread sched semaphore unistd fcntl dlfcn malloc memory features c m
+    gcc gcc_s pthread dl rt stdc all ALL_BUILD clean edit_cache help install INSTALL package PACKAGE
+    package_source preinstall rebuild_cache RUN_TESTS test ZERO_CHECK
+    """.split()
+)
 
 
 def identifier(text: str, fallback: str = "model") -> str:
@@ -96,7 +102,9 @@ def _lambda(fn: Fn) -> str:
 
 def _parameters(declared: Sequence[str], body: str) -> str:
     """The parameter list; what `body` does not mention stays without a name."""
-    return ", ".join(d if re.search(rf"\b{d.rsplit(' ', 1)[1]}\b", body) else d.rsplit(" ", 1)[0] for d in declared)
+    return ", ".join(
+        d if re.search(rf"\b{d.rsplit(' ', 1)[1]}\b", body) else d.rsplit(" ", 1)[0] for d in declared
+    )
 
 
 def _body(call: Call, threads: int) -> str:
@@ -105,11 +113,13 @@ def _body(call: Call, threads: int) -> str:
     order = [_lambda(call.fn) if o == "fn" and call.fn else o for o in call.order]
     lines = [f"using K = {call.kernel}{template};"]
     if call.scratch_bytes:
-        lines.append(f"static_assert(K::scratch_bytes({threads}) <= {call.scratch_bytes}, \"the plan gave too little scratch\");")
+        lines.append(
+            f'static_assert(K::scratch_bytes({threads}) <= {call.scratch_bytes}, "the plan gave too little scratch");'
+        )
     plain = ", ".join(o for o in order if not o.startswith("["))
     if len(plain) < sum(map(len, order)):
         at = next(i for i, o in enumerate(order) if o.startswith("["))
-        parts = [", ".join(order[:at]), order[at], ", ".join(order[at + 1:])]
+        parts = [", ".join(order[:at]), order[at], ", ".join(order[at + 1 :])]
         lines.append("K::run(" + ",\n         ".join(p for p in parts if p) + ");")
     else:
         lines.append(f"K::run({plain});")
@@ -121,6 +131,13 @@ def _signature(call: Call, name: str, threads: int) -> str:
     return f"void {name}({_parameters(declared, _body(call, threads))})"
 
 
+# Member of Memory, kind of argument, type.
+_MEMORY = (
+    ("in", "input", "const unsigned char* const* "),
+    ("out", "output", "unsigned char* const* "),
+    ("arena", "arena", "unsigned char* "),
+    ("weights", "weights", "const unsigned char* "),
+)
 _BASES = {"input": "in[{index}]", "output": "out[{index}]", "arena": "arena", "weights": "weights"}
 
 
@@ -141,14 +158,19 @@ def emit(plan: Plan, target: Target) -> Sources:
     functions: dict[str, tuple[str, Call]] = {}  # body -> (name, first call)
     calls = []
     for i, c in enumerate(plan.calls):
-        anonymous = replace(c, args=tuple(replace(a, kind="", index=0, offset=0) for a in c.args), origin="", macs=0, bytes=0)
+        anonymous = replace(
+            c, args=tuple(replace(a, kind="", index=0, offset=0) for a in c.args), origin="", macs=0, bytes=0
+        )
         key = _signature(anonymous, "", plan.threads) + _body(anonymous, plan.threads)
         if key not in functions:
             functions[key] = (f"kernel{len(functions)}_{c.kernel}", c)
         calls.append((i, functions[key][0], c))
 
     headers = _headers(plan.calls)
-    bodies = [(n, f"// {comment(c.origin)}\n{_signature(c, n, plan.threads)} {{\n{_body(c, plan.threads)}\n}}\n", c) for n, c in functions.values()]
+    bodies = [
+        (n, f"// {comment(c.origin)}\n{_signature(c, n, plan.threads)} {{\n{_body(c, plan.threads)}\n}}\n", c)
+        for n, c in functions.values()
+    ]
     files: dict[str, str] = {}
     units = [f"{name}.cpp"]
     split = len(bodies) > KERNELS_PER_UNIT
@@ -158,12 +180,16 @@ def emit(plan: Plan, target: Target) -> Sources:
         # Neighbouring layers share template instances: keep them in one unit.
         count = -(-len(bodies) // KERNELS_PER_UNIT)
         for u in range(count):
-            part = bodies[u * len(bodies) // count:(u + 1) * len(bodies) // count]
+            part = bodies[u * len(bodies) // count : (u + 1) * len(bodies) // count]
             unit = f"{name}_kernels_{u}.cpp"
             includes = "".join(f'#include "skive/{h}"\n' for h in _headers([c for _, _, c in part]))
-            files[unit] = (f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
-                           f'#include "{name}_kernels.h"\n\n{includes}\nnamespace {name}_model {{\n'
-                           f"using namespace skive;\n\n" + "\n".join(t for _, t, _ in part) + f"\n}}  // namespace {name}_model\n")
+            files[unit] = (
+                f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
+                f'#include "{name}_kernels.h"\n\n{includes}\nnamespace {name}_model {{\n'
+                f"using namespace skive;\n\n"
+                + "\n".join(t for _, t, _ in part)
+                + f"\n}}  // namespace {name}_model\n"
+            )
             units.append(unit)
     files[f"{name}.h"] = _public_header(plan, upper)
     files[f"{name}.cpp"] = _main_unit(plan, target, upper, headers, bodies, calls, split)
@@ -177,10 +203,12 @@ def emit(plan: Plan, target: Target) -> Sources:
 
 
 def _kernels_header(upper: str, name: str, target: Target, declarations: str) -> str:
-    return (f"// Kernels of {name}: shared by its translation units. Generated; do not edit.\n"
-            f"#ifndef {upper}_MODEL_KERNELS_H\n#define {upper}_MODEL_KERNELS_H\n\n#define {target.define}\n"
-            f'#include "skive/isa.h"\n\nnamespace {name}_model {{\nusing skive::Part;\n\n{declarations}\n'
-            f"}}  // namespace {name}_model\n\n#endif  // {upper}_MODEL_KERNELS_H\n")
+    return (
+        f"// Kernels of {name}: shared by its translation units. Generated; do not edit.\n"
+        f"#ifndef {upper}_MODEL_KERNELS_H\n#define {upper}_MODEL_KERNELS_H\n\n#define {target.define}\n"
+        f'#include "skive/isa.h"\n\nnamespace {name}_model {{\nusing skive::Part;\n\n{declarations}\n'
+        f"}}  // namespace {name}_model\n\n#endif  // {upper}_MODEL_KERNELS_H\n"
+    )
 
 
 def _public_header(plan: Plan, upper: str) -> str:
@@ -189,35 +217,65 @@ def _public_header(plan: Plan, upper: str) -> str:
     for kind, ports in (("input", plan.inputs), ("output", plan.outputs)):
         for i, p in enumerate(ports):
             lines.append(f"// {kind} {i}: {comment(p.name)} {p.dtype}[{','.join(map(str, p.shape))}]")
-    lines += [f"#ifndef {upper}_MODEL_H", f"#define {upper}_MODEL_H", "",
-              "#ifdef __cplusplus", 'extern "C" {', "#endif", "",
-              f"#define {upper}_INPUT_COUNT {len(plan.inputs)}", f"#define {upper}_OUTPUT_COUNT {len(plan.outputs)}"]
+    lines += [
+        f"#ifndef {upper}_MODEL_H",
+        f"#define {upper}_MODEL_H",
+        "",
+        "#ifdef __cplusplus",
+        'extern "C" {',
+        "#endif",
+        "",
+        f"#define {upper}_INPUT_COUNT {len(plan.inputs)}",
+        f"#define {upper}_OUTPUT_COUNT {len(plan.outputs)}",
+    ]
     for kind, ports in (("INPUT", plan.inputs), ("OUTPUT", plan.outputs)):
         lines += [f"#define {upper}_{kind}{i}_BYTES {p.bytes}" for i, p in enumerate(ports)]
-    lines += [f"#define {upper}_ARENA_BYTES {plan.arena_bytes}", f"#define {upper}_ARENA_ALIGN 64",
-              f"#define {upper}_BATCH_MAX {plan.batch_max or 0}", f"#define {upper}_THREADS {plan.threads}", "",
-              "/* Error codes of the functions below; 0 is success. */",
-              f"#define {upper}_ERROR_CPU 1   /* this processor lacks an instruction set the code needs */",
-              f"#define {upper}_ERROR_NULL 2  /* a pointer is null */",
-              f"#define {upper}_ERROR_ALIGN 3 /* the arena is not {upper}_ARENA_ALIGN-byte aligned */",
-              f"#define {upper}_ERROR_BATCH 4 /* the batch is not 1 to {upper}_BATCH_MAX */", "",
-              "#if defined(__GNUC__)", f'#define {upper}_API __attribute__((visibility("default")))', "#else",
-              f"#define {upper}_API", "#endif", "",
-              "/* Runs the network once. No allocation, no global state: calls on separate arenas may run",
-              "   at the same time. inputs and outputs point to one pointer per tensor. */",
-              f"{upper}_API int {n}_run(const void* const* inputs, void* const* outputs, void* arena);"]
+    lines += [
+        f"#define {upper}_ARENA_BYTES {plan.arena_bytes}",
+        f"#define {upper}_ARENA_ALIGN 64",
+        f"#define {upper}_BATCH_MAX {plan.batch_max or 0}",
+        f"#define {upper}_THREADS {plan.threads}",
+        "",
+        "/* Error codes of the functions below; 0 is success. */",
+        f"#define {upper}_ERROR_CPU 1   /* this processor lacks an instruction set the code needs */",
+        f"#define {upper}_ERROR_NULL 2  /* a pointer is null */",
+        f"#define {upper}_ERROR_ALIGN 3 /* the arena is not {upper}_ARENA_ALIGN-byte aligned */",
+        f"#define {upper}_ERROR_BATCH 4 /* the batch is not 1 to {upper}_BATCH_MAX */",
+        "",
+        "#if defined(__GNUC__)",
+        f'#define {upper}_API __attribute__((visibility("default")))',
+        "#else",
+        f"#define {upper}_API",
+        "#endif",
+        "",
+        "/* Runs the network once. No allocation, no global state: calls on separate arenas may run",
+        "   at the same time. inputs and outputs point to one pointer per tensor. */",
+        f"{upper}_API int {n}_run(const void* const* inputs, void* const* outputs, void* arena);",
+    ]
     if plan.batch_max:
-        lines += ["", "/* The same for `batch` samples that lie one after the other in every tensor. */",
-                  f"{upper}_API int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch);"]
-    lines += ["", "/* 1 if this processor has the instruction sets that the code needs. */",
-              f"{upper}_API int {n}_cpu_supported(void);",
-              "/* What an error code means, in words. */", f"{upper}_API const char* {n}_error(int code);",
-              "", "/* Runs one layer, 0 to LAYER_COUNT - 1, on an arena in which the layers before it ran: for profiling. */",
-              f"#define {upper}_LAYER_COUNT {len(plan.calls)}",
-              f"{upper}_API int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena);"]
+        lines += [
+            "",
+            "/* The same for `batch` samples that lie one after the other in every tensor. */",
+            f"{upper}_API int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch);",
+        ]
+    lines += [
+        "",
+        "/* 1 if this processor has the instruction sets that the code needs. */",
+        f"{upper}_API int {n}_cpu_supported(void);",
+        "/* What an error code means, in words. */",
+        f"{upper}_API const char* {n}_error(int code);",
+        "",
+        "/* Runs one layer, 0 to LAYER_COUNT - 1, on an arena in which the layers before it ran: for profiling. */",
+        f"#define {upper}_LAYER_COUNT {len(plan.calls)}",
+        f"{upper}_API int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena);",
+    ]
     if plan.threads > 1:
-        lines += ["", "/* Starts and stops the worker threads. Without them a call computes the same, alone. */",
-                  f"{upper}_API void {n}_pool_start(int threads);", f"{upper}_API void {n}_pool_stop(void);"]
+        lines += [
+            "",
+            "/* Starts and stops the worker threads. Without them a call computes the same, alone. */",
+            f"{upper}_API void {n}_pool_start(int threads);",
+            f"{upper}_API void {n}_pool_stop(void);",
+        ]
     lines += ["", "#ifdef __cplusplus", "}", "#endif", "", f"#endif  /* {upper}_MODEL_H */", ""]
     return "\n".join(lines)
 
@@ -227,10 +285,21 @@ def _layer_name(index: int, call: Call) -> str:
     return f"layer{index}_{identifier(call.origin, call.op)[:40].rstrip('_')}"
 
 
-def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodies: list[tuple[str, str, Call]],
-               calls: list[tuple[int, str, Call]], split: bool) -> str:
+def _main_unit(
+    plan: Plan,
+    target: Target,
+    upper: str,
+    headers: list[str],
+    bodies: list[tuple[str, str, Call]],
+    calls: list[tuple[int, str, Call]],
+    split: bool,
+) -> str:
     n = plan.name
-    out = [f"// {n}: layers in order, with their places in memory. Generated; do not edit.", f'#include "{n}.h"', ""]
+    out = [
+        f"// {n}: layers in order, with their places in memory. Generated; do not edit.",
+        f'#include "{n}.h"',
+        "",
+    ]
     if split:
         out += [f'#include "{n}_kernels.h"']
     else:
@@ -240,120 +309,216 @@ def _main_unit(plan: Plan, target: Target, upper: str, headers: list[str], bodie
     out += ['#include "skive/isa.h"']
     if not split:
         out += [f'#include "skive/{h}"' for h in headers]
-    out += ["", f'extern "C" const unsigned char {n}_weights[];', "", f"namespace {n}_model {{", "using namespace skive;", ""]
+    out += [
+        "",
+        f'extern "C" const unsigned char {n}_weights[];',
+        "",
+        f"namespace {n}_model {{",
+        "using namespace skive;",
+        "",
+    ]
     if not split:
         out += ["namespace {"] + [b for _, b, _ in bodies] + ["}  // namespace", ""]
     if plan.threads > 1:
         out += ["static Pool pool;", ""]
-    out += ["struct Memory {", "  const unsigned char* const* in;", "  unsigned char* const* out;",
-            "  unsigned char* arena;", "  const unsigned char* weights;", "};", ""]
+    out += [
+        "struct Memory {",
+        "  const unsigned char* const* in;",
+        "  unsigned char* const* out;",
+        "  unsigned char* arena;",
+        "  const unsigned char* weights;",
+        "};",
+        "",
+    ]
     for i, fname, c in calls:
-        pointers = [_pointer(a) for a in c.args]
+        given = [_pointer(a) for a in c.args]
         used = {a.kind for a in c.args}
-        unpack = [f"  {'const unsigned char* const* in' if k == 'in' else 'unsigned char* const* out' if k == 'out' else ('unsigned char* ' if k == 'arena' else 'const unsigned char* ') + k} = m.{k};"
-                  for k, kind in (("in", "input"), ("out", "output"), ("arena", "arena"), ("weights", "weights")) if kind in used]
-        args = ", ".join(pointers)
-        out += [f"// {comment(c.origin) or c.op}", f"static void {_layer_name(i, c)}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{", *unpack]
+        unpack = [f"  {ctype}{k} = m.{k};" for k, kind, ctype in _MEMORY if kind in used]
+        args = ", ".join(given)
+        out += [
+            f"// {comment(c.origin) or c.op}",
+            f"static void {_layer_name(i, c)}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{",
+            *unpack,
+        ]
         if plan.threads > 1 and c.parallel:
-            out += [f"  pool.parallel({plan.threads}, [&](Part part) {{", f"    {fname}({args}{', ' if args else ''}part);", "  });", "}", ""]
+            out += [
+                f"  pool.parallel({plan.threads}, [&](Part part) {{",
+                f"    {fname}({args}{', ' if args else ''}part);",
+                "  });",
+                "}",
+                "",
+            ]
         else:
             out += [f"  {fname}({args}{', ' if args else ''}Part{{}});", "}", ""]
     pointers = "const void* const* inputs, void* const* outputs, void* arena"
-    out += ["static Memory memory(const void* const* inputs, void* const* outputs, void* arena) {",
-            "  return {reinterpret_cast<const unsigned char* const*>(inputs),",
-            "          reinterpret_cast<unsigned char* const*>(outputs), static_cast<unsigned char*>(arena),",
-            f"          {n}_weights}};", "}", "",
-            "// This and what follows up to the checks is kept apart from the entries: their own code must",
-            "// run on any processor, and here even a copy of two pointers may be a vector instruction.",
-            f"__attribute__((noinline)) static void run({pointers}) {{",
-            f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);"]
+    out += [
+        "static Memory memory(const void* const* inputs, void* const* outputs, void* arena) {",
+        "  return {reinterpret_cast<const unsigned char* const*>(inputs),",
+        "          reinterpret_cast<unsigned char* const*>(outputs), static_cast<unsigned char*>(arena),",
+        f"          {n}_weights}};",
+        "}",
+        "",
+        "// This and what follows up to the checks is kept apart from the entries: their own code must",
+        "// run on any processor, and here even a copy of two pointers may be a vector instruction.",
+        f"__attribute__((noinline)) static void run({pointers}) {{",
+        f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);",
+    ]
     out += [f"  {_layer_name(i, c)}(m);" for i, _, c in calls]
     out += ["}", ""]
     if plan.batch_max:
-        out += [f"__attribute__((noinline)) static void run_batch({pointers}, int batch) {{",
-                "  for (int b = 0; b < batch; ++b) {"]
+        out += [
+            f"__attribute__((noinline)) static void run_batch({pointers}, int batch) {{",
+            "  for (int b = 0; b < batch; ++b) {",
+        ]
         for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
             source = "inputs" if kind == "in" else "outputs"
-            items = ", ".join(f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}]) + static_cast<size_t>(b) * {p.bytes}"
-                              for i, p in enumerate(ports))
+            items = ", ".join(
+                f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}])"
+                f" + static_cast<size_t>(b) * {p.bytes}"
+                for i, p in enumerate(ports)
+            )
             out += [f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};"]
         out += ["    run(in, out, arena);", "  }", "}", ""]
     if calls:
-        out += [f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
-                "  static void (*const layers[])(const Memory&) = {" + ",\n    ".join(_layer_name(i, c) for i, _, c in calls) + "};",
-                "  layers[layer](memory(inputs, outputs, arena));", "}", ""]
+        out += [
+            f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
+            "  static void (*const layers[])(const Memory&) = {"
+            + ",\n    ".join(_layer_name(i, c) for i, _, c in calls)
+            + "};",
+            "  layers[layer](memory(inputs, outputs, arena));",
+            "}",
+            "",
+        ]
     out += [f"}}  // namespace {n}_model", "", f"using namespace {n}_model;", ""]
     checks = " && ".join(f'__builtin_cpu_supports("{f}")' for f in target.features)
-    out += [f'extern "C" int {n}_cpu_supported(void) {{',
-            *(["  __builtin_cpu_init();", f"  return {checks} ? 1 : 0;"] if checks else ["  return 1;"]), "}", "",
-            f'extern "C" const char* {n}_error(int code) {{', "  switch (code) {", '    case 0: return "success";',
-            f'    case {upper}_ERROR_CPU: return "this processor lacks {", ".join(target.features) or "nothing"}";',
-            f'    case {upper}_ERROR_NULL: return "a pointer is null";',
-            f'    case {upper}_ERROR_ALIGN: return "the arena is not 64-byte aligned";',
-            f'    case {upper}_ERROR_BATCH: return "the batch is out of range";',
-            '    default: return "unknown error";', "  }", "}", "",
-            "static int check(const void* const* inputs, void* const* outputs, const void* arena) {",
-            f"  if (!{n}_cpu_supported()) return {upper}_ERROR_CPU;",
-            f"  if (({upper}_INPUT_COUNT && !inputs) || ({upper}_OUTPUT_COUNT && !outputs)) return {upper}_ERROR_NULL;"]
+    out += [
+        f'extern "C" int {n}_cpu_supported(void) {{',
+        *(["  __builtin_cpu_init();", f"  return {checks} ? 1 : 0;"] if checks else ["  return 1;"]),
+        "}",
+        "",
+        f'extern "C" const char* {n}_error(int code) {{',
+        "  switch (code) {",
+        '    case 0: return "success";',
+        f'    case {upper}_ERROR_CPU: return "this processor lacks {", ".join(target.features) or "nothing"}";',
+        f'    case {upper}_ERROR_NULL: return "a pointer is null";',
+        f'    case {upper}_ERROR_ALIGN: return "the arena is not 64-byte aligned";',
+        f'    case {upper}_ERROR_BATCH: return "the batch is out of range";',
+        '    default: return "unknown error";',
+        "  }",
+        "}",
+        "",
+        "static int check(const void* const* inputs, void* const* outputs, const void* arena) {",
+        f"  if (!{n}_cpu_supported()) return {upper}_ERROR_CPU;",
+        f"  if (({upper}_INPUT_COUNT && !inputs) || ({upper}_OUTPUT_COUNT && !outputs)) return {upper}_ERROR_NULL;",
+    ]
     if plan.inputs:
-        out += [f"  for (int i = 0; i < {upper}_INPUT_COUNT; ++i)", f"    if (!inputs[i]) return {upper}_ERROR_NULL;"]
+        out += [
+            f"  for (int i = 0; i < {upper}_INPUT_COUNT; ++i)",
+            f"    if (!inputs[i]) return {upper}_ERROR_NULL;",
+        ]
     if plan.outputs:
-        out += [f"  for (int i = 0; i < {upper}_OUTPUT_COUNT; ++i)", f"    if (!outputs[i]) return {upper}_ERROR_NULL;"]
-    out += [f"  if ({upper}_ARENA_BYTES && !arena) return {upper}_ERROR_NULL;",
-            f"  if (reinterpret_cast<uintptr_t>(arena) % {upper}_ARENA_ALIGN) return {upper}_ERROR_ALIGN;", "  return 0;", "}", "",
-            f'extern "C" int {n}_run(const void* const* inputs, void* const* outputs, void* arena) {{',
-            "  if (int error = check(inputs, outputs, arena)) return error;",
-            "  run(inputs, outputs, arena);", "  return 0;", "}", ""]
+        out += [
+            f"  for (int i = 0; i < {upper}_OUTPUT_COUNT; ++i)",
+            f"    if (!outputs[i]) return {upper}_ERROR_NULL;",
+        ]
+    out += [
+        f"  if ({upper}_ARENA_BYTES && !arena) return {upper}_ERROR_NULL;",
+        f"  if (reinterpret_cast<uintptr_t>(arena) % {upper}_ARENA_ALIGN) return {upper}_ERROR_ALIGN;",
+        "  return 0;",
+        "}",
+        "",
+        f'extern "C" int {n}_run(const void* const* inputs, void* const* outputs, void* arena) {{',
+        "  if (int error = check(inputs, outputs, arena)) return error;",
+        "  run(inputs, outputs, arena);",
+        "  return 0;",
+        "}",
+        "",
+    ]
     if plan.batch_max:
-        out += [f'extern "C" int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch) {{',
-                "  if (int error = check(inputs, outputs, arena)) return error;",
-                f"  if (batch < 1 || batch > {upper}_BATCH_MAX) return {upper}_ERROR_BATCH;",
-                "  run_batch(inputs, outputs, arena, batch);", "  return 0;", "}", ""]
-    out += [f'extern "C" int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena) {{',
-            "  if (int error = check(inputs, outputs, arena)) return error;"]
+        out += [
+            f'extern "C" int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch) {{',
+            "  if (int error = check(inputs, outputs, arena)) return error;",
+            f"  if (batch < 1 || batch > {upper}_BATCH_MAX) return {upper}_ERROR_BATCH;",
+            "  run_batch(inputs, outputs, arena, batch);",
+            "  return 0;",
+            "}",
+            "",
+        ]
+    out += [
+        f'extern "C" int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena) {{',
+        "  if (int error = check(inputs, outputs, arena)) return error;",
+    ]
     if calls:
-        out += [f"  if (layer < 0 || layer >= {upper}_LAYER_COUNT) return {upper}_ERROR_BATCH;",
-                "  run_layer(layer, inputs, outputs, arena);"]
+        out += [
+            f"  if (layer < 0 || layer >= {upper}_LAYER_COUNT) return {upper}_ERROR_BATCH;",
+            "  run_layer(layer, inputs, outputs, arena);",
+        ]
     else:
         out += ["  (void)layer;"]
     out += ["  return 0;", "}", ""]
     if plan.threads > 1:
-        out += [f'extern "C" void {n}_pool_start(int threads) {{', f"  if ({n}_cpu_supported()) pool.start(threads);", "}", "",
-                f'extern "C" void {n}_pool_stop(void) {{', f"  if ({n}_cpu_supported()) pool.stop();", "}", ""]
+        out += [
+            f'extern "C" void {n}_pool_start(int threads) {{',
+            f"  if ({n}_cpu_supported()) pool.start(threads);",
+            "}",
+            "",
+            f'extern "C" void {n}_pool_stop(void) {{',
+            f"  if ({n}_cpu_supported()) pool.stop();",
+            "}",
+            "",
+        ]
     return "\n".join(out)
 
 
 def _weights_unit(name: str) -> str:
     """Assembly that places the packed weights in read-only data without a compiler parsing them."""
-    return (f"/* The packed weights of {name}, from {name}_weights.bin. Generated; do not edit. */\n"
-            "#if defined(__APPLE__)\n#define SYMBOL(name) _##name\n    .const\n#else\n#define SYMBOL(name) name\n"
-            '    .section .rodata,"a",%progbits\n#endif\n'
-            f"    .globl SYMBOL({name}_weights)\n"
-            "#if !defined(__APPLE__)\n"
-            f"    .hidden SYMBOL({name}_weights)\n"
-            "#endif\n    .balign 64\n"
-            f'SYMBOL({name}_weights):\n    .incbin "{name}_weights.bin"\n    .byte 0\n'
-            '#if defined(__ELF__)\n    .section .note.GNU-stack,"",%progbits\n#endif\n')
+    return (
+        f"/* The packed weights of {name}, from {name}_weights.bin. Generated; do not edit. */\n"
+        "#if defined(__APPLE__)\n#define SYMBOL(name) _##name\n    .const\n#else\n#define SYMBOL(name) name\n"
+        '    .section .rodata,"a",%progbits\n#endif\n'
+        f"    .globl SYMBOL({name}_weights)\n"
+        "#if !defined(__APPLE__)\n"
+        f"    .hidden SYMBOL({name}_weights)\n"
+        "#endif\n    .balign 64\n"
+        f'SYMBOL({name}_weights):\n    .incbin "{name}_weights.bin"\n    .byte 0\n'
+        '#if defined(__ELF__)\n    .section .note.GNU-stack,"",%progbits\n#endif\n'
+    )
 
 
-FLAGS = ("-std=c++17", "-O2", "-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-ffp-contract=off",
-         "-fvisibility=hidden", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-threadsafe-statics",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+    "-fPIC",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 
 
 def _cmake(plan: Plan, target: Target, units: tuple[str, ...]) -> str:
     n = plan.name
     options = " ".join((*FLAGS[1:], *target.flags))
     sources = "\n  ".join(units)
-    threads = ("find_package(Threads REQUIRED)\ntarget_link_libraries(%s PRIVATE Threads::Threads)\n" % n
-               if plan.threads > 1 else "")
-    return (f"# Builds {n} from this folder alone. Generated; do not edit.\n"
-            f"cmake_minimum_required(VERSION 3.13)\nproject({n} LANGUAGES CXX ASM)\n\n"
-            f"option(BUILD_SHARED_LIBS \"Build lib{n}.so instead of lib{n}.a\" ON)\n"
-            f"add_library({n}\n  {sources})\n"
-            f"target_include_directories({n} INTERFACE ${{CMAKE_CURRENT_SOURCE_DIR}})\n"
-            f"target_compile_features({n} PRIVATE cxx_std_17)\n"
-            f"separate_arguments(options UNIX_COMMAND \"{options}\")\n"
-            f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${{options}}>)\n"
-            f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-iquote${{CMAKE_CURRENT_SOURCE_DIR}}>)\n"
-            f"set_source_files_properties({n}_weights.S PROPERTIES COMPILE_OPTIONS \"-Wa,-I,${{CMAKE_CURRENT_SOURCE_DIR}}\")\n"
-            f"target_link_options({n} PRIVATE -nodefaultlibs)\ntarget_link_libraries({n} PRIVATE m c gcc)\n{threads}")
+    threads = (
+        f"find_package(Threads REQUIRED)\ntarget_link_libraries({n} PRIVATE Threads::Threads)\n"
+        if plan.threads > 1
+        else ""
+    )
+    return (
+        f"# Builds {n} from this folder alone. Generated; do not edit.\n"
+        f"cmake_minimum_required(VERSION 3.13)\nproject({n} LANGUAGES CXX ASM)\n\n"
+        f'option(BUILD_SHARED_LIBS "Build lib{n}.so instead of lib{n}.a" ON)\n'
+        f"add_library({n}\n  {sources})\n"
+        f"target_include_directories({n} INTERFACE ${{CMAKE_CURRENT_SOURCE_DIR}})\n"
+        f"target_compile_features({n} PRIVATE cxx_std_17)\n"
+        f'separate_arguments(options UNIX_COMMAND "{options}")\n'
+        f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:${{options}}>)\n"
+        f"target_compile_options({n} PRIVATE $<$<COMPILE_LANGUAGE:CXX>:-iquote${{CMAKE_CURRENT_SOURCE_DIR}}>)\n"
+        f"set_source_files_properties({n}_weights.S PROPERTIES\n"
+        f'  COMPILE_OPTIONS "-Wa,-I,${{CMAKE_CURRENT_SOURCE_DIR}}")\n'
+        f"target_link_options({n} PRIVATE -nodefaultlibs)\ntarget_link_libraries({n} PRIVATE m c gcc)\n{threads}"
+    )

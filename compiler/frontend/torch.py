@@ -102,10 +102,10 @@ def open_callable(spec: str, example_inputs: Any, shapes: Mapping[str, Sequence[
     if str(Path.cwd()) not in sys.path:  # what `python -m` does
         sys.path.insert(0, str(Path.cwd()))
     try:
-        target = importlib.import_module(where)
+        target: Any = importlib.import_module(where)
         for part in attribute.split("."):
             target = getattr(target, part)
-        model = target if isinstance(target, torch.nn.Module) else target()
+        model: Any = target if isinstance(target, torch.nn.Module) else target()
     except Exception as e:  # noqa: BLE001 - the user's code
         raise InvalidModelError(f"{spec}: {type(e).__name__}: {_first_line(e)}") from None
     if not isinstance(model, torch.nn.Module):

@@ -259,7 +259,8 @@ class Importer:
         value = tensor_array(tensor, self.folder)
         # One NaN alone may be meant (a marker that Where selects); among weights it is damage.
         if value.dtype.kind == "f" and value.size > 1 and np.isnan(value).any():
-            raise InvalidModelError(f"{tensor.name}: {np.count_nonzero(np.isnan(value))} of {value.size} weights are NaN; "
+            count = np.count_nonzero(np.isnan(value))
+            raise InvalidModelError(f"{tensor.name}: {count} of {value.size} weights are NaN; "
                                     "train or export the model again")
         return constant(value, name=tensor.name, origin=tensor.name)
 
@@ -415,8 +416,8 @@ def check_attribute_kinds(attrs: Mapping[str, AttributeProto], op_type: str, dom
         return
     for name, a in attrs.items():
         if name in known and a.type != int(known[name].type.value):
-            raise InvalidModelError(f"attribute {name} is of the kind {AttributeProto.AttributeType.Name(a.type).lower()}, "
-                                    f"not {known[name].type.name.lower()}")
+            kind = AttributeProto.AttributeType.Name(a.type).lower()
+            raise InvalidModelError(f"attribute {name} is of the kind {kind}, not {known[name].type.name.lower()}")
 
 
 def has_function(op_type: str, domain: str, opset: int) -> bool:
