@@ -6,6 +6,7 @@
 // artefact uses pybind11's C++ API.
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <structmember.h>
@@ -161,7 +162,7 @@ class Arenas {
       if (slot.load(std::memory_order_relaxed) == nullptr) continue;
       if (void* arena = slot.exchange(nullptr, std::memory_order_acquire)) return arena;
     }
-    return std::aligned_alloc(64, bytes_ > 0 ? bytes_ : 64);
+    return allocate();
   }
 
   void give(void* arena) {
@@ -176,6 +177,18 @@ class Arenas {
   }
 
  private:
+  // Large arenas ask for huge pages: the first call on 6 MB of small ones spends 3 ms in page faults.
+  void* allocate() const {
+    if (bytes_ < kHugePage) return std::aligned_alloc(64, bytes_ > 0 ? bytes_ : 64);
+    const size_t whole_pages = (bytes_ + kHugePage - 1) / kHugePage * kHugePage;
+    void* arena = std::aligned_alloc(kHugePage, whole_pages);
+#ifdef MADV_HUGEPAGE
+    if (arena != nullptr) madvise(arena, whole_pages, MADV_HUGEPAGE);  // advice: may be ignored
+#endif
+    return arena;
+  }
+
+  static constexpr size_t kHugePage = size_t{2} << 20;
   size_t bytes_;
   std::atomic<void*> slots_[8] = {};  // idle arenas kept; more concurrent calls than that allocate
 };
