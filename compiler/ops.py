@@ -13,7 +13,6 @@ zero and is 0 for a zero divisor.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -541,10 +540,6 @@ def _infer_scatter_elements(types: Sequence[TensorType], a: FrozenDict) -> Tenso
     if idx.shape != upd.shape or idx.rank != data.rank or upd.dtype is not data.dtype:
         raise ShapeError(f"scatter_elements: indices {idx} and updates {upd} do not fit {data}")
     return data
-
-
-_REDUCE_INTO: dict[str, Callable[..., Any]] = {
-    "none": lambda old, new: new, "add": operator.add, "mul": operator.mul, "min": min, "max": max}
 
 
 def _scatter(data: Array, index: tuple[Array, ...], upd: Array, reduction: str) -> Array:
