@@ -7,7 +7,8 @@ verifier, the reference evaluator, the fuzzer and the generated documentation al
 
 Conventions: images are channels-last, `[N, H, W, C]`; convolution weights are `[OC, KH, KW, IC/groups]`;
 pads are `(top, left, bottom, right)`; integer arithmetic wraps; integer division truncates toward
-zero and is 0 for a zero divisor.
+zero and is 0 for a zero divisor. Contractions of 8- and 16-bit integers give 32-bit sums of
+(x - zero) w, where the attribute `zero` is the zero point of x (docs/decisions/0007).
 """
 
 from __future__ import annotations
@@ -384,6 +385,60 @@ def _ref_map(x: Sequence[Array], a: FrozenDict) -> Array:
 _add(Op("map", (1, 64), _infer_map, _ref_map, {"fn": REQUIRED}, "elementwise", 4e-6,
         doc="a fused elementwise expression over broadcast operands"))
 
+QUANTIZED = frozenset({DType.i8, DType.u8, DType.i16, DType.u16})
+
+
+def _saturate(v: Array, zero: Array, to: DType) -> Array:
+    """round_even(v) + zero within the range of `to`; v is float32, NaN gives the lowest value."""
+    limits = np.iinfo(to.numpy)
+    z = zero.astype(np.float32)
+    low = np.float32(limits.min) - z
+    v = np.where(v > low, np.minimum(v, np.float32(limits.max) - z), low)
+    return (np.rint(v).astype(np.int32) + zero.astype(np.int32)).astype(to.numpy)
+
+
+def _ref_requantize_fixed(x: Sequence[Array], a: FrozenDict) -> Array:
+    v, multiplier, shift, zero = (i.astype(np.int64) for i in x)
+    limits = np.iinfo(a["to"].numpy)
+    return np.clip(((v * multiplier + (np.int64(1) << (shift - 1))) >> shift) + zero, limits.min, limits.max)
+
+
+def _quantization(name: str, sources: frozenset[DType], others: tuple[DType, ...],
+                  reference: Callable[[Sequence[Array], FrozenDict], Array], doc: str) -> None:
+    """A row whose operands are x (of `sources`), `others`, and the zero point in the type of the result `to`."""
+
+    def rule(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+        got = [t.dtype for t in types]
+        if a["to"] not in QUANTIZED or got[0] not in sources or got[1:] != [*others, a["to"]]:
+            raise ShapeError(f"{name} to {a['to'].value} of {', '.join(map(str, types))}")
+        return TensorType(broadcast_shapes(*(t.shape for t in types)), a["to"])
+
+    arity = 2 + len(others)
+    _add(Op(name, (arity, arity), rule, reference, {"to": REQUIRED}, "elementwise", 0.0, name, doc=doc))
+
+
+_quantization("quantize", frozenset({F32}), (F32,), lambda x, a: _saturate(x[0] / x[1], x[2], a["to"]),
+              "saturate(round_even(x / scale) + zero), operands x, scale, zero; NaN gives the lowest value "
+              "(ONNX QuantizeLinear)")
+_quantization("requantize", frozenset({F32, DType.i32}), (F32,),
+              lambda x, a: _saturate(x[0].astype(np.float32) * x[1], x[2], a["to"]),
+              "saturate(round_even(f32(x) factor) + zero), operands x, factor, zero")
+_quantization("requantize_fixed", frozenset({DType.i32}), (DType.i32, DType.i32), _ref_requantize_fixed,
+              "saturate(((i64(x) multiplier + 2^(shift-1)) >> shift) + zero), operands x, multiplier, shift in 1..62, "
+              "zero; no float instruction")
+
+
+def _infer_dequantize(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    q, scale, zero = types
+    if q.dtype not in QUANTIZED | {DType.i32} or scale.dtype is not F32 or zero.dtype is not q.dtype:
+        raise ShapeError(f"dequantize of {', '.join(map(str, types))}")
+    return TensorType(broadcast_shapes(q.shape, scale.shape, zero.shape), F32)
+
+
+_add(Op("dequantize", (3, 3), _infer_dequantize,
+        lambda x, a: (x[0].astype(np.int32) - x[2].astype(np.int32)).astype(np.float32) * x[1], {}, "elementwise", 0.0,
+        "dequantize", doc="f32(q - zero) scale, the difference in 32 bits; operands q, scale, zero (ONNX DequantizeLinear)"))
+
 # -------------------------------------------------------------------------------- data movement
 
 
@@ -693,6 +748,34 @@ _add(Op("topk_indices", (1, 1), lambda t, a: TensorType(_infer_topk(t, a).shape,
 
 # ------------------------------------------------------------------------------------ contractions
 
+_NARROW = {(DType.u8, DType.i8), (DType.i8, DType.i8), (DType.i16, DType.i16)}
+
+
+def _product_dtype(name: str, types: Sequence[TensorType], zero: int) -> DType:
+    """The element type of x w + bias: 32-bit sums of 8- and 16-bit integers, else that of x."""
+    x, w = types[0].dtype, types[1].dtype
+    wide = DType.i32 if (x, w) in _NARROW else x
+    if (wide is x and w is not x) or any(t.dtype is not wide for t in types[2:3]):
+        raise ShapeError(f"{name} of {', '.join(map(str, types[:3]))}")
+    if zero and (wide is x or not np.iinfo(x.numpy).min <= zero <= np.iinfo(x.numpy).max):
+        raise ShapeError(f"{name} of {x.value} with the zero point {zero}")
+    return wide
+
+
+def _exact(reference: Callable[[Sequence[Array], FrozenDict], Array], *zeros: str,
+           ) -> Callable[[Sequence[Array], FrozenDict], Array]:
+    """`reference` on 8- and 16-bit integers: operand i minus attribute zeros[i], in float64, whose 53 bits hold
+    every sum of fewer than 2^22 products; the result wraps to 32 bits."""
+
+    def run(x: Sequence[Array], a: FrozenDict) -> Array:
+        if x[0].dtype.kind not in "iu" or x[0].dtype.itemsize > 2:
+            return reference(x, a)
+        wide = [v.astype(np.float64) - (a[zeros[i]] if i < len(zeros) else 0) for i, v in enumerate(x)]
+        return reference(wide, a).astype(np.int64).astype(np.int32)
+
+    return run
+
+
 
 def _infer_matmul(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, y = types
@@ -700,9 +783,13 @@ def _infer_matmul(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
         raise ShapeError("matmul needs operands of rank 2 or more")
     m, k = x.shape[-2:][::-1] if a["trans_a"] else x.shape[-2:]
     k2, n = y.shape[-2:][::-1] if a["trans_b"] else y.shape[-2:]
-    if k != k2 or x.dtype is not y.dtype:
+    narrow = frozenset({DType.i8, DType.u8, DType.i16})
+    if k != k2 or not (x.dtype is y.dtype or {x.dtype, y.dtype} <= {DType.i8, DType.u8}):
         raise ShapeError(f"matmul of {x} and {y}")
-    return TensorType((*broadcast_shapes(x.shape[:-2], y.shape[:-2]), m, n), x.dtype)
+    dtype = DType.i32 if x.dtype in narrow else x.dtype
+    if dtype is x.dtype and (a["a_zero"] or a["b_zero"]):
+        raise ShapeError(f"matmul of {x.dtype.value} with a zero point")
+    return TensorType((*broadcast_shapes(x.shape[:-2], y.shape[:-2]), m, n), dtype)
 
 
 def _ref_matmul(x: Sequence[Array], a: FrozenDict) -> Array:
@@ -711,7 +798,8 @@ def _ref_matmul(x: Sequence[Array], a: FrozenDict) -> Array:
     return np.matmul(p, q)
 
 
-_add(Op("matmul", (2, 2), _infer_matmul, _ref_matmul, {"trans_a": False, "trans_b": False}, "contract", 1e-5,
+_add(Op("matmul", (2, 2), _infer_matmul, _exact(_ref_matmul, "a_zero", "b_zero"),
+        {"trans_a": False, "trans_b": False, "a_zero": 0, "b_zero": 0}, "contract", 1e-5,
         epilogue=2, doc="batched matrix product with broadcast batch axes"))
 
 
@@ -719,11 +807,11 @@ def _infer_linear(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, w = types[:2]
     if x.rank < 1 or w.rank != 2 or x.shape[-1] != w.shape[1] or (len(types) > 2 and types[2].shape != w.shape[:1]):
         raise ShapeError(f"linear of {', '.join(map(str, types))}")
-    return TensorType((*x.shape[:-1], w.shape[0]), x.dtype)
+    return TensorType((*x.shape[:-1], w.shape[0]), _product_dtype("linear", types, a["zero"]))
 
 
-_add(Op("linear", (2, 3), _infer_linear, lambda x, a: x[0] @ x[1].T + (x[2] if len(x) > 2 else 0), {}, "contract", 1e-5,
-        epilogue=3, doc="x w^T + b with constant w [OC, K] and b [OC]; x [..., K]"))
+_add(Op("linear", (2, 3), _infer_linear, _exact(lambda x, a: x[0] @ x[1].T + (x[2] if len(x) > 2 else 0), "zero"),
+        {"zero": 0}, "contract", 1e-5, epilogue=3, doc="x w^T + b with constant w [OC, K] and b [OC]; x [..., K]"))
 
 
 def window_out(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
@@ -755,9 +843,10 @@ def _infer_conv(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
         raise ShapeError(f"conv2d of {x} and {w}")
     oc, kh, kw, ic = w.shape
     g = a["groups"]
-    if g < 1 or x.shape[3] != ic * g or oc % g or w.dtype is not x.dtype or (len(types) > 2 and types[2].shape != (oc,)):
+    if g < 1 or x.shape[3] != ic * g or oc % g or (len(types) > 2 and types[2].shape != (oc,)):
         raise ShapeError(f"conv2d: {', '.join(map(str, types))} with {g} groups")
-    return TensorType((x.shape[0], *_window_shape("conv2d", x, a, (kh, kw)), oc), x.dtype)
+    return TensorType((x.shape[0], *_window_shape("conv2d", x, a, (kh, kw)), oc),
+                      _product_dtype("conv2d", types, a["zero"]))
 
 
 def _padded(x: Array, pad: tuple[int, int, int, int], value: float = 0.0) -> Array:
@@ -796,7 +885,7 @@ def _ref_conv(x: Sequence[Array], a: FrozenDict) -> Array:
 
 
 _WINDOW = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
-_add(Op("conv2d", (2, 3), _infer_conv, _ref_conv, {**_WINDOW, "groups": 1}, "window", 1e-5, epilogue=3,
+_add(Op("conv2d", (2, 3), _infer_conv, _exact(_ref_conv, "zero"), {**_WINDOW, "groups": 1, "zero": 0}, "window", 1e-5, epilogue=3,
         doc="convolution of [N, H, W, C] with [OC, KH, KW, C/groups] and bias [OC]; groups = C is depthwise"))
 
 
@@ -815,7 +904,7 @@ def _infer_conv_transpose(types: Sequence[TensorType], a: FrozenDict) -> TensorT
         out.append(full - a["pad"][i] - a["pad"][2 + i])
     if min(out) < 1 or min(a["out_pad"]) < 0:
         raise ShapeError(f"conv_transpose2d of {x} and {w} has an empty result")
-    return TensorType((x.shape[0], *out, oc), x.dtype)
+    return TensorType((x.shape[0], *out, oc), _product_dtype("conv_transpose2d", types, a["zero"]))
 
 
 def _ref_conv_transpose(x: Sequence[Array], a: FrozenDict) -> Array:
@@ -836,8 +925,8 @@ def _ref_conv_transpose(x: Sequence[Array], a: FrozenDict) -> Array:
     return y + x[2] if len(x) > 2 else y
 
 
-_add(Op("conv_transpose2d", (2, 3), _infer_conv_transpose, _ref_conv_transpose,
-        {**_WINDOW, "groups": 1, "out_pad": (0, 0)}, "window", 1e-5, epilogue=3,
+_add(Op("conv_transpose2d", (2, 3), _infer_conv_transpose, _exact(_ref_conv_transpose, "zero"),
+        {**_WINDOW, "groups": 1, "out_pad": (0, 0), "zero": 0}, "window", 1e-5, epilogue=3,
         doc="the transpose of conv2d: weights [OC, KH, KW, IC/groups], pads cut from the full result"))
 
 
@@ -881,6 +970,24 @@ _add(Op("max_pool2d", (1, 1), _pool_rule("max_pool2d"), _ref_max_pool, {"kernel"
         epilogue=1, doc="largest element of each window of [N, H, W, C]"))
 _add(Op("avg_pool2d", (1, 1), _pool_rule("avg_pool2d"), _ref_avg_pool, {"kernel": REQUIRED, **_WINDOW, "count_pad": False},
         "window", 1e-6, epilogue=1, doc="mean of each window; `count_pad` counts the padding as zeros"))
+
+
+def _infer_sum_pool(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    if types[0].dtype not in QUANTIZED:
+        raise ShapeError(f"sum_pool2d of {types[0]}")
+    return _pool_rule("sum_pool2d")(types, a).with_dtype(DType.i32)
+
+
+def _ref_sum_pool(x: Sequence[Array], a: FrozenDict) -> Array:
+    (t, left, b, r), (sh, sw), (dh, dw) = a["pad"], a["stride"], a["dilation"]
+    out = (window_out(x[0].shape[1], t, b, a["kernel"][0], sh, dh), window_out(x[0].shape[2], left, r, a["kernel"][1], sw, dw))
+    v = _padded(x[0].astype(np.int32) - a["zero"], a["pad"])
+    return np.sum([tap for _, _, tap in _taps(v, a["kernel"], out, a)], axis=0, dtype=np.int32)
+
+
+_add(Op("sum_pool2d", (1, 1), _infer_sum_pool, _ref_sum_pool, {"kernel": REQUIRED, **_WINDOW, "zero": 0}, "window", 0.0,
+        epilogue=1, doc="32-bit sum of (x - zero) over the part of each window that lies inside [N, H, W, C] of 8- or 16-bit "
+                        "integers: an average pool before its division"))
 
 
 
