@@ -10,6 +10,7 @@ from skive.passes.fold_batchnorm import fold_batchnorm
 from skive.passes.fold_constants import fold_constants
 from skive.passes.fold_padding import fold_padding
 from skive.passes.fuse_elementwise import fuse_elementwise
+from skive.passes.integer_arithmetic import integer_arithmetic
 from skive.passes.merge_linear import merge_linear
 from skive.passes.recognise_patterns import recognise_patterns
 from skive.passes.sink_reshapes import sink_reshapes
@@ -17,9 +18,9 @@ from skive.passes.sink_transposes import sink_transposes
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
-__all__ = ["CANONICAL", "EXACT", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
-           "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "merge_linear", "optimize",
-           "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
+__all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
+           "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "merge_linear",
+           "optimize", "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
@@ -40,12 +41,15 @@ CANONICAL: list[str] = [
     "eliminate-common",
 ]
 
-# What precedes lowering.
-EXACT: list[str] = [
-    *CANONICAL,
+# From there to what is lowered.
+FUSED: list[str] = [
+    "integer-arithmetic",  # leaves a float32 graph alone
     "fuse-elementwise",
     "eliminate-dead",
 ]
+
+# What precedes lowering of a model as it is.
+EXACT: list[str] = [*CANONICAL, *FUSED]
 
 
 def canonical(graph: Graph, *, check: str = "auto", dump_dir: str | None = None) -> tuple[Graph, list[Record]]:

@@ -31,6 +31,16 @@ class FuseElementwise:
     lookahead: int = 12
 
 
+# Element types that kernels with an epilogue compute on.
+VALUES = frozenset({DType.f32, DType.i8, DType.u8, DType.i16, DType.u16, DType.i32})
+
+
+def has_epilogue(node: Node) -> bool:
+    """True for float32 kernels and for 32-bit sums of narrow integers, where their operation allows one."""
+    return ops.op_of(node.op).epilogue is not None and (
+        node.dtype is DType.f32 or (node.dtype is DType.i32 and node.inputs[0].dtype in ops.QUANTIZED))
+
+
 def is_elementwise(node: Node) -> bool:
     return ops.op_of(node.op).kind == "elementwise"
 
@@ -74,7 +84,7 @@ class _Fusion:
         """Root -> region, for every region; later kernels first, so that of two convolutions that
         are added the later one adds."""
         for node in reversed(self.graph.nodes):
-            if ops.op_of(node.op).epilogue is not None and node.dtype is DType.f32:
+            if has_epilogue(node):
                 self._claim(self._behind(node))
         for node in reversed(self.graph.nodes):
             if is_elementwise(node) and node not in self.inside:
@@ -89,7 +99,13 @@ class _Fusion:
     def _joins(self, node: Node, host: Node) -> bool:
         """True if `node` may become a step of an epilogue of `host`."""
         return (is_elementwise(node) and node not in self.inside and node.shape == host.shape
-                and node.dtype is DType.f32 and all(i.dtype is DType.f32 for i in node.inputs))
+                and node.dtype in VALUES and all(i.dtype in VALUES for i in node.inputs))
+
+    def _read_as_float(self, node: Node, operand: Node, host: Node) -> bool:
+        """True if `operand` of `node` is a `dequantize` that the epilogue of `host` can do while it reads."""
+        return (operand.op == "dequantize" and operand.shape == host.shape and operand not in self.inside
+                and self.graph.users[operand] == [node] and operand not in self.outputs
+                and all(fits_epilogue(i.shape, host.shape) for i in operand.inputs))
 
     def _behind(self, host: Node) -> _Region | None:
         """The largest region of `host` and elementwise users from which one value leaves."""
@@ -105,10 +121,12 @@ class _Fusion:
             others = [i for i in node.inputs if i not in members]
             if not self._joins(node, host) or not all(fits_epilogue(i.shape, host.shape) for i in others):
                 continue
+            reads = [i for i in others if self._read_as_float(node, i, host)]
+            others = [i for i in others if i not in reads] + [i for r in reads for i in r.inputs]
             if len(order) >= self.options.max_steps or operands + len(others) > self.options.max_operands:
                 break
-            members.add(node)
-            order.append(node)
+            members.update((*reads, node))
+            order += [*reads, node]
             operands += len(others)
             open_ = {v for v in (*open_, node) if self.escapes(v, members)}
             for u in set(self.graph.users[node]):

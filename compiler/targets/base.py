@@ -14,12 +14,14 @@ WINOGRAD_WEIGHT_BYTES = 12 << 20
 @dataclass(frozen=True)
 class Target:
     """`features` are needed at run time, in cpuid spelling; `flags` and `define` choose the code;
-    `lanes` is the number of float32 in a register."""
+    `vectors` names the float32 registers (targets that differ in integer dot products alone share
+    them) and `lanes` is the number of float32 in one."""
 
     name: str
     define: str
     flags: tuple[str, ...]
     features: tuple[str, ...]
+    vectors: str
     lanes: int
     doc: str
 
@@ -43,22 +45,39 @@ class Target:
 
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_AVX512_FLAGS = ("-mavx2", "-mfma", *(f"-m{f}" for f in _AVX512))
 
 TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target(
+            "avx512vnni",
+            "SKIVE_TARGET_AVX512VNNI",
+            (*_AVX512_FLAGS, "-mavx512vnni"),
+            ("avx2", "fma", *_AVX512, "avx512vnni"),
+            "avx512",
+            16,
+            "x86-64 with AVX-512 F, BW, VL, DQ and the integer dot products of VNNI",
+        ),
+        Target(
             "avx512",
             "SKIVE_TARGET_AVX512",
-            ("-mavx2", "-mfma", *(f"-m{f}" for f in _AVX512)),
+            _AVX512_FLAGS,
             ("avx2", "fma", *_AVX512),
+            "avx512",
             16,
             "x86-64 with AVX-512 F, BW, VL, DQ",
         ),
         Target(
-            "avx2", "SKIVE_TARGET_AVX2", ("-mavx2", "-mfma"), ("avx2", "fma"), 8, "x86-64 with AVX2 and FMA"
+            "avx2",
+            "SKIVE_TARGET_AVX2",
+            ("-mavx2", "-mfma"),
+            ("avx2", "fma"),
+            "avx2",
+            8,
+            "x86-64 with AVX2 and FMA",
         ),
-        Target("generic", "SKIVE_TARGET_GENERIC", (), (), 4, "any processor: plain C++17"),
+        Target("generic", "SKIVE_TARGET_GENERIC", (), (), "generic", 4, "any processor: plain C++17"),
     )
 }
 
