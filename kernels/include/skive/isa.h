@@ -1,6 +1,7 @@
 // Chooses the instruction set of this translation unit and the namespace that goes with it.
 //
-// The emitted source defines SKIVE_TARGET_GENERIC, _AVX2 or _AVX512 before its first include.
+// The emitted source defines SKIVE_TARGET_GENERIC, _AVX2, _AVX512 or _AVX512VNNI before its first
+// include. Target avx512vnni is avx512 with other integer dot products.
 // Every kernel lives in `namespace skive { inline namespace SKIVE_ISA {`: one template compiled
 // twice with different flags into one library would otherwise merge into one weak symbol, and the
 // portable entry would run AVX-512 code.
@@ -10,8 +11,17 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#if defined(SKIVE_TARGET_AVX512)
+#if defined(SKIVE_TARGET_AVX512VNNI)
+#define SKIVE_TARGET_AVX512
+#define SKIVE_ISA avx512vnni
+#if !defined(__AVX512VNNI__)
+#error "target avx512vnni needs the flags of avx512 and -mavx512vnni"
+#endif
+#elif defined(SKIVE_TARGET_AVX512)
 #define SKIVE_ISA avx512
+#endif
+
+#if defined(SKIVE_TARGET_AVX512)
 #if !defined(__AVX512F__) || !defined(__AVX512BW__) || !defined(__AVX512VL__) || !defined(__AVX512DQ__)
 #error "target avx512 needs -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
 #endif
