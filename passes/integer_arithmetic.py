@@ -143,14 +143,13 @@ def _windows_inside(attrs: dict[str, object], shape: Sequence[int]) -> np.ndarra
     return ops.evaluate(ops.make("sum_pool2d", ones, **window), [ones.value])
 
 
-def _sum(m: Match, q: Node, scale: float, zero: Node, count: np.ndarray | float, **attrs: object) -> Node | None:
+def _sum(m: Match, q: Node, scale: float, zero: Node, count: np.ndarray | int, **attrs: object) -> Node | None:
     """dequantize(the sum of each window of q) with the division by `count` in the scale."""
     kernel = attrs["kernel"]
     if math.prod(kernel) * 2 ** (8 * q.dtype.bytes) >= 2**31:  # type: ignore[arg-type]
         return None
     total = _like(m, "sum_pool2d", q, zero=int(zero.value.item()), **attrs)
-    scales = (np.float64(scale) / count).astype(np.float32) if isinstance(count, np.ndarray) else np.float32(scale / count)
-    return ops.make("dequantize", total, _f32(scales), NO_ZERO, origin=m.root.origin)
+    return ops.make("dequantize", total, _f32(np.float64(scale) / count), NO_ZERO, origin=m.root.origin)
 
 
 @rule(op("avg_pool2d", op("dequantize", name="x", where=_per_tensor)))
@@ -161,10 +160,11 @@ def average_of_integers(m: Match) -> Node | None:
     if a.pop("epilogue", ""):
         return None
     inside = _windows_inside(a, q.shape)
-    if a.pop("count_pad") or (inside == inside.flat[0]).all():
-        count: np.ndarray | float = float(math.prod(m.root.attrs["kernel"]) if m.root.attrs["count_pad"] else inside.flat[0])
-    else:
-        count = np.maximum(inside, 1)
+    count: np.ndarray | int = np.maximum(inside, 1)
+    if a.pop("count_pad"):
+        count = math.prod(a["kernel"])
+    elif (inside == inside.flat[0]).all():
+        count = int(inside.flat[0])
     return _sum(m, q, scale.value.item(), zero, count, **a)
 
 
@@ -237,7 +237,7 @@ def integer_product(m: Match) -> Node | Declined | None:
     extra: Node | None = None
     if biases:
         b = biases[0]
-        if _is_weight(b) and b.inputs[0].dtype is I32 and np.allclose(b.inputs[1].value.reshape(-1), factor, rtol=1e-5, atol=0):
+        if _is_weight(b) and b.inputs[0].dtype is I32 and np.allclose(b.inputs[1].value.reshape(-1), factor, 1e-5, 0):
             total = b.inputs[0].value.astype(np.int64)
         elif b.is_const or _is_weight(b):
             extra = b if b.is_const else constant(ops.evaluate(b, [i.value for i in b.inputs]), origin=b.origin)
@@ -308,9 +308,9 @@ def _own_dequantize(graph: Graph) -> Graph:
 
     def one(node: Node, inputs: tuple[Node, ...]) -> Node:
         node = rebuilt(node, inputs)
-        if ops.op_of(node.op).kind != "elementwise" and node.op not in ("max_pool2d",):
+        if ops.op_of(node.op).kind != "elementwise":
             return node
-        return rebuilt(node, tuple(replace(i) if i.op == "dequantize" and not i.inputs[0].is_const else i for i in inputs))
+        return rebuilt(node, tuple(replace(i) if i.op == "dequantize" else i for i in inputs))
 
     return graph.map_nodes(one)
 
@@ -324,6 +324,7 @@ def _folded(graph: Graph) -> Graph:
 @pass_("integer-arithmetic", exact=False)
 def integer_arithmetic(graph: Graph, options: object) -> Graph:
     """Contractions, sums and moves of quantized values on integers, each result rounded once."""
-    if not any(n.op in ("dequantize", "quantize", "requantize") or (n.dtype is I32 and ops.macs(n)) for n in graph.nodes):
+    if not any(n.op in ("dequantize", "quantize", "requantize") or (n.dtype is I32 and ops.macs(n))
+               for n in graph.nodes):
         return graph
     return _folded(_own_dequantize(rewrite(unsigned(graph), RULES)))
