@@ -69,9 +69,9 @@ class _Guarded:
         return bool((self._raw[: self._begin] == _CANARY).all() and (self._raw[self._end :] == _CANARY).all())
 
 
-def _source(cases: Sequence[Case], headers: Sequence[str]) -> str:
+def _source(cases: Sequence[Case], headers: Sequence[str], prelude: str) -> str:
     lines = [f'#include "skive/{h}"' for h in headers]
-    lines.append("using namespace skive;\n")
+    lines += ["using namespace skive;\n", prelude]
     for n, case in enumerate(cases):
         arguments = [
             f"[[maybe_unused]] auto* x{i} = static_cast<const {CTYPE[a.dtype]}*>(p[{i}]);"
@@ -102,10 +102,18 @@ def _agree(got: NDArray[np.generic], want: NDArray[np.generic], case: Case) -> b
     return bool(np.allclose(got.astype(np.float64), exact, case.rtol, case.atol * scale, equal_nan=True))
 
 
-def check(cases: Sequence[Case], headers: Sequence[str], isa: str, folder: Path) -> None:
+def check(
+    cases: Sequence[Case],
+    headers: Sequence[str],
+    isa: str,
+    folder: Path,
+    *,
+    prelude: str = "",
+    flags: tuple[str, ...] = ("-O2", "-ffp-contract=off"),
+) -> None:
     """Asserts that every case agrees with its expectation, writes nothing outside its results, and
-    gives the same bits for each number of parts."""
-    library = compile_library(_source(cases, headers), isa, folder)
+    gives the same bits for each number of parts. `prelude` is C++ text that the cases use."""
+    library = compile_library(_source(cases, headers, prelude), isa, folder, flags=flags)
     problems = []
     for n, case in enumerate(cases):
         run = getattr(library, f"case_{n}")

@@ -1,6 +1,8 @@
 // Scalar functions of fused elementwise expressions, by the names of the IR's elementwise
 // operations: one overload for scalars (float, double, every integer type, bool), one for
-// `Vec<N>`. A generic lambda over these names therefore serves the scalar loop and the vector loop.
+// `Vec<N>` and, where integers have the operation, one for `IVec<N>`, the int32 lanes into which
+// integers of 8 and 16 bits are widened. A generic lambda over these names therefore serves the
+// scalar loop and the vector loop.
 //
 // Meaning, everywhere:
 //   integers   arithmetic wraps; x / 0 = 0, x mod 0 = 0, INT_MIN / -1 = INT_MIN, INT_MIN mod -1 =
@@ -99,8 +101,36 @@ template <int N>
 struct lanes_of<float, Vec<N>> {
   using type = Vec<N>;
 };
+template <int N>
+struct lanes_of<IVec<N>, IVec<N>> {
+  using type = IVec<N>;
+};
+template <int N>
+struct lanes_of<IVec<N>, int32_t> {
+  using type = IVec<N>;
+};
+template <int N>
+struct lanes_of<int32_t, IVec<N>> {
+  using type = IVec<N>;
+};
+// Integers that an IVec holds count as int32_t.
+template <class T>
+constexpr bool is_lane = same_type<T, int8_t> || same_type<T, uint8_t> || same_type<T, int16_t> ||
+                         same_type<T, uint16_t> || same_type<T, int32_t>;
+template <class T, bool Lane = is_lane<T>>
+struct promoted {
+  using type = T;
+};
+template <class T>
+struct promoted<T, true> {
+  using type = int32_t;
+};
 template <class A, class B>
-using lanes_t = typename lanes_of<A, B>::type;
+using lanes_t = typename lanes_of<typename promoted<A>::type, typename promoted<B>::type>::type;
+template <class V>
+constexpr bool is_integer_vec = false;
+template <int N>
+constexpr bool is_integer_vec<IVec<N>> = true;
 
 template <class V>
 SKIVE_INLINE V widen(V a) {
@@ -108,6 +138,10 @@ SKIVE_INLINE V widen(V a) {
 }
 template <class V>
 SKIVE_INLINE V widen(float a) {
+  return splat<V::lanes>(a);
+}
+template <class V>
+SKIVE_INLINE V widen(int32_t a) {
   return splat<V::lanes>(a);
 }
 
@@ -200,6 +234,10 @@ template <int N>
 SKIVE_INLINE Vec<N> neg(Vec<N> a) {
   return -a;
 }
+template <int N>
+SKIVE_INLINE IVec<N> neg(IVec<N> a) {
+  return -a;
+}
 
 // -------------------------------------------------------------------- comparison, logic, choice
 
@@ -242,6 +280,22 @@ SKIVE_INLINE Mask<N> less_equal(Vec<N> a, float b) {
 }
 template <int N>
 SKIVE_INLINE Mask<N> less_equal(float a, Vec<N> b) {
+  return less_equal(splat<N>(a), b);
+}
+template <int N>
+SKIVE_INLINE Mask<N> less(IVec<N> a, int32_t b) {
+  return less(a, splat<N>(b));
+}
+template <int N>
+SKIVE_INLINE Mask<N> less(int32_t a, IVec<N> b) {
+  return less(splat<N>(a), b);
+}
+template <int N>
+SKIVE_INLINE Mask<N> less_equal(IVec<N> a, int32_t b) {
+  return less_equal(a, splat<N>(b));
+}
+template <int N>
+SKIVE_INLINE Mask<N> less_equal(int32_t a, IVec<N> b) {
   return less_equal(splat<N>(a), b);
 }
 template <class A, class B, class V = lanes_t<A, B>>
@@ -323,6 +377,10 @@ SKIVE_INLINE Vec<N> where(Mask<N> condition, float a, float b) {
   return select(condition, splat<N>(a), splat<N>(b));
 }
 template <int N>
+SKIVE_INLINE IVec<N> where(Mask<N> condition, int32_t a, int32_t b) {
+  return select(condition, splat<N>(a), splat<N>(b));
+}
+template <int N>
 SKIVE_INLINE Mask<N> where(Mask<N> condition, Mask<N> a, Mask<N> b) {
   return (condition & a) | (!condition & b);
 }
@@ -381,13 +439,39 @@ SKIVE_INLINE auto cast(Vec<N> x) {
   else
     return x;
 }
+// An integer of To's width, as an IVec holds it.
+template <class To, int N>
+SKIVE_INLINE IVec<N> wrap(IVec<N> x) {
+  if constexpr (sizeof(To) == 4) {
+    return x;
+  } else if constexpr (is_signed<To>) {
+    constexpr int unused = 32 - 8 * static_cast<int>(sizeof(To));
+    return shift_lanes_right<unused>(shift_lanes_left<unused>(x));
+  } else {
+    return x & splat<N>((1 << 8 * sizeof(To)) - 1);
+  }
+}
+template <class To, int N>
+SKIVE_INLINE auto cast(IVec<N> x) {
+  static_assert(same_type<To, float> || same_type<To, bool> || is_lane<To>,
+                "vectors hold float, bool and integers of up to 32 bits");
+  if constexpr (same_type<To, bool>)
+    return not_equal(x, splat<N>(0));
+  else if constexpr (same_type<To, float>)
+    return to_float(x);
+  else
+    return wrap<To>(x);
+}
 template <class To, int N>
 SKIVE_INLINE auto cast(Mask<N> x) {
-  static_assert(same_type<To, float> || same_type<To, bool>, "vectors hold float or bool");
+  static_assert(same_type<To, float> || same_type<To, bool> || is_lane<To>,
+                "vectors hold float, bool and integers of up to 32 bits");
   if constexpr (same_type<To, bool>)
     return x;
-  else
+  else if constexpr (same_type<To, float>)
     return select(x, splat<N>(1.0f), zero<N>());
+  else
+    return select(x, splat<N>(1), splat<N>(0));
 }
 
 // The bits of x as another type of the same width.
@@ -432,6 +516,31 @@ SKIVE_INLINE T shift_right(T a, T b) {
   return static_cast<T>(count < width ? a >> count : a < 0 ? -1 : 0);
 }
 
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V bit_and(A a, B b) {
+  return widen<V>(a) & widen<V>(b);
+}
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V bit_or(A a, B b) {
+  return widen<V>(a) | widen<V>(b);
+}
+template <class A, class B, class V = lanes_t<A, B>>
+SKIVE_INLINE V bit_xor(A a, B b) {
+  return widen<V>(a) ^ widen<V>(b);
+}
+template <int N>
+SKIVE_INLINE IVec<N> bit_not(IVec<N> a) {
+  return a ^ splat<N>(-1);
+}
+template <int N>
+SKIVE_INLINE IVec<N> shift_left(IVec<N> a, int32_t count) {
+  return shift_left(a, splat<N>(count));
+}
+template <int N>
+SKIVE_INLINE IVec<N> shift_right(IVec<N> a, int32_t count) {
+  return shift_right(a, splat<N>(count));
+}
+
 // --------------------------------------------------------------- minimum, maximum, piecewise
 // linear
 
@@ -446,12 +555,18 @@ SKIVE_INLINE T max_(T a, T b) {
 template <class A, class B, class V = lanes_t<A, B>>
 SKIVE_INLINE V min_(A a, B b) {
   const V x = widen<V>(a);
-  return select(is_nan(x), x, vmin(x, widen<V>(b)));  // vmin gives its second operand for NaN
+  if constexpr (is_integer_vec<V>)
+    return vmin(x, widen<V>(b));
+  else
+    return select(is_nan(x), x, vmin(x, widen<V>(b)));  // vmin gives its second operand for NaN
 }
 template <class A, class B, class V = lanes_t<A, B>>
 SKIVE_INLINE V max_(A a, B b) {
   const V x = widen<V>(a);
-  return select(is_nan(x), x, vmax(x, widen<V>(b)));
+  if constexpr (is_integer_vec<V>)
+    return vmax(x, widen<V>(b));
+  else
+    return select(is_nan(x), x, vmax(x, widen<V>(b)));
 }
 
 template <class T, if_number<T> = 0>
@@ -488,6 +603,14 @@ template <int N>
 SKIVE_INLINE Vec<N> relu(Vec<N> a) {
   return vmax(zero<N>(), a);
 }
+template <int N>
+SKIVE_INLINE IVec<N> sign(IVec<N> a) {
+  return vmin(vmax(a, splat<N>(-1)), splat<N>(1));
+}
+template <int N>
+SKIVE_INLINE IVec<N> relu(IVec<N> a) {
+  return vmax(a, splat<N>(0));
+}
 // min(max(x, lo), hi): hi where lo > hi.
 template <class T, class L, if_number<T> = 0>
 SKIVE_INLINE T clip(T x, L lo, L hi) {
@@ -499,6 +622,11 @@ template <int N, class L>
 SKIVE_INLINE Vec<N> clip(Vec<N> x, L lo, L hi) {
   const Vec<N> r = vmax(widen<Vec<N>>(static_cast<float>(lo)), x);
   return vmin(splat<N>(static_cast<float>(hi)), r);
+}
+template <int N, class L>
+SKIVE_INLINE IVec<N> clip(IVec<N> x, L lo, L hi) {
+  const IVec<N> r = vmax(x, splat<N>(static_cast<int32_t>(lo)));
+  return vmin(r, splat<N>(static_cast<int32_t>(hi)));
 }
 template <class T, class A, if_number<T> = 0>
 SKIVE_INLINE T leaky_relu(T x, A alpha) {
@@ -555,6 +683,101 @@ SKIVE_INLINE Vec<N> shrink(Vec<N> x, A bias, A lambd) {
   const Vec<N> b = splat<N>(static_cast<float>(bias)), l = splat<N>(static_cast<float>(lambd));
   const Vec<N> r = select(less(l, x), x - b, select(is_nan(x), x, zero<N>()));
   return select(less(x, -l), x + b, r);
+}
+
+// --------------------------------------------------------------------------------- quantization
+
+template <class T>
+struct limits;
+template <>
+struct limits<int8_t> {
+  static constexpr int32_t lowest = INT8_MIN, highest = INT8_MAX;
+};
+template <>
+struct limits<uint8_t> {
+  static constexpr int32_t lowest = 0, highest = UINT8_MAX;
+};
+template <>
+struct limits<int16_t> {
+  static constexpr int32_t lowest = INT16_MIN, highest = INT16_MAX;
+};
+template <>
+struct limits<uint16_t> {
+  static constexpr int32_t lowest = 0, highest = UINT16_MAX;
+};
+
+// float(a) for |a| < 2^22 by integer arithmetic, which compilers fold where a is constant; they do
+// not fold the conversion instruction.
+template <int N>
+SKIVE_INLINE Vec<N> small_to_float(IVec<N> a) {
+  const Vec<N> magic = splat<N>(12582912.0f);  // 1.5 * 2^23: the integer lies in the low bits
+  return from_bits(bits(magic) + a) - magic;
+}
+
+// round_even(v) + zero within the range of T; NaN gives the lowest value. The limits, less the zero
+// point, are integers, so clamping before rounding is the same and keeps the conversion in range.
+template <class T, int N>
+SKIVE_INLINE IVec<N> saturate(Vec<N> v, IVec<N> zero) {
+  const Vec<N> low = small_to_float(splat<N>(limits<T>::lowest) - zero);
+  const Vec<N> high = small_to_float(splat<N>(limits<T>::highest) - zero);
+  return round_to_int(vmin(vmax(v, low), high)) + zero;
+}
+template <class T>
+SKIVE_INLINE T saturate(float v, int32_t zero) {
+  const float low = static_cast<float>(limits<T>::lowest - zero);
+  const float high = static_cast<float>(limits<T>::highest - zero);
+  const float inside = v > low ? v < high ? v : high : low;  // low for NaN
+  const float big = __builtin_copysignf(8388608.0f, inside);  // 2^23: no room for a fraction
+  return static_cast<T>(static_cast<int32_t>((inside + big) - big) + zero);
+}
+
+// saturate(round_even(x / scale) + zero), ONNX QuantizeLinear. x is float, scale and zero constants
+// or per lane.
+template <class T, int N, class S, class Z>
+SKIVE_INLINE IVec<N> quantize(Vec<N> x, S scale, Z zero) {
+  return saturate<T>(x / widen<Vec<N>>(scale), widen<IVec<N>>(zero));
+}
+template <class T>
+SKIVE_INLINE T quantize(float x, float scale, int32_t zero) {
+  return saturate<T>(x / scale, zero);
+}
+
+// float(q - zero) * scale, the difference in 32 bits, ONNX DequantizeLinear.
+template <int N, class S, class Z>
+SKIVE_INLINE Vec<N> dequantize(IVec<N> q, S scale, Z zero) {
+  return to_float(q - widen<IVec<N>>(zero)) * widen<Vec<N>>(scale);
+}
+SKIVE_INLINE float dequantize(int32_t q, float scale, int32_t zero) {
+  return static_cast<float>(sub(q, zero)) * scale;
+}
+
+// saturate(round_even(float(x) * factor) + zero); x is int32 or float.
+template <class T, int N, class S, class Z>
+SKIVE_INLINE IVec<N> requantize(Vec<N> x, S factor, Z zero) {
+  return saturate<T>(x * widen<Vec<N>>(factor), widen<IVec<N>>(zero));
+}
+template <class T, int N, class S, class Z>
+SKIVE_INLINE IVec<N> requantize(IVec<N> x, S factor, Z zero) {
+  return requantize<T>(to_float(x), factor, zero);
+}
+template <class T, class X, if_number<X> = 0>
+SKIVE_INLINE T requantize(X x, float factor, int32_t zero) {
+  return saturate<T>(static_cast<float>(x) * factor, zero);
+}
+
+// saturate(((int64(x) * multiplier + 2^(shift-1)) >> shift) + zero), 1 <= shift <= 62: no float
+// instruction.
+template <class T, int N, class M, class S, class Z>
+SKIVE_INLINE IVec<N> requantize_fixed(IVec<N> x, M multiplier, S shift, Z zero) {
+  return scale_fixed(x, widen<IVec<N>>(multiplier), widen<IVec<N>>(shift), widen<IVec<N>>(zero),
+                     limits<T>::lowest, limits<T>::highest);
+}
+template <class T>
+SKIVE_INLINE T requantize_fixed(int32_t x, int32_t multiplier, int32_t shift, int32_t zero) {
+  const int64_t sum = int64_t{x} * multiplier + (int64_t{1} << (shift - 1));
+  const int64_t y = (sum >> shift) + zero;
+  constexpr int32_t low = limits<T>::lowest, high = limits<T>::highest;
+  return static_cast<T>(y < low ? low : y > high ? high : y);
 }
 
 // ---------------------------------------------------------------------------- scalar C library
@@ -794,7 +1017,7 @@ SKIVE_INLINE Vec<N> rsqrt(Vec<N> x) {
 // |a| with the sign of b.
 template <int N>
 SKIVE_INLINE Vec<N> copysign_(Vec<N> a, Vec<N> b) {
-  return from_bits((bits(a) & splat_ints<N>(0x7fffffff)) | (bits(b) & splat_ints<N>(INT32_MIN)));
+  return from_bits((bits(a) & splat<N>(0x7fffffff)) | (bits(b) & splat<N>(INT32_MIN)));
 }
 
 // e^x as mantissa and exponent: e^x = (1 + tail) 2^n, |tail| < 0.42. x is clamped to [-105, 90],
@@ -834,10 +1057,10 @@ SKIVE_INLINE Vec<N> log_(Vec<N> x) {
   const Mask<N> tiny = less(x, splat<N>(1.17549435e-38f));  // subnormal: scale by 2^23 first
   const Vec<N> normal = select(tiny, x * splat<N>(8388608.0f), x);
   // x = m 2^e with m in [sqrt(1/2), sqrt(2)).
-  const Ints<N> offset = splat_ints<N>(0x3f3504f3);
-  const Ints<N> i = bits(normal) - offset;
-  const Vec<N> e = to_floats(shift_lanes_right<23>(i)) - select(tiny, splat<N>(23.0f), zero<N>());
-  const Vec<N> f = from_bits((i & splat_ints<N>(0x007fffff)) + offset) - splat<N>(1.0f);
+  const IVec<N> offset = splat<N>(0x3f3504f3);
+  const IVec<N> i = bits(normal) - offset;
+  const Vec<N> e = to_float(shift_lanes_right<23>(i)) - select(tiny, splat<N>(23.0f), zero<N>());
+  const Vec<N> f = from_bits((i & splat<N>(0x007fffff)) + offset) - splat<N>(1.0f);
   const Vec<N> p = polynomial(f, 0.33333313f, -0.25000009f, 0.20002119f, -0.16667996f, 0.14219551f,
                               -0.12405591f, 0.11888175f, -0.11675641f, 0.067466013f);
   const Vec<N> square = f * f;
@@ -937,7 +1160,7 @@ constexpr float kTrigLimit = 10000.0f;
 template <int N>
 struct TrigParts {
   Vec<N> sine, cosine;  // of r
-  Ints<N> quadrant;
+  IVec<N> quadrant;
 };
 template <int N>
 SKIVE_INLINE TrigParts<N> trig_parts(Vec<N> x) {
@@ -953,12 +1176,12 @@ SKIVE_INLINE TrigParts<N> trig_parts(Vec<N> x) {
   return {fma(t * r, s, r), fma(t * t, c, fma(t, splat<N>(-0.5f), splat<N>(1.0f))), bits(shifted)};
 }
 template <int N>
-SKIVE_INLINE Mask<N> odd(Ints<N> a) {
-  return equal(to_floats(a & splat_ints<N>(1)), splat<N>(1.0f));
+SKIVE_INLINE Mask<N> odd(IVec<N> a) {
+  return equal(to_float(a & splat<N>(1)), splat<N>(1.0f));
 }
 template <int N>
-SKIVE_INLINE Vec<N> flip_sign_by_bit1(Vec<N> a, Ints<N> q) {
-  return from_bits(bits(a) ^ shift_lanes_left<30>(q & splat_ints<N>(2)));
+SKIVE_INLINE Vec<N> flip_sign_by_bit1(Vec<N> a, IVec<N> q) {
+  return from_bits(bits(a) ^ shift_lanes_left<30>(q & splat<N>(2)));
 }
 template <int N>
 SKIVE_INLINE Vec<N> sin_(Vec<N> x) {
@@ -972,7 +1195,7 @@ SKIVE_INLINE Vec<N> sin_(Vec<N> x) {
 template <int N>
 SKIVE_INLINE Vec<N> cos_(Vec<N> x) {
   const TrigParts<N> t = trig_parts(x);
-  const Ints<N> q = t.quadrant + splat_ints<N>(1);
+  const IVec<N> q = t.quadrant + splat<N>(1);
   Vec<N> y = flip_sign_by_bit1(select(odd(t.quadrant), t.sine, t.cosine), q);
   if (__builtin_expect(any(less(splat<N>(kTrigLimit), abs_(x))), 0))
     y = per_lane(x, [](float v) { return __builtin_cosf(v); });

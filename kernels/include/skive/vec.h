@@ -1,4 +1,5 @@
-// `Vec<N>`: N float lanes, 1 <= N <= kLanes, N known at compile time.
+// `Vec<N>`: N float lanes, 1 <= N <= kLanes, N known at compile time. `IVec<N>`: N lanes of int32,
+// into which integers of 8 and 16 bits are widened.
 //
 // All loops are written once over Vec<kLanes> and a remainder Vec<N>; a Vec<N> never reads or
 // writes memory beyond its N lanes, so kernels need no padding in the caller's buffers.
@@ -26,5 +27,11 @@
 //   vmin, vmax (ordered as the instruction: second operand if either is NaN)
 //   Mask<N> = a < b etc. through less(a, b), equal(a, b); select(mask, yes, no)
 //   hsum, hmax, hmin: horizontal reductions over the N active lanes
+//   IVec<N>: load<N>(const T*) and store(T*, IVec<N>) for T of int8_t, uint8_t, int16_t, uint16_t,
+//     int32_t (the store keeps the low bits), splat<N>(int32_t), operators + - * & | ^ (wrapping),
+//     shift_lanes_left<K>, shift_lanes_right<K>, shift_left(a, counts), shift_right(a, counts),
+//     vmin, vmax, abs_, comparisons, select, hsum, hmax, hmin
+//   to_float(IVec<N>), round_to_int(Vec<N>) (ties to even), bits(Vec<N>), from_bits(IVec<N>)
+//   scale_fixed: multiplication and rounding shift in 64 bits
 
 #endif  // SKIVE_VEC_H

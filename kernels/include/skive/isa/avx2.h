@@ -118,36 +118,188 @@ template <int N> SKIVE_INLINE bool any(Mask<N> a) {
   return (_mm256_movemask_ps(a.m) & ((1 << N) - 1)) != 0;
 }
 
-// `Ints<N>`: the same lanes as 32-bit integers, for exponent arithmetic; they wrap.
-template <int N>
-struct Ints {
+// `IVec<N>`: N lanes of int32; arithmetic wraps.
+template <int N = kLanes>
+struct IVec {
+  static_assert(N >= 1 && N <= kLanes, "an IVec has 1 to 8 lanes");
+  static constexpr int lanes = N;
   __m256i v;
 };
-template <int N> SKIVE_INLINE Ints<N> splat_ints(int32_t x) { return {_mm256_set1_epi32(x)}; }
-template <int N> SKIVE_INLINE Ints<N> bits(Vec<N> a) { return {_mm256_castps_si256(a.v)}; }
-template <int N> SKIVE_INLINE Vec<N> from_bits(Ints<N> a) { return {_mm256_castsi256_ps(a.v)}; }
-template <int N> SKIVE_INLINE Vec<N> to_floats(Ints<N> a) { return {_mm256_cvtepi32_ps(a.v)}; }
-template <int N> SKIVE_INLINE Ints<N> operator+(Ints<N> a, Ints<N> b) {
+
+// The Bytes bytes at p in the low end of a register, nothing read beyond them.
+template <int Bytes>
+SKIVE_INLINE __m128i load_bytes(const void* p) {
+  if constexpr (Bytes == 16) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  } else if constexpr (Bytes == 8) {
+    return _mm_loadl_epi64(static_cast<const __m128i*>(p));
+  } else {
+    int64_t part[2] = {0, 0};
+    __builtin_memcpy(part, p, Bytes);
+    return _mm_set_epi64x(part[1], part[0]);
+  }
+}
+template <int Bytes>
+SKIVE_INLINE void store_bytes(void* p, __m128i a) {
+  if constexpr (Bytes == 16) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), a);
+  } else if constexpr (Bytes == 8) {
+    _mm_storel_epi64(static_cast<__m128i*>(p), a);
+  } else {
+    const int64_t part[2] = {_mm_cvtsi128_si64(a), Bytes > 8 ? _mm_extract_epi64(a, 1) : 0};
+    __builtin_memcpy(p, part, Bytes);
+  }
+}
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const uint8_t* p) { return {_mm256_cvtepu8_epi32(load_bytes<N>(p))}; }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int8_t* p) { return {_mm256_cvtepi8_epi32(load_bytes<N>(p))}; }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const uint16_t* p) {
+  return {_mm256_cvtepu16_epi32(load_bytes<2 * N>(p))};
+}
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int16_t* p) {
+  return {_mm256_cvtepi16_epi32(load_bytes<2 * N>(p))};
+}
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int32_t* p) {
+  if constexpr (N == kLanes) return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  else return {_mm256_maskload_epi32(p, active<N>())};
+}
+// Narrowing stores keep the low bits, as a conversion of integers does.
+template <int N>
+SKIVE_INLINE void store(uint8_t* p, IVec<N> a) {
+  const __m256i low = _mm256_shuffle_epi8(a.v, _mm256_set1_epi32(0x0c080400));
+  store_bytes<N>(p, _mm_unpacklo_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+template <int N>
+SKIVE_INLINE void store(uint16_t* p, IVec<N> a) {
+  const __m256i low = _mm256_shuffle_epi8(a.v, _mm256_set1_epi64x(0x0d0c090805040100));
+  store_bytes<2 * N>(
+      p, _mm_unpacklo_epi64(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+}
+template <int N>
+SKIVE_INLINE void store(int32_t* p, IVec<N> a) {
+  if constexpr (N == kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+  else _mm256_maskstore_epi32(p, active<N>(), a.v);
+}
+template <int N>
+SKIVE_INLINE void store(int8_t* p, IVec<N> a) { store(reinterpret_cast<uint8_t*>(p), a); }
+template <int N>
+SKIVE_INLINE void store(int16_t* p, IVec<N> a) { store(reinterpret_cast<uint16_t*>(p), a); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> splat(int32_t x) { return {_mm256_set1_epi32(x)}; }
+template <int N>
+SKIVE_INLINE IVec<N> in_register(IVec<N> a) {
+  __asm__("" : "+x"(a.v));
+  return a;
+}
+
+template <int N> SKIVE_INLINE IVec<N> bits(Vec<N> a) { return {_mm256_castps_si256(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> from_bits(IVec<N> a) { return {_mm256_castsi256_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> to_float(IVec<N> a) { return {_mm256_cvtepi32_ps(a.v)}; }
+// Nearest, ties to even; |a| < 2^31.
+template <int N> SKIVE_INLINE IVec<N> round_to_int(Vec<N> a) { return {_mm256_cvtps_epi32(a.v)}; }
+
+template <int N> SKIVE_INLINE IVec<N> operator+(IVec<N> a, IVec<N> b) {
   return {_mm256_add_epi32(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator-(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator-(IVec<N> a, IVec<N> b) {
   return {_mm256_sub_epi32(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator&(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator*(IVec<N> a, IVec<N> b) {
+  return {_mm256_mullo_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> operator-(IVec<N> a) {
+  return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> operator&(IVec<N> a, IVec<N> b) {
   return {_mm256_and_si256(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator|(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator|(IVec<N> a, IVec<N> b) {
   return {_mm256_or_si256(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator^(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator^(IVec<N> a, IVec<N> b) {
   return {_mm256_xor_si256(a.v, b.v)};
 }
-template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_left(Ints<N> a) {
+template <int K, int N> SKIVE_INLINE IVec<N> shift_lanes_left(IVec<N> a) {
   return {_mm256_slli_epi32(a.v, K)};
 }
 // Arithmetic: the sign is copied in.
-template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_right(Ints<N> a) {
+template <int K, int N> SKIVE_INLINE IVec<N> shift_lanes_right(IVec<N> a) {
   return {_mm256_srai_epi32(a.v, K)};
+}
+// A count outside [0, 32) shifts every bit out.
+template <int N> SKIVE_INLINE IVec<N> shift_left(IVec<N> a, IVec<N> count) {
+  return {_mm256_sllv_epi32(a.v, count.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> shift_right(IVec<N> a, IVec<N> count) {
+  return {_mm256_srav_epi32(a.v, count.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> vmin(IVec<N> a, IVec<N> b) {
+  return {_mm256_min_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> vmax(IVec<N> a, IVec<N> b) {
+  return {_mm256_max_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> abs_(IVec<N> a) { return {_mm256_abs_epi32(a.v)}; }
+
+template <int N> SKIVE_INLINE Mask<N> less(IVec<N> a, IVec<N> b) {
+  return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))};
+}
+template <int N> SKIVE_INLINE Mask<N> equal(IVec<N> a, IVec<N> b) {
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a.v, b.v))};
+}
+template <int N> SKIVE_INLINE Mask<N> less_equal(IVec<N> a, IVec<N> b) { return !less(b, a); }
+template <int N> SKIVE_INLINE Mask<N> not_equal(IVec<N> a, IVec<N> b) { return !equal(a, b); }
+template <int N> SKIVE_INLINE IVec<N> select(Mask<N> m, IVec<N> yes, IVec<N> no) {
+  return {_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.m))};
+}
+
+// As `fold` above, on integers.
+template <int N, class F>
+SKIVE_INLINE int32_t fold(IVec<N> a, int32_t neutral, F f) {
+  if constexpr (N != kLanes) a.v = _mm256_blendv_epi8(_mm256_set1_epi32(neutral), a.v, active<N>());
+  __m128i s = f(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  s = f(s, _mm_shuffle_epi32(s, 0x4e));
+  s = f(s, _mm_shuffle_epi32(s, 0xb1));
+  return _mm_cvtsi128_si32(s);
+}
+template <int N> SKIVE_INLINE int32_t hsum(IVec<N> a) {
+  return fold(a, 0, [](__m128i x, __m128i y) { return _mm_add_epi32(x, y); });
+}
+template <int N> SKIVE_INLINE int32_t hmax(IVec<N> a) {
+  return fold(a, INT32_MIN, [](__m128i x, __m128i y) { return _mm_max_epi32(x, y); });
+}
+template <int N> SKIVE_INLINE int32_t hmin(IVec<N> a) {
+  return fold(a, INT32_MAX, [](__m128i x, __m128i y) { return _mm_min_epi32(x, y); });
+}
+
+// min(max(((x * multiplier + 2^(shift-1)) >> shift) + offset, lowest), highest) in 64 bits, lane by
+// lane; 1 <= shift <= 62. AVX2 has no arithmetic shift of 64 bits: adding 2^63 makes the sum
+// unsigned, and 2^63, shifted, is taken off again.
+template <int N>
+SKIVE_INLINE IVec<N> scale_fixed(IVec<N> x, IVec<N> multiplier, IVec<N> shift, IVec<N> offset,
+                                 int32_t lowest, int32_t highest) {
+  const auto half = [&](__m256i a, __m256i m, __m256i s, __m256i z) {
+    const __m256i count = _mm256_and_si256(s, _mm256_set1_epi64x(0xffffffff));
+    const __m256i one = _mm256_set1_epi64x(1), top = _mm256_set1_epi64x(INT64_MIN);
+    const __m256i round = _mm256_sllv_epi64(one, _mm256_sub_epi64(count, one));
+    const __m256i sum = _mm256_add_epi64(_mm256_mul_epi32(a, m), round);
+    const __m256i wide = _mm256_sub_epi64(_mm256_srlv_epi64(_mm256_xor_si256(sum, top), count),
+                                          _mm256_srlv_epi64(top, count));
+    const __m256i sign = _mm256_cmpgt_epi32(_mm256_setzero_si256(), z);
+    const __m256i moved =
+        _mm256_add_epi64(wide, _mm256_blend_epi32(z, _mm256_slli_epi64(sign, 32), 0xaa));
+    const __m256i low = _mm256_set1_epi64x(lowest), high = _mm256_set1_epi64x(highest);
+    const __m256i raised = _mm256_blendv_epi8(moved, low, _mm256_cmpgt_epi64(low, moved));
+    return _mm256_blendv_epi8(raised, high, _mm256_cmpgt_epi64(raised, high));
+  };
+  const auto high = [](IVec<N> a) { return _mm256_srli_epi64(a.v, 32); };
+  const __m256i even = half(x.v, multiplier.v, shift.v, offset.v);
+  const __m256i odd = half(high(x), high(multiplier), high(shift), high(offset));
+  return {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
 }
 
 template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) { return {_mm256_sqrt_ps(a.v)}; }
@@ -171,9 +323,9 @@ template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
 // factors, because 2^n itself may lie outside the normal range.
 template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
   const Vec<N> magic = splat<N>(12582912.0f);  // 1.5 * 2^23: the integer lands in the low bits
-  const Ints<N> whole = bits(n + magic) - bits(magic);
-  const Ints<N> half = shift_lanes_right<1>(whole);
-  const Ints<N> one = bits(splat<N>(1.0f));
+  const IVec<N> whole = bits(n + magic) - bits(magic);
+  const IVec<N> half = shift_lanes_right<1>(whole);
+  const IVec<N> one = bits(splat<N>(1.0f));
   return a * from_bits(one + shift_lanes_left<23>(half)) *
          from_bits(one + shift_lanes_left<23>(whole - half));
 }

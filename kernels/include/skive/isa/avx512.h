@@ -114,36 +114,163 @@ template <int N> SKIVE_INLINE Mask<N> operator!(Mask<N> a) {
 // True if any of the N active lanes is set.
 template <int N> SKIVE_INLINE bool any(Mask<N> a) { return (a.m & active<N>()) != 0; }
 
-// `Ints<N>`: the same lanes as 32-bit integers, for exponent arithmetic; they wrap.
-template <int N>
-struct Ints {
+// `IVec<N>`: N lanes of int32; arithmetic wraps.
+template <int N = kLanes>
+struct IVec {
+  static_assert(N >= 1 && N <= kLanes, "an IVec has 1 to 16 lanes");
+  static constexpr int lanes = N;
   __m512i v;
 };
-template <int N> SKIVE_INLINE Ints<N> splat_ints(int32_t x) { return {_mm512_set1_epi32(x)}; }
-template <int N> SKIVE_INLINE Ints<N> bits(Vec<N> a) { return {_mm512_castps_si512(a.v)}; }
-template <int N> SKIVE_INLINE Vec<N> from_bits(Ints<N> a) { return {_mm512_castsi512_ps(a.v)}; }
-template <int N> SKIVE_INLINE Vec<N> to_floats(Ints<N> a) { return {_mm512_cvtepi32_ps(a.v)}; }
-template <int N> SKIVE_INLINE Ints<N> operator+(Ints<N> a, Ints<N> b) {
+
+// The N elements at p in the low bytes of a register, nothing read beyond them.
+template <int N>
+SKIVE_INLINE __m128i load_bytes(const void* p) {
+  if constexpr (N == 16) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  else return _mm_maskz_loadu_epi8(active<N>(), p);
+}
+template <int N>
+SKIVE_INLINE __m256i load_words(const void* p) {
+  if constexpr (N == 16) return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  else return _mm256_maskz_loadu_epi16(active<N>(), p);
+}
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const uint8_t* p) { return {_mm512_cvtepu8_epi32(load_bytes<N>(p))}; }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int8_t* p) { return {_mm512_cvtepi8_epi32(load_bytes<N>(p))}; }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const uint16_t* p) { return {_mm512_cvtepu16_epi32(load_words<N>(p))}; }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int16_t* p) { return {_mm512_cvtepi16_epi32(load_words<N>(p))}; }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int32_t* p) {
+  if constexpr (N == kLanes) return {_mm512_loadu_si512(p)};
+  else return {_mm512_maskz_loadu_epi32(active<N>(), p)};
+}
+// Narrowing stores keep the low bits, as a conversion of integers does.
+template <int N>
+SKIVE_INLINE void store(uint8_t* p, IVec<N> a) {
+  const __m128i b = _mm512_cvtepi32_epi8(a.v);
+  if constexpr (N == kLanes) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), b);
+  else _mm_mask_storeu_epi8(p, active<N>(), b);
+}
+template <int N>
+SKIVE_INLINE void store(uint16_t* p, IVec<N> a) {
+  const __m256i b = _mm512_cvtepi32_epi16(a.v);
+  if constexpr (N == kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), b);
+  else _mm256_mask_storeu_epi16(p, active<N>(), b);
+}
+template <int N>
+SKIVE_INLINE void store(int32_t* p, IVec<N> a) {
+  if constexpr (N == kLanes) _mm512_storeu_si512(p, a.v);
+  else _mm512_mask_storeu_epi32(p, active<N>(), a.v);
+}
+template <int N>
+SKIVE_INLINE void store(int8_t* p, IVec<N> a) { store(reinterpret_cast<uint8_t*>(p), a); }
+template <int N>
+SKIVE_INLINE void store(int16_t* p, IVec<N> a) { store(reinterpret_cast<uint16_t*>(p), a); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
+template <int N>
+SKIVE_INLINE IVec<N> in_register(IVec<N> a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
+
+template <int N> SKIVE_INLINE IVec<N> bits(Vec<N> a) { return {_mm512_castps_si512(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> from_bits(IVec<N> a) { return {_mm512_castsi512_ps(a.v)}; }
+template <int N> SKIVE_INLINE Vec<N> to_float(IVec<N> a) { return {_mm512_cvtepi32_ps(a.v)}; }
+// Nearest, ties to even; |a| < 2^31.
+template <int N> SKIVE_INLINE IVec<N> round_to_int(Vec<N> a) { return {_mm512_cvtps_epi32(a.v)}; }
+
+template <int N> SKIVE_INLINE IVec<N> operator+(IVec<N> a, IVec<N> b) {
   return {_mm512_add_epi32(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator-(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator-(IVec<N> a, IVec<N> b) {
   return {_mm512_sub_epi32(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator&(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator*(IVec<N> a, IVec<N> b) {
+  return {_mm512_mullo_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> operator-(IVec<N> a) {
+  return {_mm512_sub_epi32(_mm512_setzero_si512(), a.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> operator&(IVec<N> a, IVec<N> b) {
   return {_mm512_and_si512(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator|(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator|(IVec<N> a, IVec<N> b) {
   return {_mm512_or_si512(a.v, b.v)};
 }
-template <int N> SKIVE_INLINE Ints<N> operator^(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator^(IVec<N> a, IVec<N> b) {
   return {_mm512_xor_si512(a.v, b.v)};
 }
-template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_left(Ints<N> a) {
+template <int K, int N> SKIVE_INLINE IVec<N> shift_lanes_left(IVec<N> a) {
   return {_mm512_slli_epi32(a.v, K)};
 }
 // Arithmetic: the sign is copied in.
-template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_right(Ints<N> a) {
+template <int K, int N> SKIVE_INLINE IVec<N> shift_lanes_right(IVec<N> a) {
   return {_mm512_srai_epi32(a.v, K)};
+}
+// A count outside [0, 32) shifts every bit out.
+template <int N> SKIVE_INLINE IVec<N> shift_left(IVec<N> a, IVec<N> count) {
+  return {_mm512_sllv_epi32(a.v, count.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> shift_right(IVec<N> a, IVec<N> count) {
+  return {_mm512_srav_epi32(a.v, count.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> vmin(IVec<N> a, IVec<N> b) {
+  return {_mm512_min_epi32(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> vmax(IVec<N> a, IVec<N> b) {
+  return {_mm512_max_epi32(a.v, b.v)};
+}
+// Not vpabsd: g++ 12 takes the absolute value of a narrowed result for that of an unsigned operand.
+template <int N> SKIVE_INLINE IVec<N> abs_(IVec<N> a) { return vmax(a, -a); }
+
+template <int N> SKIVE_INLINE Mask<N> less(IVec<N> a, IVec<N> b) {
+  return {_mm512_cmplt_epi32_mask(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Mask<N> less_equal(IVec<N> a, IVec<N> b) {
+  return {_mm512_cmple_epi32_mask(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Mask<N> equal(IVec<N> a, IVec<N> b) {
+  return {_mm512_cmpeq_epi32_mask(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE Mask<N> not_equal(IVec<N> a, IVec<N> b) {
+  return {_mm512_cmpneq_epi32_mask(a.v, b.v)};
+}
+template <int N> SKIVE_INLINE IVec<N> select(Mask<N> m, IVec<N> yes, IVec<N> no) {
+  return {_mm512_mask_blend_epi32(m.m, no.v, yes.v)};
+}
+
+template <int N> SKIVE_INLINE int32_t hsum(IVec<N> a) {
+  return N == kLanes ? _mm512_reduce_add_epi32(a.v) : _mm512_mask_reduce_add_epi32(active<N>(), a.v);
+}
+template <int N> SKIVE_INLINE int32_t hmax(IVec<N> a) {
+  return N == kLanes ? _mm512_reduce_max_epi32(a.v) : _mm512_mask_reduce_max_epi32(active<N>(), a.v);
+}
+template <int N> SKIVE_INLINE int32_t hmin(IVec<N> a) {
+  return N == kLanes ? _mm512_reduce_min_epi32(a.v) : _mm512_mask_reduce_min_epi32(active<N>(), a.v);
+}
+
+// min(max(((x * multiplier + 2^(shift-1)) >> shift) + offset, lowest), highest) in 64 bits, lane by
+// lane; 1 <= shift <= 62.
+template <int N>
+SKIVE_INLINE IVec<N> scale_fixed(IVec<N> x, IVec<N> multiplier, IVec<N> shift, IVec<N> offset,
+                                 int32_t lowest, int32_t highest) {
+  const auto half = [&](__m512i a, __m512i m, __m512i s, __m512i z) {
+    const __m512i count = _mm512_and_si512(s, _mm512_set1_epi64(0xffffffff));
+    const __m512i one = _mm512_set1_epi64(1);
+    const __m512i round = _mm512_sllv_epi64(one, _mm512_sub_epi64(count, one));
+    const __m512i wide = _mm512_srav_epi64(_mm512_add_epi64(_mm512_mul_epi32(a, m), round), count);
+    const __m512i moved =
+        _mm512_add_epi64(wide, _mm512_srai_epi64(_mm512_slli_epi64(z, 32), 32));
+    return _mm512_min_epi64(_mm512_max_epi64(moved, _mm512_set1_epi64(lowest)),
+                            _mm512_set1_epi64(highest));
+  };
+  const auto high = [](IVec<N> a) { return _mm512_srli_epi64(a.v, 32); };
+  const __m512i even = half(x.v, multiplier.v, shift.v, offset.v);
+  const __m512i odd = half(high(x), high(multiplier), high(shift), high(offset));
+  return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
 }
 
 template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) { return {_mm512_sqrt_ps(a.v)}; }

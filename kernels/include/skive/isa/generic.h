@@ -131,54 +131,168 @@ template <int N> SKIVE_INLINE bool any(Mask<N> a) {
   return r;
 }
 
-// `Ints<N>`: the same lanes as 32-bit integers, for exponent arithmetic; they wrap.
-template <int N>
-struct Ints {
+// `IVec<N>`: N lanes of int32; arithmetic wraps.
+template <int N = kLanes>
+struct IVec {
+  static_assert(N >= 1 && N <= kLanes, "an IVec has 1 to 4 lanes");
+  static constexpr int lanes = N;
   int32_t v[N];
 };
 template <int N, class F>
-SKIVE_INLINE Ints<N> each_int(F f) {
-  Ints<N> r;
+SKIVE_INLINE IVec<N> each_int(F f) {
+  IVec<N> r;
   for (int i = 0; i < N; ++i) r.v[i] = static_cast<int32_t>(f(i));
   return r;
 }
-template <int N> SKIVE_INLINE Ints<N> splat_ints(int32_t x) {
-  return each_int<N>([&](int) { return x; });
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const uint8_t* p) { return each_int<N>([&](int i) { return p[i]; }); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int8_t* p) { return each_int<N>([&](int i) { return p[i]; }); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const uint16_t* p) { return each_int<N>([&](int i) { return p[i]; }); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int16_t* p) { return each_int<N>([&](int i) { return p[i]; }); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> load(const int32_t* p) { return each_int<N>([&](int i) { return p[i]; }); }
+// Narrowing stores keep the low bits, as a conversion of integers does.
+template <int N>
+SKIVE_INLINE void store(uint8_t* p, IVec<N> a) {
+  for (int i = 0; i < N; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
 }
-template <int N> SKIVE_INLINE Ints<N> bits(Vec<N> a) {
-  Ints<N> r;
+template <int N>
+SKIVE_INLINE void store(uint16_t* p, IVec<N> a) {
+  for (int i = 0; i < N; ++i) p[i] = static_cast<uint16_t>(a.v[i]);
+}
+template <int N>
+SKIVE_INLINE void store(int32_t* p, IVec<N> a) {
+  for (int i = 0; i < N; ++i) p[i] = a.v[i];
+}
+template <int N>
+SKIVE_INLINE void store(int8_t* p, IVec<N> a) { store(reinterpret_cast<uint8_t*>(p), a); }
+template <int N>
+SKIVE_INLINE void store(int16_t* p, IVec<N> a) { store(reinterpret_cast<uint16_t*>(p), a); }
+template <int N = kLanes>
+SKIVE_INLINE IVec<N> splat(int32_t x) { return each_int<N>([&](int) { return x; }); }
+template <int N>
+SKIVE_INLINE IVec<N> in_register(IVec<N> a) { return a; }
+
+template <int N> SKIVE_INLINE IVec<N> bits(Vec<N> a) {
+  IVec<N> r;
   __builtin_memcpy(r.v, a.v, sizeof r.v);
   return r;
 }
-template <int N> SKIVE_INLINE Vec<N> from_bits(Ints<N> a) {
+template <int N> SKIVE_INLINE Vec<N> from_bits(IVec<N> a) {
   Vec<N> r;
   __builtin_memcpy(r.v, a.v, sizeof r.v);
   return r;
 }
-template <int N> SKIVE_INLINE Vec<N> to_floats(Ints<N> a) {
+template <int N> SKIVE_INLINE Vec<N> to_float(IVec<N> a) {
   return each<N>([&](int i) { return static_cast<float>(a.v[i]); });
 }
-template <int N> SKIVE_INLINE Ints<N> operator+(Ints<N> a, Ints<N> b) {
+// Nearest, ties to even; |a| < 2^31. A sum with 2^23 has no room for a fraction, and from 2^23 on a
+// float has none itself: unlike rintf this needs no call of the C library.
+template <int N> SKIVE_INLINE IVec<N> round_to_int(Vec<N> a) {
+  return each_int<N>([&](int i) {
+    const float x = a.v[i], big = __builtin_copysignf(8388608.0f, x), r = (x + big) - big;
+    return static_cast<int32_t>(__builtin_fabsf(x) < 8388608.0f ? r : x);
+  });
+}
+
+// In uint32_t, which wraps.
+template <int N> SKIVE_INLINE IVec<N> operator+(IVec<N> a, IVec<N> b) {
   return each_int<N>([&](int i) { return uint32_t(a.v[i]) + uint32_t(b.v[i]); });
 }
-template <int N> SKIVE_INLINE Ints<N> operator-(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator-(IVec<N> a, IVec<N> b) {
   return each_int<N>([&](int i) { return uint32_t(a.v[i]) - uint32_t(b.v[i]); });
 }
-template <int N> SKIVE_INLINE Ints<N> operator&(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator*(IVec<N> a, IVec<N> b) {
+  return each_int<N>([&](int i) { return uint32_t(a.v[i]) * uint32_t(b.v[i]); });
+}
+template <int N> SKIVE_INLINE IVec<N> operator-(IVec<N> a) {
+  return each_int<N>([&](int i) { return 0u - uint32_t(a.v[i]); });
+}
+template <int N> SKIVE_INLINE IVec<N> operator&(IVec<N> a, IVec<N> b) {
   return each_int<N>([&](int i) { return a.v[i] & b.v[i]; });
 }
-template <int N> SKIVE_INLINE Ints<N> operator|(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator|(IVec<N> a, IVec<N> b) {
   return each_int<N>([&](int i) { return a.v[i] | b.v[i]; });
 }
-template <int N> SKIVE_INLINE Ints<N> operator^(Ints<N> a, Ints<N> b) {
+template <int N> SKIVE_INLINE IVec<N> operator^(IVec<N> a, IVec<N> b) {
   return each_int<N>([&](int i) { return a.v[i] ^ b.v[i]; });
 }
-template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_left(Ints<N> a) {
+template <int K, int N> SKIVE_INLINE IVec<N> shift_lanes_left(IVec<N> a) {
   return each_int<N>([&](int i) { return uint32_t(a.v[i]) << K; });
 }
 // Arithmetic: the sign is copied in.
-template <int K, int N> SKIVE_INLINE Ints<N> shift_lanes_right(Ints<N> a) {
+template <int K, int N> SKIVE_INLINE IVec<N> shift_lanes_right(IVec<N> a) {
   return each_int<N>([&](int i) { return a.v[i] >> K; });
+}
+// A count outside [0, 32) shifts every bit out.
+template <int N> SKIVE_INLINE IVec<N> shift_left(IVec<N> a, IVec<N> count) {
+  return each_int<N>([&](int i) {
+    const uint32_t n = static_cast<uint32_t>(count.v[i]);
+    return n < 32 ? uint32_t(a.v[i]) << n : 0u;
+  });
+}
+template <int N> SKIVE_INLINE IVec<N> shift_right(IVec<N> a, IVec<N> count) {
+  return each_int<N>([&](int i) {
+    const uint32_t n = static_cast<uint32_t>(count.v[i]);
+    return a.v[i] >> (n < 32 ? n : 31);
+  });
+}
+template <int N> SKIVE_INLINE IVec<N> vmin(IVec<N> a, IVec<N> b) {
+  return each_int<N>([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
+template <int N> SKIVE_INLINE IVec<N> vmax(IVec<N> a, IVec<N> b) {
+  return each_int<N>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+template <int N> SKIVE_INLINE IVec<N> abs_(IVec<N> a) {
+  return each_int<N>([&](int i) { return a.v[i] < 0 ? 0u - uint32_t(a.v[i]) : uint32_t(a.v[i]); });
+}
+
+template <int N> SKIVE_INLINE Mask<N> less(IVec<N> a, IVec<N> b) {
+  return each_mask<N>([&](int i) { return a.v[i] < b.v[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> less_equal(IVec<N> a, IVec<N> b) {
+  return each_mask<N>([&](int i) { return a.v[i] <= b.v[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> equal(IVec<N> a, IVec<N> b) {
+  return each_mask<N>([&](int i) { return a.v[i] == b.v[i]; });
+}
+template <int N> SKIVE_INLINE Mask<N> not_equal(IVec<N> a, IVec<N> b) {
+  return each_mask<N>([&](int i) { return a.v[i] != b.v[i]; });
+}
+template <int N> SKIVE_INLINE IVec<N> select(Mask<N> m, IVec<N> yes, IVec<N> no) {
+  return each_int<N>([&](int i) { return m.m[i] ? yes.v[i] : no.v[i]; });
+}
+
+template <int N> SKIVE_INLINE int32_t hsum(IVec<N> a) {
+  uint32_t s = 0;
+  for (int i = 0; i < N; ++i) s += static_cast<uint32_t>(a.v[i]);
+  return static_cast<int32_t>(s);
+}
+template <int N> SKIVE_INLINE int32_t hmax(IVec<N> a) {
+  int32_t s = a.v[0];
+  for (int i = 1; i < N; ++i) s = a.v[i] > s ? a.v[i] : s;
+  return s;
+}
+template <int N> SKIVE_INLINE int32_t hmin(IVec<N> a) {
+  int32_t s = a.v[0];
+  for (int i = 1; i < N; ++i) s = a.v[i] < s ? a.v[i] : s;
+  return s;
+}
+
+// min(max(((x * multiplier + 2^(shift-1)) >> shift) + offset, lowest), highest) in 64 bits, lane by
+// lane; 1 <= shift <= 62.
+template <int N>
+SKIVE_INLINE IVec<N> scale_fixed(IVec<N> x, IVec<N> multiplier, IVec<N> shift, IVec<N> offset,
+                                 int32_t lowest, int32_t highest) {
+  return each_int<N>([&](int i) {
+    const int64_t half = int64_t{1} << (shift.v[i] - 1);
+    const int64_t sum = int64_t{x.v[i]} * multiplier.v[i] + half;
+    const int64_t y = (sum >> shift.v[i]) + offset.v[i];
+    return y < lowest ? lowest : y > highest ? highest : y;
+  });
 }
 
 template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) {
@@ -204,9 +318,9 @@ template <int N> SKIVE_INLINE Vec<N> round_even(Vec<N> a) {
 // factors, because 2^n itself may lie outside the normal range.
 template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
   const Vec<N> magic = splat<N>(12582912.0f);  // 1.5 * 2^23: the integer lands in the low bits
-  const Ints<N> whole = bits(n + magic) - bits(magic);
-  const Ints<N> half = shift_lanes_right<1>(whole);
-  const Ints<N> one = bits(splat<N>(1.0f));
+  const IVec<N> whole = bits(n + magic) - bits(magic);
+  const IVec<N> half = shift_lanes_right<1>(whole);
+  const IVec<N> one = bits(splat<N>(1.0f));
   return a * from_bits(one + shift_lanes_left<23>(half)) *
          from_bits(one + shift_lanes_left<23>(whole - half));
 }
