@@ -360,3 +360,92 @@ def pack_conv_transpose2d(
         if taps.size:
             packed += [pack_conv2d(g, block) for g in np.split(taps, groups)]
     return np.concatenate(packed)
+
+
+# ------------------------------------------------------------------ integer depthwise convolution
+
+# Rows that one multiply-accumulate of isa/depthwise_*.h takes, by target: of uint8 and of int16.
+_DEPTHWISE_ROWS = {"avx512vnni": (4, 2), "avx512": (2, 2), "avx2": (2, 2), "generic": (1, 1)}
+_DEPTHWISE_LANES = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "generic": 4}
+
+
+def _pack_depthwise_integer(
+    weights: np.ndarray,
+    bias: NDArray[np.int32] | None,
+    zero: int,
+    attrs: Mapping[str, Any],
+    isa: str,
+    rows: int,
+    dtype: type[np.signedinteger[Any]],
+) -> tuple[np.ndarray, NDArray[np.int32]]:
+    """Packed weights and bias as depthwise_integer.h describes them; `rows` is its G."""
+    channels, kh, kw = weights.shape
+    folded = np.zeros(_round_up(channels, _DEPTHWISE_BLOCK), np.int64)
+    folded[:channels] = -zero * weights.astype(np.int64).sum((1, 2))
+    if bias is not None:
+        folded[:channels] += bias
+    offset = folded.astype(np.int32)  # the sum wraps as the kernel's does
+    (sh, sw), (dh, dw), (top, _, bottom, _) = attrs["stride"], attrs["dilation"], attrs["pad"]
+    if kh == 1 and sh == 1 and top == bottom == 0:  # rows are images: the width becomes the height
+        kh, kw, sh, dh = kw, 1, sw, dw
+    taps = weights.reshape(channels, kh, kw)
+    spread = sh // dh if sh % dh == 0 else 0
+    groups = -(-kh // rows)
+    strip = min(4, 1 + (groups * rows - kh) // spread) if spread else 1
+    lanes = _DEPTHWISE_LANES[isa]
+    slots = np.zeros((_round_up(channels, lanes), kw, groups * rows, strip), dtype)
+    for r in range(strip):
+        slots[:channels, :, r * spread : r * spread + kh, r] = taps.transpose(0, 2, 1)
+    # [C / L, L, KW, groups, G, R] -> [C / L, KW, groups, R, L, G]
+    split = slots.reshape(-1, lanes, kw, groups, rows, strip)
+    return np.ascontiguousarray(split.transpose(0, 2, 3, 5, 1, 4)), offset
+
+
+def _pack_multiplied(
+    weights: np.ndarray, bias: NDArray[np.int32] | None, zero: int, dtype: type[np.signedinteger[Any]]
+) -> tuple[np.ndarray, NDArray[np.int32]]:
+    """[KH * KW, OC] and bias [OC], for a channel multiplier."""
+    folded = -zero * weights.astype(np.int64).sum((1, 2))
+    if bias is not None:
+        folded += bias
+    flat = weights.reshape(weights.shape[0], -1).T
+    return np.ascontiguousarray(flat, dtype), folded.astype(np.int32)
+
+
+def pack_depthwise_u8(
+    weights: NDArray[np.int8],
+    bias: NDArray[np.int32] | None,
+    zero: int,
+    attrs: Mapping[str, Any],
+    isa: str,
+    multiplier: int = 1,
+) -> tuple[np.ndarray, NDArray[np.int32]]:
+    """Packed weights and bias of `depthwise2d<..., uint8_t, zero>`.
+
+    `weights` is [C * multiplier, KH, KW], `attrs` has "stride", "dilation" and "pad"; `isa` is the
+    target's name. The weights stay int8 where the target multiplies bytes (avx512vnni, generic) and
+    are widened to int16 elsewhere. The bias includes -zero * (sum of the weights), modulo 2^32.
+    """
+    if weights.shape[0] % multiplier:
+        raise ValueError(f"{weights.shape[0]} output channels are no multiple of {multiplier}")
+    if multiplier != 1:
+        return _pack_multiplied(weights, bias, zero, np.int8)
+    rows = _DEPTHWISE_ROWS[isa][0]
+    dtype = np.int16 if rows == 2 else np.int8
+    return _pack_depthwise_integer(weights, bias, zero, attrs, isa, rows, dtype)
+
+
+def pack_depthwise_i16(
+    weights: NDArray[np.int16],
+    bias: NDArray[np.int32] | None,
+    zero: int,
+    attrs: Mapping[str, Any],
+    isa: str,
+    multiplier: int = 1,
+) -> tuple[NDArray[np.int16], NDArray[np.int32]]:
+    """Packed weights (int16) and bias of `depthwise2d<..., int16_t, zero>`, as `pack_depthwise_u8`."""
+    if weights.shape[0] % multiplier:
+        raise ValueError(f"{weights.shape[0]} output channels are no multiple of {multiplier}")
+    if multiplier != 1:
+        return _pack_multiplied(weights, bias, zero, np.int16)
+    return _pack_depthwise_integer(weights, bias, zero, attrs, isa, _DEPTHWISE_ROWS[isa][1], np.int16)

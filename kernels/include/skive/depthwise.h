@@ -46,8 +46,10 @@ struct DepthwiseTaps {
 };
 
 template <class In, class Filter, class Strides = Stride<1, 1>, class Padding = Pad<0, 0, 0, 0>,
-          class Dilations = Dilation<1, 1>, int XS = In::C, int YS = Filter::OC>
+          class Dilations = Dilation<1, 1>, int XS = In::C, int YS = Filter::OC,
+          class Element = float, int Zero = 0>
 struct depthwise2d {
+  static_assert(sizeof(Element) == 4 && Zero == 0, "integers: depthwise_integer.h");
   static_assert(Filter::OC % In::C == 0, "output channels must be a multiple of the input channels");
   static constexpr int M = Filter::OC / In::C;  // channel multiplier
   static constexpr size_t scratch_bytes(int = 1) { return 0; }
