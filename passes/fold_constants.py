@@ -8,6 +8,10 @@ from skive import ops
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.pipeline import pass_
 
+# The contractions that have kernels for quantized weights, and what may stand between.
+READS_WEIGHTS = frozenset({"conv2d", "conv_transpose2d", "linear", "matmul"})
+MOVES_WEIGHTS = frozenset({"reshape", "transpose", "slice"})
+
 
 @dataclass(frozen=True, slots=True)
 class FoldConstants:
@@ -19,15 +23,18 @@ class FoldConstants:
 
 @pass_("fold-constants", exact=True, options=FoldConstants)
 def fold_constants(graph: Graph, options: FoldConstants) -> Graph:
-    """Every operation on constants, replaced by its value in the numpy reference."""
+    """Every operation on constants, replaced by its value; the quantized weights of contractions stay integers."""
+    weights = quantized_weights(graph)
     folded = False
 
     def fold(node: Node, inputs: tuple[Node, ...]) -> Node:
         nonlocal folded
+        stays = node in weights
         node = rebuilt(node, inputs)
-        if not inputs or not all(i.is_const for i in inputs):
+        if stays or not inputs or not all(i.is_const for i in inputs):
             return node
-        if node.type.bytes > max(options.max_bytes, sum(i.type.bytes for i in inputs)):
+        limit = max(options.max_bytes, sum(i.type.bytes for i in inputs))
+        if node.type.bytes > limit and node.op != "dequantize":  # which makes at most four bytes of one
             return node
         folded = True
         value = ops.evaluate(node, [i.value for i in inputs])
@@ -35,3 +42,14 @@ def fold_constants(graph: Graph, options: FoldConstants) -> Graph:
 
     result = graph.map_nodes(fold)
     return result if folded else graph
+
+
+def quantized_weights(graph: Graph) -> set[Node]:
+    """Each `dequantize` of which a contraction reads the result, directly or after its data have moved."""
+    found: set[Node] = set()
+    for node in reversed(graph.nodes):
+        users = graph.users[node]
+        read = any(u.op in READS_WEIGHTS or (u.op in MOVES_WEIGHTS and u in found) for u in users)
+        if read and (node.op == "dequantize" or node.op in MOVES_WEIGHTS):
+            found.add(node)
+    return {n for n in found if n.op == "dequantize"}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FOLD_BYTES = 1 << 22
 # Multiply-accumulates that folding may spend on one node.
 FOLD_MACS = 1 << 30
+# What importers do to weights; a quantized constant goes through these as one.
+MOVES_WEIGHTS = frozenset({"reshape", "transpose", "slice"})
 # Elements of a constant that an attribute or a shape calls for, such as a window or a Fourier matrix.
 MAX_CONSTANT = 1 << 25
 
@@ -92,9 +94,44 @@ def onnx_op(*names: str, domain: str = "", refused: bool = False, constant: str 
     return register
 
 
+def is_quantized_constant(node: Node) -> bool:
+    """Whether `node` is the `dequantize` of constants: weights that stay integers."""
+    return node.op == "dequantize" and all(i.is_const for i in node.inputs)
+
+
+def is_known(node: Node) -> bool:
+    """Whether the value of `node` does not depend on the inputs of the model."""
+    return node.is_const or is_quantized_constant(node)
+
+
+def moved_constant(op: str, node: Node, attrs: dict[str, Any], origin: str) -> Node | None:
+    """A movement of a quantized constant as a quantized constant: its integers move, scales and zero
+    points with them. None where the integers would be folded into something larger than they are."""
+    q, *parameters = node.inputs
+    moved = folded(ops.make(op, q, origin=origin, **attrs))
+    if not moved.is_const:
+        return None
+
+    def followed(v: Node) -> Node:
+        if v.type.size == 1:
+            return constant(v.value.reshape(()), origin=v.origin)
+        full = (1,) * (node.type.rank - v.type.rank) + v.shape
+        if op == "transpose":
+            return constant(v.value.reshape(full).transpose(attrs["perm"]), origin=v.origin)
+        # Move the index of the scale that each element has; an axis along which it stays the same is one scale.
+        index = np.broadcast_to(np.arange(v.type.size, dtype=np.int32).reshape(full), node.shape)
+        index = ops.evaluate(ops.make(op, constant(index), **attrs), [index])
+        for axis in range(index.ndim):
+            first = index.take([0], axis)
+            index = first if (index == first).all() else index
+        return constant(v.value.reshape(-1)[index], origin=v.origin)
+
+    return ops.make("dequantize", moved, *(followed(v) for v in parameters), origin=origin)
+
+
 def folded(node: Node) -> Node:
     """`node`, or the constant it always computes when that is known and of reasonable size."""
-    if node.op in ("const", "input"):
+    if node.op in ("const", "input") or is_quantized_constant(node):
         return node
     if node.type.size == 0:
         return constant(np.zeros(node.shape, node.dtype.numpy), origin=node.origin)
@@ -173,6 +210,8 @@ class Call:
         """
         if node.is_const:
             return node.value
+        if is_quantized_constant(node):
+            return ops.evaluate(node, [i.value for i in node.inputs])
         if data:
             raise Unsupported(f"{self.op_type} needs {what} to be a constant of the model",
                               "end the model before this node and do it in the program that calls it")
@@ -229,7 +268,11 @@ class Call:
         if computes and any(n.dtype is DType.f16 for n in nodes):
             raise Unsupported("float16 arithmetic", "convert the model to float32")
         self.importer.step()
-        node = folded(ops.make(op, *nodes, origin=self.origin, **attrs))
+        node = None
+        if op in MOVES_WEIGHTS and is_quantized_constant(nodes[0]) and nodes[0].type.size:
+            node = moved_constant(op, nodes[0], attrs, self.origin)
+        if node is None:
+            node = folded(ops.make(op, *nodes, origin=self.origin, **attrs))
         if node not in nodes:
             self.created.append(node)
         return node

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from skive.errors import InvalidModelError
-from skive.frontend.onnx.table import Call, Decline, onnx_op
+from skive.frontend.onnx.table import Call, Decline, is_known, is_quantized_constant, onnx_op
 from skive.ir import Node
 from skive.ops import broadcast_shapes
 from skive.types import DType
@@ -17,7 +17,7 @@ def matmul(c: Call, a: Node, b: Node) -> Node:
     """numpy.matmul(a, b); a float32 product with a constant matrix becomes `linear`."""
     if a.type.rank == 0 or b.type.rank == 0:
         raise InvalidModelError("matrix product of a scalar")
-    if b.is_const and b.type.rank == 2 and not a.is_const and b.dtype is DType.f32:
+    if is_known(b) and b.type.rank == 2 and not a.is_const and b.dtype is DType.f32:
         return c.make("linear", a, c.transpose(b, (1, 0)))
     rows = c.reshape(a, (1, *a.shape)) if a.type.rank == 1 else a
     columns = c.reshape(b, (*b.shape, 1)) if b.type.rank == 1 else b
@@ -44,19 +44,31 @@ def gemm(c: Call) -> Node:
         raise InvalidModelError(f"Gemm of {a.type} and {b.type}")
     if bias is not None and beta != 1.0:
         bias = c.make("mul", bias, beta)
-    if b.is_const and b.dtype is DType.f32:
+    if is_known(b) and b.dtype is DType.f32:
         w = b if trans_b else c.transpose(b, (1, 0))
-        w = c.make("mul", w, alpha) if alpha != 1.0 else w
+        w = scaled(c, w, alpha)
         x = c.transpose(a, (1, 0)) if trans_a else a
         columns = w.shape[0]
         if bias is None:
             return c.make("linear", x, w)
         if bias.is_const and (bias.type.size == 1 or bias.shape in ((columns,), (1, columns))):
             return c.make("linear", x, w, c.lit(np.broadcast_to(bias.value.reshape(-1), (columns,))))
+        if is_quantized_constant(bias) and bias.shape in ((columns,), (1, columns)):
+            return c.make("linear", x, w, c.reshape(bias, (columns,)))
         return c.make("add", c.make("linear", x, w), bias)
     y = c.make("matmul", a, b, trans_a=trans_a, trans_b=trans_b)
     y = c.make("mul", y, alpha) if alpha != 1.0 else y
     return y if bias is None else c.make("add", y, bias)
+
+
+def scaled(c: Call, w: Node, alpha: float) -> Node:
+    """Weights times a number; of quantized ones the scales change."""
+    if alpha == 1.0:
+        return w
+    if is_quantized_constant(w):
+        q, scale, zero = w.inputs
+        return c.make("dequantize", q, c.make("mul", scale, alpha), zero)
+    return c.make("mul", w, alpha)
 
 
 # ------------------------------------------------------------------------------------------- Einsum

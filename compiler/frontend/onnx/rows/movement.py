@@ -7,7 +7,14 @@ import math
 import numpy as np
 
 from skive.errors import InvalidModelError
-from skive.frontend.onnx.table import Call, Unsupported, checked_axis, onnx_op
+from skive.frontend.onnx.table import (
+    Call,
+    Unsupported,
+    checked_axis,
+    is_known,
+    is_quantized_constant,
+    onnx_op,
+)
 from skive.ir import Node
 from skive.ops import broadcast_shapes
 from skive.types import DType
@@ -172,7 +179,8 @@ def pad(c: Call) -> Node:
     if pads is None:
         pads = c.required("paddings")
     value = c.get(2)
-    fill = value.value.reshape(-1)[0].item() if value is not None and value.is_const else float(c.attr("value", 0.0))
+    constant_fill = value is not None and is_known(value)
+    fill = c.known(value, "value").reshape(-1)[0].item() if constant_fill else float(c.attr("value", 0.0))
     rank = x.type.rank
     axes = [checked_axis(a, rank) for a in c.ints(3, "axes")] if c.has(3) else list(range(rank))
     if len(pads) != 2 * len(axes):
@@ -190,7 +198,7 @@ def pad(c: Call) -> Node:
     if not any(before) and not any(after):
         return x
     mode = c.choice("mode", "constant", "reflect", "edge", "wrap")
-    if mode == "constant" and value is not None and not value.is_const:
+    if mode == "constant" and value is not None and not constant_fill:
         mask = c.make("pad", c.lit(np.ones(x.shape, np.bool_)), before=tuple(before), after=tuple(after), value=0)
         padded = c.make("pad", x, before=tuple(before), after=tuple(after), value=0)
         return c.make("where", mask, padded, c.reshape(value, ()))
@@ -242,6 +250,9 @@ def gather(c: Call) -> Node:
             raise InvalidModelError(f"index {i} is outside {x.type}")
         part = c.slice(x, axis, i % x.shape[axis], 1)
         return c.reshape(part, x.shape[:axis] + indices.shape + x.shape[axis + 1:])
+    if is_quantized_constant(x) and x.inputs[1].type.size == 1:  # a table of integers is not widened to be read
+        return c.make("dequantize", c.make("gather", x.inputs[0], indices, axis=axis),
+                      *(c.reshape(v, ()) for v in x.inputs[1:]))
     return c.make("gather", x, indices, axis=axis)
 
 

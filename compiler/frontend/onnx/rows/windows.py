@@ -86,8 +86,11 @@ def conv(c: Call) -> Node:
     return convolve(c, x, w, b)
 
 
-def convolve(c: Call, x: Node, w: Node, b: Node | None) -> Node:
-    """The convolution that the attributes of `c` describe, of [N, C, D...] and [OC, C/groups, K...]."""
+def convolve(c: Call, x: Node, w: Node, b: Node | None, *, zero: int = 0) -> Node:
+    """The convolution that the attributes of `c` describe, of [N, C, D...] and [OC, C/groups, K...].
+
+    `zero` is the zero point of an image of 8-bit integers.
+    """
     sizes = spatial(c, x)
     n = len(sizes)
     if w.type.rank != x.type.rank:
@@ -107,7 +110,7 @@ def convolve(c: Call, x: Node, w: Node, b: Node | None) -> Node:
     if b is not None:
         operands.append(b)
     y = c.make("conv2d", *operands, stride=two(stride, 1), dilation=two(dilation, 1), groups=groups,
-               pad=(*two(before, 0), *two(after, 0)))
+               pad=(*two(before, 0), *two(after, 0)), zero=zero)
     return to_channels_first(c, y, n + 2)
 
 
@@ -318,7 +321,11 @@ def pooled_along(c: Call, op: str, x: Node, axis: int, kernel: int, stride: int,
 
 @onnx_op("AveragePool")
 def average_pool(c: Call) -> Node:
-    x = c[0]
+    return average(c, c[0])
+
+
+def average(c: Call, x: Node) -> Node:
+    """The average pooling that the attributes of `c` describe, of [N, C, D...]."""
     kernel, stride, dilation, before, after, out = pool_window(c, x)
     n = len(kernel)
     count_pad = bool(c.attr("count_include_pad", 0))
