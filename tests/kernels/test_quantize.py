@@ -3,13 +3,15 @@ bit, with ties, saturation, NaN, infinities and factors of every magnitude."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from batch import CTYPE, Case, check
+from batch import CTYPE, Case, angle, check
 from driver import cpu_isas
 from numpy.typing import NDArray
+from test_map import BROADCASTS, broadcast_strides
 
 NARROW = [np.int8, np.uint8, np.int16, np.uint16]
 LANES = [*NARROW, np.int32]
@@ -138,12 +140,13 @@ def test_requantize_fixed(isa: str, tmp_path: Path) -> None:
         shifts = rng.integers(1, 63, x.size).astype(np.int32)
         zeros = rng.integers(info.min, info.max, x.size, endpoint=True).astype(dtype)
 
-        def fixed(m: NDArray[np.int32], s: NDArray[np.int32], z: NDArray[np.generic], to: type = dtype) -> NDArray[np.generic]:
-            wide = (x.astype(np.int64) * m.astype(np.int64) + (np.int64(1) << (s.astype(np.int64) - 1))) >> s.astype(np.int64)
-            return np.clip(wide + z.astype(np.int64), np.iinfo(to).min, np.iinfo(to).max).astype(to)
+        def fixed(*operands: NDArray[np.generic], to: type = dtype) -> NDArray[np.generic]:
+            v, m, s, z = (o.astype(np.int64) for o in operands)
+            wide = ((v * m + (np.int64(1) << (s - 1))) >> s) + z
+            return np.clip(wide, np.iinfo(to).min, np.iinfo(to).max).astype(to)
 
         inputs = [x, multipliers, shifts, zeros]
-        want = fixed(multipliers, shifts, zeros)
+        want = fixed(*inputs)
         call = f"requantize_fixed<{t}>(load<N>(x0 + i), load<N>(x1 + i), load<N>(x2 + i), load<N>(x3 + i))"
         cases.append(Case(over_lanes(x.size, f"store(y0 + i, {call})"), inputs, [want]))
         call = f"requantize_fixed<{t}>(x0[i], x1[i], x2[i], x3[i])"
@@ -151,7 +154,7 @@ def test_requantize_fixed(isa: str, tmp_path: Path) -> None:
         for multiplier, shift in ((1518500250, 31), (2**31 - 1, 1), (-(2**31), 62), (1, 40)):
             m, s = np.array(multiplier), np.array(shift)
             call = f"requantize_fixed<{t}>(load<N>(x0 + i), int32_t({multiplier}ll), {shift}, {info.max})"
-            want = fixed(m, s, np.array(info.max))
+            want = fixed(x, m, s, np.array(info.max))
             cases.append(Case(over_lanes(x.size, f"store(y0 + i, {call})"), [x], [want]))
     check(cases, HEADERS, isa, tmp_path, prelude=_EACH)
 
@@ -224,12 +227,69 @@ def test_integer_lanes(isa: str, tmp_path: Path) -> None:
         cases.append(Case(loop, [a], [a.astype(np.int32).astype(np.float32)]))
         sums = [np.asarray(v).astype(np.int32) for v in (p[:7].sum(), p[:7].max(), p[:7].min())]
         for name, want in zip(("hsum", "hmax", "hmin"), sums, strict=True):
-            fold = f"int32_t r = {name}(load<1>(x0)); for (int i = 1; i < 7; i += 3) {{ const int32_t s = {name}(load<3>(x0 + i)); "
-            join = {"hsum": "r = add(r, s)", "hmax": "r = max_(r, s)", "hmin": "r = min_(r, s)"}[name]
-            cases.append(Case(f"{fold}{join}; }} y0[0] = r", [a[:7]], [want.reshape(1)]))
+            join = {"hsum": "add", "hmax": "max_", "hmin": "min_"}[name]
+            parts = [f"{name}(load<1>(x0))", f"{name}(load<3>(x0 + 1))", f"{name}(load<3>(x0 + 4))"]
+            text = f"y0[0] = {join}({join}({parts[0]}, {parts[1]}), {parts[2]})"
+            cases.append(Case(text, [a[:7]], [want.reshape(1)]))
     x = floats(rng)
     x = x[np.abs(x) < 2.0**31]
     loop = over_lanes(x.size, "store(y0 + i, round_to_int(load<N>(x0 + i)))")
     cases.append(Case(loop, [x], [np.rint(x.astype(np.float64)).astype(np.int32)]))
     check(cases, HEADERS, isa, tmp_path, prelude=_EACH)
 
+
+
+# C++ text of a, b; element types of a, b and of the result; meaning.
+_F32 = np.float32
+MIXED: list[tuple[str, tuple[type, type, type], Callable[..., NDArray[np.generic]]]] = [
+    (
+        "quantize<uint8_t>(relu(add(dequantize(a, 0.5f, 7), dequantize(b, 0.25f, -3))), 0.75f, 11)",
+        (np.uint8, np.int8, np.uint8),
+        lambda a, b: saturate(
+            np.maximum((a.astype(_F32) - 7) * _F32(0.5) + (b.astype(_F32) + 3) * _F32(0.25), 0) / _F32(0.75),
+            np.array(11), np.uint8),
+    ),
+    ("requantize<int8_t>(a, b, -5)", (np.int32, _F32, np.int8),
+     lambda a, b: saturate(a.astype(_F32) * b, np.array(-5), np.int8)),
+    ("quantize<int16_t>(a, 0.125f, b)", (_F32, np.int16, np.int16),
+     lambda a, b: saturate(a / _F32(0.125), b, np.int16)),
+    ("dequantize(a, b, 9)", (np.uint16, _F32, _F32), lambda a, b: (a.astype(_F32) - 9) * b),
+    ("max_(a, b)", (np.uint8, np.uint8, np.uint8), np.maximum),
+    ("add(a, b)", (np.int32, np.int16, np.int32), lambda a, b: a + b),
+    ("sub(a, b)", (np.int8, np.int8, np.int8), lambda a, b: a - b),
+    ("cast<int16_t>(mul(a, b))", (np.uint16, np.int16, np.uint16), lambda a, b: (a * b).astype(np.uint16)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_maps_of_mixed_types(isa: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+
+    def draw(shape: tuple[int, ...], dtype: type) -> NDArray[np.generic]:
+        if dtype is _F32:
+            return np.asarray(np.round(rng.standard_normal(shape) * 64) / 16).astype(dtype)
+        span = np.iinfo(dtype if dtype is not np.int32 else np.int16)
+        return np.asarray(rng.integers(span.min, span.max, shape, endpoint=True)).astype(dtype)
+
+    cases = []
+    shapes = [*BROADCASTS, ((3, 200), (200,)), ((70, 67), (70, 67)), ((1, 640), (1,))]
+    for n, (full, other) in enumerate(shapes):
+        tags = [angle("Shape", *full)]
+        tags += [angle("Strides", *broadcast_strides(s, full)) for s in (full, other)]
+        for text, (p, q, out), meaning in MIXED[n % 2 :: 2]:
+            a, b = draw(full, p), draw(other, q)
+            with np.errstate(over="ignore"):
+                want = np.broadcast_to(meaning(a, b), full).astype(out)
+            call = f"{angle('vmap', *tags)}::run(y0, part, [](auto a, auto b) {{ return {text}; }}, x0, x1)"
+            cases.append(Case(call, [a, b], [want]))
+    x = draw((6, 90), np.uint8)
+    into = np.full((6, 150), 77, np.uint8)
+    into[:, 5:95] = ~x
+    invert, real = "[](auto a) { return bit_not(a); }", "[](auto a) { return dequantize(a, 0.5f, 1); }"
+    slice_of = f"vmap_to<Shape<6, 90>, Strides<150, 1>, Strides<90, 1>>::run(y0 + 5, part, {invert}, x0)"
+    every_other = f"vmap<Shape<6, 45>, Strides<90, 2>>::run(y0, part, {real}, x0)"
+    cases += [
+        Case(slice_of, [x], [into]),
+        Case(every_other, [x], [(x[:, ::2].astype(_F32) - 1) * _F32(0.5)]),
+    ]
+    check(cases, ["map.h"], isa, tmp_path)

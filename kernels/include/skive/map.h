@@ -1,8 +1,9 @@
 // Fused elementwise loops: out[i] = fn(a[i], b[i], ...), all operands broadcast to one shape by
 // strides known at compile time.
 //
-//   vmap<Shape<...>, Strides<...> per operand>::run(float* out, part, fn, const float*... operand)
-//       float in, float out, a generic lambda over Vec<N>: vectorised along the last dimension
+//   vmap<Shape<...>, Strides<...> per operand>::run(T* out, part, fn, const A*... operand)
+//       float and integers of up to 32 bits in any mixture, a generic lambda over Vec<N> (float) and
+//       IVec<N> (the integers, widened): vectorised along the last dimension
 //   map<T, Shape<...>, Strides<...> per operand>::run(T* out, part, fn, const A*... operand)
 //       any element types, a lambda over scalars; bool is stored as uint8_t 0 or 1
 //   vmap_to / map_to: the same with the result's Strides after the shape (a slice of a larger
@@ -17,9 +18,6 @@
 
 namespace skive {
 inline namespace SKIVE_ISA {
-
-// Vectors computed together, so that the long dependent chains of the polynomials overlap.
-constexpr int kMapUnroll = 4;
 
 // How a map is shared among workers: by rows if there are plenty, else by ranges of each row.
 template <class S>
@@ -47,39 +45,39 @@ struct vmap_to {
   static constexpr bool vector = S::rank > 0 && Out::stride(last) == 1 &&
                                  ((In::stride(last) == 0 || In::stride(last) == 1) && ...);
 
-  template <int N, ptrdiff_t Step>
-  static SKIVE_INLINE Vec<N> operand(const float* p, ptrdiff_t i) {
+  template <int N, ptrdiff_t Step, class A>
+  static SKIVE_INLINE auto operand(const A* p, ptrdiff_t i) {
     if constexpr (Step == 0)
       return splat<N>(*p);
     else
       return load<N>(p + i);
   }
-  template <int N, class F, class... P>
-  static SKIVE_INLINE void step(float* out, ptrdiff_t i, const F& fn, P... p) {
+  template <int N, class T, class F, class... P>
+  static SKIVE_INLINE void step(T* out, ptrdiff_t i, const F& fn, P... p) {
     store(out + i, fn(operand<N, In::stride(last)>(p, i)...));
   }
   template <class F, class... P>
   static SKIVE_INLINE auto value(ptrdiff_t i, const F& fn, P... p) {
     return fn(operand<kLanes, In::stride(last)>(p, i)...);
   }
-  // Loads and functions of the whole block first, then its stores: the result may be an operand, so
-  // the compiler could not move a load above an earlier store.
-  template <int... U, class F, class... P>
-  static SKIVE_INLINE void block_at(Index<U...>, float* out, ptrdiff_t i, const F& fn, P... p) {
-    const Vec<kLanes> y[] = {value(i + U * kLanes, fn, p...)...};
-    (store(out + i + U * kLanes, y[U]), ...);
+  // Four vectors together, so that the long dependent chains of the polynomials overlap and bytes
+  // fill a register. Loads and functions of the whole block first, then its stores: the result may
+  // be an operand, so the compiler could not move a load above an earlier store.
+  template <class T, class F, class... P>
+  static SKIVE_INLINE void block(T* out, ptrdiff_t i, const F& fn, P... p) {
+    const auto a = value(i, fn, p...), b = value(i + kLanes, fn, p...),
+               c = value(i + 2 * kLanes, fn, p...), d = value(i + 3 * kLanes, fn, p...);
+    store(out + i, a, b, c, d);
   }
-  template <class F, class... P>
-  static SKIVE_INLINE void row(float* out, ptrdiff_t begin, ptrdiff_t end, const F& fn, P... p) {
+  template <class T, class F, class... P>
+  static SKIVE_INLINE void row(T* out, ptrdiff_t begin, ptrdiff_t end, const F& fn, P... p) {
     if constexpr (vector) {
       constexpr ptrdiff_t whole = Split::inner / kLanes * kLanes;
       constexpr int tail = static_cast<int>(Split::inner - whole);
-      constexpr ptrdiff_t block = kMapUnroll * kLanes;
+      constexpr ptrdiff_t wide = 4 * kLanes;
       ptrdiff_t i = begin;
-      if constexpr (whole >= block) {
-        for (; i + block <= end; i += block) {
-          block_at(Indices<kMapUnroll>{}, out, i, fn, p...);
-        }
+      if constexpr (whole >= wide) {
+        for (; i + wide <= end; i += wide) block(out, i, fn, p...);
       }
       if constexpr (whole > 0) {
         for (; i + kLanes <= end; i += kLanes) step<kLanes>(out, i, fn, p...);
@@ -92,13 +90,13 @@ struct vmap_to {
         store(out + i * Out::stride(last), fn(load<1>(p + i * In::stride(last))...));
     }
   }
-  template <int... I, class F, class... P>
-  static SKIVE_INLINE void row_at(Index<I...>, float* out, const Offsets<1 + sizeof...(In)>& at,
+  template <int... I, class T, class F, class... P>
+  static SKIVE_INLINE void row_at(Index<I...>, T* out, const Offsets<1 + sizeof...(In)>& at,
                                   ptrdiff_t begin, ptrdiff_t end, const F& fn, const P*... p) {
     row(out + at.at[0], begin, end, fn, (p + at.at[I + 1])...);
   }
-  template <class F, class... P>
-  static void run(float* out, Part part, const F& fn, const P*... p) {
+  template <class T, class F, class... P>
+  static void run(T* out, Part part, const F& fn, const P*... p) {
     static_assert(sizeof...(P) == sizeof...(In), "one Strides per operand");
     if constexpr (S::size > 0) {
       const ptrdiff_t begin = Split::begin(part), end = Split::end(part);

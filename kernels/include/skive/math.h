@@ -172,6 +172,15 @@ SKIVE_NOINLINE Vec<N> per_lane(Vec<N> a, Vec<N> b, F f) {
   return load<N>(lane);
 }
 
+// Four vectors to consecutive memory; isa/*.h has overloads for narrow integers.
+template <class T, class V>
+SKIVE_INLINE void store(T* p, V a, V b, V c, V d) {
+  store(p, a);
+  store(p + V::lanes, b);
+  store(p + 2 * V::lanes, c);
+  store(p + 3 * V::lanes, d);
+}
+
 // ----------------------------------------------------------------------------------- arithmetic
 
 template <class T, if_number<T> = 0>

@@ -188,6 +188,33 @@ template <int N>
 SKIVE_INLINE void store(int8_t* p, IVec<N> a) { store(reinterpret_cast<uint8_t*>(p), a); }
 template <int N>
 SKIVE_INLINE void store(int16_t* p, IVec<N> a) { store(reinterpret_cast<uint16_t*>(p), a); }
+// Four vectors, narrowed, to consecutive memory: dword K of each 128-bit lane takes the bytes of
+// vector K, then the dwords are put in order.
+SKIVE_INLINE void store(uint8_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  const auto low = [](IVec<kLanes> x) {
+    return _mm256_shuffle_epi8(x.v, _mm256_set1_epi32(0x0c080400));
+  };
+  const __m256i ab = _mm256_blend_epi32(low(a), low(b), 0x22);
+  const __m256i cd = _mm256_blend_epi32(low(c), low(d), 0x88);
+  const __m256i r = _mm256_blend_epi32(ab, cd, 0xcc), order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(r, order));
+}
+SKIVE_INLINE void store(uint16_t* p, IVec<kLanes> a, IVec<kLanes> b) {
+  const __m256i even = _mm256_set1_epi64x(0x0d0c090805040100);
+  const __m256i r = _mm256_blend_epi32(_mm256_shuffle_epi8(a.v, even),
+                                       _mm256_shuffle_epi8(b.v, even), 0xcc);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(r, 0xd8));
+}
+SKIVE_INLINE void store(uint16_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  store(p, a, b);
+  store(p + 2 * kLanes, c, d);
+}
+SKIVE_INLINE void store(int8_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  store(reinterpret_cast<uint8_t*>(p), a, b, c, d);
+}
+SKIVE_INLINE void store(int16_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  store(reinterpret_cast<uint16_t*>(p), a, b, c, d);
+}
 template <int N = kLanes>
 SKIVE_INLINE IVec<N> splat(int32_t x) { return {_mm256_set1_epi32(x)}; }
 template <int N>

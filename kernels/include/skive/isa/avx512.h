@@ -168,6 +168,30 @@ template <int N>
 SKIVE_INLINE void store(int8_t* p, IVec<N> a) { store(reinterpret_cast<uint8_t*>(p), a); }
 template <int N>
 SKIVE_INLINE void store(int16_t* p, IVec<N> a) { store(reinterpret_cast<uint16_t*>(p), a); }
+// Four vectors, narrowed, to consecutive memory: dword K of each 128-bit lane takes the bytes of
+// vector K, then the dwords are put in order.
+SKIVE_INLINE void store(uint8_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  const __m512i low = _mm512_set1_epi32(0x0c080400);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i r = _mm512_shuffle_epi8(a.v, low);
+  r = _mm512_mask_shuffle_epi8(r, 0x00f000f000f000f0, b.v, low);
+  r = _mm512_mask_shuffle_epi8(r, 0x0f000f000f000f00, c.v, low);
+  r = _mm512_mask_shuffle_epi8(r, 0xf000f000f000f000, d.v, low);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, r));
+}
+SKIVE_INLINE void store(uint16_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  // The even words of both operands; bit 5 of an index chooses the second.
+  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,
+                                        30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  _mm512_storeu_si512(p, _mm512_permutex2var_epi16(a.v, even, b.v));
+  _mm512_storeu_si512(p + 2 * kLanes, _mm512_permutex2var_epi16(c.v, even, d.v));
+}
+SKIVE_INLINE void store(int8_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  store(reinterpret_cast<uint8_t*>(p), a, b, c, d);
+}
+SKIVE_INLINE void store(int16_t* p, IVec<kLanes> a, IVec<kLanes> b, IVec<kLanes> c, IVec<kLanes> d) {
+  store(reinterpret_cast<uint16_t*>(p), a, b, c, d);
+}
 template <int N = kLanes>
 SKIVE_INLINE IVec<N> splat(int32_t x) { return {_mm512_set1_epi32(x)}; }
 template <int N>

@@ -26,6 +26,7 @@ struct Mask {
 template <int N, class F>
 SKIVE_INLINE Vec<N> each(F f) {
   Vec<N> r;
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) r.v[i] = f(i);
   return r;
 }
@@ -71,11 +72,13 @@ template <int N> SKIVE_INLINE Vec<N> vmax(Vec<N> a, Vec<N> b) {
 
 template <int N> SKIVE_INLINE Mask<N> less(Vec<N> a, Vec<N> b) {
   Mask<N> r;
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) r.m[i] = a.v[i] < b.v[i];
   return r;
 }
 template <int N> SKIVE_INLINE Mask<N> equal(Vec<N> a, Vec<N> b) {
   Mask<N> r;
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) r.m[i] = a.v[i] == b.v[i];
   return r;
 }
@@ -103,6 +106,7 @@ template <int N> SKIVE_INLINE float hmin(Vec<N> a) {
 template <int N, class F>
 SKIVE_INLINE Mask<N> each_mask(F f) {
   Mask<N> r;
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) r.m[i] = f(i);
   return r;
 }
@@ -141,6 +145,7 @@ struct IVec {
 template <int N, class F>
 SKIVE_INLINE IVec<N> each_int(F f) {
   IVec<N> r;
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) r.v[i] = static_cast<int32_t>(f(i));
   return r;
 }
@@ -157,14 +162,17 @@ SKIVE_INLINE IVec<N> load(const int32_t* p) { return each_int<N>([&](int i) { re
 // Narrowing stores keep the low bits, as a conversion of integers does.
 template <int N>
 SKIVE_INLINE void store(uint8_t* p, IVec<N> a) {
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) p[i] = static_cast<uint8_t>(a.v[i]);
 }
 template <int N>
 SKIVE_INLINE void store(uint16_t* p, IVec<N> a) {
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) p[i] = static_cast<uint16_t>(a.v[i]);
 }
 template <int N>
 SKIVE_INLINE void store(int32_t* p, IVec<N> a) {
+#pragma GCC unroll 4
   for (int i = 0; i < N; ++i) p[i] = a.v[i];
 }
 template <int N>
