@@ -19,7 +19,13 @@ __all__ = [
     "conv2d_scratch_bytes",
     "conv_transpose2d_scratch_bytes",
     "pack_bias",
+    "pack_bias_i32",
     "pack_conv2d",
+    "pack_conv2d_i16",
+    "pack_conv2d_u8",
+    "pack_conv_transpose2d_bias_i32",
+    "pack_conv_transpose2d_i16",
+    "pack_conv_transpose2d_u8",
     "pack_depthwise",
     "pack_winograd",
     "winograd_block",
@@ -32,10 +38,10 @@ _DEPTHWISE_BLOCK = 16  # channels per block of depthwise.h
 _ALIGNMENT = 16  # floats: packed arrays that follow one another stay 64-byte aligned
 _CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
 _CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
-_CLASH = 1024  # floats: pixels that are a multiple of it apart share one set of the L1 cache
+_CLASH = 4096  # bytes: pixels that are a multiple of it apart share one set of the L1 cache
 _TILE_ROWS = 14  # most output rows of a register tile
-_FEW_PIXELS_BLOCK = {"avx512": 64, "avx2": 64, "generic": 16}
-_BLOCK_VECTORS = {"avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
+_FEW_PIXELS_BLOCK = {"avx512vnni": 64, "avx512": 64, "avx2": 64, "generic": 16}
+_BLOCK_VECTORS = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -89,34 +95,45 @@ def conv2d_scratch_bytes(
     kernel: Sequence[int],
     parts: int = 1,
     pixel_stride: int | None = None,
+    element_size: int = 4,
 ) -> int:
     """Upper bound of `conv2d::scratch_bytes(parts)`; mostly 0 without padding.
 
     `image` is [N, H, W, C]; `attrs` has "stride", "pad" (top, left, bottom, right), "dilation" and
-    optionally "groups"; `kernel` is (KH, KW); `pixel_stride` is XS, C by default.
+    optionally "groups"; `kernel` is (KH, KW); `pixel_stride` is XS, C by default; `element_size` is
+    the bytes of an input element: 4 (float32), 1 (uint8) or 2 (int16).
     """
     n, h, w, channels = image
     pad = attrs["pad"]
     (sh, sw), (dh, dw) = attrs["stride"], attrs["dilation"]
-    reach_h, reach_w = dh * (kernel[0] - 1) + 1, dw * (kernel[1] - 1) + 1
+    kh, kw = kernel
+    reach_h, reach_w = dh * (kh - 1) + 1, dw * (kw - 1) + 1
     oh = (h + pad[0] + pad[2] - reach_h) // sh + 1
     ow = (w + pad[1] + pad[3] - reach_w) // sw + 1
-    run = channels // attrs.get("groups", 1)  # floats read at one tap
+    run = channels // attrs.get("groups", 1)  # elements read at one tap
     stride = pixel_stride or channels
-    if (kernel[0], kernel[1], sh, sw) == (1, 1, 1, 1) and not any(pad):  # a matrix product
+    joined = _joins(run, kw, dw, 4 // element_size)
+    # Filter rows whose taps must lie side by side, or that are shorter than four bytes, are copied.
+    copied = any(pad) or (joined and stride != run) or run * (kw if joined else 1) * element_size < 4
+    if copied:
+        whole = ((ow - 1) * sw + reach_w) * (run * element_size + 64)
+        most = _copied_bytes(oh, sh, reach_h, whole)
+    if (kh, kw, sh, sw) == (1, 1, 1, 1) and not any(pad):  # a matrix product
         h, w, oh, ow, n = n * h * w, 1, n * oh * ow, 1, 1
     elif oh == ow == 1 and not any(pad):  # the window covers the image, perhaps
         stride *= h * w
-        run *= kernel[0] * kernel[1]
+        run *= kh * kw
         oh, reach_h, reach_w = n, 1, 1
-    elif h == 1 and kernel[0] == 1 and oh == 1 and pad[0] == 0:  # one dimension: its only axis becomes the rows
+    elif h == 1 and kh == 1 and oh == 1 and pad[0] == 0 and not joined:
+        # One dimension: its only axis becomes the rows.
         sh, sw, reach_h, reach_w, oh, ow = sw, sh, reach_w, reach_h, ow, oh
     step = sh if ow == 1 else sw
-    clash = any(s * step % _CLASH == 0 for s in (stride, run))
-    if not any(pad) and not clash:
+    clash = any(s * step * element_size % _CLASH == 0 for s in (stride, run))
+    if not copied and not clash:
         return 0
-    row = ((ow - 1) * sw + reach_w) * (run + 16 * clash) * 4
-    return _copied_bytes(oh, sh, reach_h, row) * parts
+    row = ((ow - 1) * sw + reach_w) * (run * element_size + 64 * clash)
+    bytes_ = _copied_bytes(oh, sh, reach_h, row + 4)
+    return max(bytes_, most if copied else 0) * parts
 
 
 def _copied_bytes(output_rows: int, stride: int, reach: int, row: int) -> int:
@@ -141,14 +158,18 @@ def pack_conv2d(weights_ohwi: np.ndarray, block: int) -> Floats:
     up to 4; the end is zero-filled to a multiple of 16 floats, so that the packed groups of a grouped
     convolution may follow one another.
     """
-    channels = weights_ohwi.shape[0]
-    taps = np.ascontiguousarray(weights_ohwi, np.float32).reshape(channels, -1)  # [OC, K]
+    return _pack_blocks(np.asarray(weights_ohwi, np.float32).reshape(weights_ohwi.shape[0], -1), block)
+
+
+def _pack_blocks(taps: np.ndarray, block: int) -> np.ndarray:
+    """`taps` [OC, K], of any type of 4 bytes, as [OC / block][K][block]: see pack_conv2d."""
+    channels = taps.shape[0]
     full = channels // block * block
     blocks = taps[:full].reshape(-1, block, taps.shape[1]).transpose(0, 2, 1)
-    rest = np.zeros((taps.shape[1], _round_up(channels - full, _CHANNEL_QUANTUM)), np.float32)
+    rest = np.zeros((taps.shape[1], _round_up(channels - full, _CHANNEL_QUANTUM)), taps.dtype)
     rest[:, : channels - full] = taps[full:].T
     size = blocks.size + rest.size
-    packed = np.zeros(_round_up(size, _ALIGNMENT), np.float32)
+    packed = np.zeros(_round_up(size, _ALIGNMENT), taps.dtype)
     packed[: blocks.size] = blocks.ravel()
     packed[blocks.size : size] = rest.ravel()
     return packed
@@ -176,7 +197,7 @@ def winograd_block(out_channels: int, isa: str) -> int:
     Few tiles share one pass over the weights, so the register tile is wide rather than high.
     """
     lanes = _BLOCK_VECTORS[isa]
-    most = 4 if isa == "avx512" else 2
+    most = 4 if isa in ("avx512", "avx512vnni") else 2
     return min(most * lanes, _round_up(out_channels, _CHANNEL_QUANTUM))
 
 
@@ -327,21 +348,25 @@ def conv_transpose2d_scratch_bytes(
     kernel: Sequence[int],
     output: Sequence[int],
     parts: int = 1,
+    element_size: int = 4,
 ) -> int:
     """Upper bound of `conv_transpose2d::scratch_bytes(parts)`.
 
-    `image` and `output` are [N, H, W, C], `kernel` is (KH, KW); `attrs` as for `conv2d`.
+    `image` and `output` are [N, H, W, C], `kernel` is (KH, KW); `attrs` and `element_size` as for
+    `conv2d`.
     """
-    run = image[3] // attrs.get("groups", 1) + 16
+    channels = image[3] // attrs.get("groups", 1)
     most = 0
     for rows, columns in _phases(attrs, kernel, output):
         if rows.outputs and columns.outputs and rows.taps and columns.taps:
             reach_h = rows.dilation * (len(rows.taps) - 1) + 1
             reach_w = columns.dilation * (len(columns.taps) - 1) + 1
             oh, ow = rows.outputs, columns.outputs
-            if image[1] == 1 and reach_h == 1 and oh == 1:
+            joined = _joins(channels, len(columns.taps), columns.dilation, 4 // element_size)
+            if image[1] == 1 and reach_h == 1 and oh == 1 and not joined:
                 oh, ow, reach_h, reach_w = ow, oh, reach_w, reach_h
-            most = max(most, _copied_bytes(oh, 1, reach_h, (ow - 1 + reach_w) * run * 4))
+            row = (ow - 1 + reach_w) * (channels * element_size + 64) + 4
+            most = max(most, _copied_bytes(oh, 1, reach_h, row))
     return most * parts
 
 
@@ -360,6 +385,119 @@ def pack_conv_transpose2d(
         if taps.size:
             packed += [pack_conv2d(g, block) for g in np.split(taps, groups)]
     return np.concatenate(packed)
+
+
+# Integers: uint8 x int8 and int16 x int16. Weights travel in groups of four bytes that tile.h multiplies
+# by four bytes of one input pixel.
+
+
+def _joins(run: int, kw: int, dilation: int, step: int) -> bool:
+    """Whether conv.h packs all taps of a filter row as one run (kJoined)."""
+    return run % step != 0 and kw > 1 and dilation == 1
+
+
+def _pack_steps(weights_ohwi: np.ndarray, block: int, dilation: int, dtype: type) -> np.ndarray:
+    """Packed weights of an integer `conv2d`: [OC / block][KH][steps of a run][block][step].
+
+    What is left of a run after whole steps is the end of its last `step` elements, whose first ones
+    get zero weights; a run shorter than a step is filled at its end.
+    """
+    oc, kh, kw, ic = weights_ohwi.shape
+    step = 4 // np.dtype(dtype).itemsize
+    length = kw * ic if _joins(ic, kw, dilation, step) else ic
+    runs = np.ascontiguousarray(weights_ohwi, dtype).reshape(oc, -1, length) if weights_ohwi.size else (
+        np.zeros((oc, 0, length), dtype)
+    )
+    rest = length % step
+    steps = np.zeros((oc, runs.shape[1], _round_up(length, step)), dtype)
+    steps[:, :, : length - rest] = runs[:, :, : length - rest]
+    if rest:
+        start = 0 if length < step else step - rest
+        steps[:, :, length - rest :][:, :, start : start + rest] = runs[:, :, length - rest :]
+    words = steps.reshape(oc, -1).view(np.uint32)  # a step is 4 bytes
+    return _pack_blocks(words, block).view(dtype)
+
+
+def pack_conv2d_u8(weights_ohwi: np.ndarray, block: int, dilation: Sequence[int] = (1, 1)) -> NDArray[np.int8]:
+    """Packed int8 weights of `conv2d` on uint8, flat; `weights_ohwi` is [OC, KH, KW, IC]."""
+    return _pack_steps(weights_ohwi, block, dilation[1], np.int8)
+
+
+def pack_conv2d_i16(weights_ohwi: np.ndarray, block: int, dilation: Sequence[int] = (1, 1)) -> NDArray[np.int16]:
+    """Packed int16 weights of `conv2d` on int16, flat; `weights_ohwi` is [OC, KH, KW, IC]."""
+    return _pack_steps(weights_ohwi, block, dilation[1], np.int16)
+
+
+def pack_bias_i32(
+    bias: np.ndarray | None, weights: np.ndarray, zero: int, block: int
+) -> NDArray[np.int32]:
+    """Packed bias of an integer `conv2d`: bias - zero * (sum of a channel's weights), modulo 2^32.
+
+    `weights` is [OC, ...]; `bias` [OC] or None (zeros); `zero` the zero point of the input. Zero-filled
+    as by `pack_bias`.
+    """
+    channels = weights.shape[0]
+    sums = weights.reshape(channels, -1).astype(np.int64).sum(axis=1)
+    total = (0 if bias is None else np.asarray(bias, np.int64)) - zero * sums
+    packed = np.zeros(_round_up(_round_up(channels, block), _ALIGNMENT), np.int32)
+    packed[:channels] = (total & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+    return packed
+
+
+def _transpose_phases(
+    weights_ohwi: np.ndarray, attrs: Mapping[str, Any], output: Sequence[int]
+) -> Iterator[tuple[NDArray[Any], int]]:
+    """The taps of each phase [OC, KH', KW', IC] in the order conv.h reads them, and their dilation."""
+    for rows, columns in _phases(attrs, weights_ohwi.shape[1:3], output):
+        yield weights_ohwi[:, rows.taps[::-1]][:, :, columns.taps[::-1]], columns.dilation
+
+
+def _pack_transpose_steps(
+    weights_ohwi: np.ndarray, attrs: Mapping[str, Any], output: Sequence[int], block: int, dtype: type
+) -> np.ndarray:
+    packed = [np.zeros(0, dtype)]
+    for taps, dilation in _transpose_phases(weights_ohwi, attrs, output):
+        if taps.size:
+            groups = np.split(taps, attrs.get("groups", 1))
+            packed += [_pack_steps(g, block, dilation, dtype) for g in groups]
+    return np.concatenate(packed)
+
+
+def pack_conv_transpose2d_u8(
+    weights_ohwi: np.ndarray, attrs: Mapping[str, Any], output: Sequence[int], block: int
+) -> NDArray[np.int8]:
+    """Packed int8 weights of `conv_transpose2d` on uint8; arguments as for `pack_conv_transpose2d`."""
+    return _pack_transpose_steps(weights_ohwi, attrs, output, block, np.int8)
+
+
+def pack_conv_transpose2d_i16(
+    weights_ohwi: np.ndarray, attrs: Mapping[str, Any], output: Sequence[int], block: int
+) -> NDArray[np.int16]:
+    """Packed int16 weights of `conv_transpose2d` on int16; arguments as for `pack_conv_transpose2d`."""
+    return _pack_transpose_steps(weights_ohwi, attrs, output, block, np.int16)
+
+
+def pack_conv_transpose2d_bias_i32(
+    bias: np.ndarray | None,
+    weights_ohwi: np.ndarray,
+    zero: int,
+    attrs: Mapping[str, Any],
+    output: Sequence[int],
+    block: int,
+) -> NDArray[np.int32]:
+    """Packed bias of an integer `conv_transpose2d`: one `pack_bias_i32` per phase and group.
+
+    The zero point's share is that of the phase's own taps.
+    """
+    groups = attrs.get("groups", 1)
+    biases = [None] * groups if bias is None else np.split(np.asarray(bias), groups)
+    return np.concatenate(
+        [
+            pack_bias_i32(b, taps, zero, block)
+            for phase, _ in _transpose_phases(weights_ohwi, attrs, output)
+            for b, taps in zip(biases, np.split(phase, groups), strict=True)
+        ]
+    )
 
 
 # ------------------------------------------------------------------ integer depthwise convolution

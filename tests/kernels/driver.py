@@ -13,30 +13,34 @@ from numpy.typing import NDArray
 
 INCLUDE = Path(__file__).resolve().parents[2] / "kernels" / "include"
 
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mavx2"]
 ISA_FLAGS: dict[str, list[str]] = {
-    "avx512": [
-        "-DSKIVE_TARGET_AVX512", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-        "-mavx512vnni", "-mfma", "-mavx2",
-    ],
+    "avx512": ["-DSKIVE_TARGET_AVX512", *_AVX512],
     "avx2": ["-DSKIVE_TARGET_AVX2", "-mavx2", "-mfma"],
     "generic": ["-DSKIVE_TARGET_GENERIC"],
 }  # fmt: skip
+# Targets that differ from one above in their integer kernels only.
+INTEGER_ISA_FLAGS: dict[str, list[str]] = {
+    "avx512vnni": ["-DSKIVE_TARGET_AVX512VNNI", "-mavx512vnni", *_AVX512],
+    **ISA_FLAGS,
+}
 _CPU_NEEDS = {
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"},
+    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2": {"avx2", "fma"},
     "generic": set(),
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 
 
-def cpu_isas() -> list[str]:
-    """The instruction sets that this CPU runs, widest first."""
+def cpu_isas(known: dict[str, list[str]] = ISA_FLAGS) -> list[str]:
+    """The instruction sets of `known` that this CPU runs, widest first."""
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
             flags = set(line.split(":", 1)[1].split())
             break
-    return [isa for isa, needs in _CPU_NEEDS.items() if needs <= flags]
+    return [isa for isa in known if _CPU_NEEDS[isa] <= flags]
 
 
 def compile_library(
@@ -47,7 +51,7 @@ def compile_library(
     Raises AssertionError with the compiler's messages if it does not compile.
     """
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-shared", "-fPIC", *flags, *WARNINGS,
-               *ISA_FLAGS[isa], f"-I{INCLUDE}"]  # fmt: skip
+               *INTEGER_ISA_FLAGS[isa], f"-I{INCLUDE}"]  # fmt: skip
     name = hashlib.sha256("\0".join([source, *command]).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     text = folder / f"{name}.cpp"

@@ -1,8 +1,14 @@
-// Dense convolution and matrix product, float32, NHWC.
+// Dense convolution and matrix product, NHWC: float32, uint8 x int8 and int16 x int16.
 //
 // One loop nest for all of them: a matrix product is a 1x1 convolution over a column of rows, a fully
 // connected layer one whose window is the image. Weights are packed by compiler/pack.py as
 // [OC/NB][KH][KW][IC][NB]; the last block is as narrow as its channels, rounded up to 4.
+//
+// Integers meet in groups of four bytes (tile.h): [OC/NB][KH][steps of a run][NB][4 or 2]. A run is the
+// input channels of a tap, or, without dilation, those of all taps of a filter row; what is left of
+// it after whole groups is the end of its last four bytes (see Tile::run). Their sums are exact (of
+// 16 bits: modulo 2^32), so their order is free, and the border holds the input's zero point: the
+// bias has the zero point's share taken out, uniformly for every pixel.
 //
 // The nest: chunks of output rows (whose input stays in L2), blocks of NB output channels (whose
 // weights then are reused by every tile of the chunk), register tiles (tile.h), filter rows, filter
@@ -25,10 +31,10 @@ inline namespace SKIVE_ISA {
 struct ConvShape {
   int images, oh, ow;           // output
   int h, w;                     // input
-  int kh, kw, run;              // taps, and the consecutive floats read at each tap
+  int kh, kw, run;              // taps, and the consecutive elements read at each tap
   int sh, sw, dh, dw;
-  int top, left;                // zeros before the image; negative: where the first window starts
-  ptrdiff_t image, row, pixel;  // input strides, floats
+  int top, left;                // border before the image; negative: where the first window starts
+  ptrdiff_t image, row, pixel;  // input strides, elements
   bool copy;                    // through the padded scratch rows
   // Flat index of the first output pixel, and its steps along the output dimensions.
   ptrdiff_t first, to_image, to_row, to_pixel;
@@ -36,7 +42,9 @@ struct ConvShape {
 
 // The same convolution over the fewest dimensions: pixels merge into rows, images into rows, taps
 // into runs, wherever their memory is contiguous. The flat index of an output pixel never changes.
-constexpr ConvShape canonical(ConvShape s) {
+// `step`: elements that weights are packed by; runs that are no multiple of it merge along a filter row
+// only, and do so always.
+constexpr ConvShape canonical(ConvShape s, int step) {
   const bool unit = s.sh == 1 && s.sw == 1;
   const bool dense =
       s.first == 0 && s.to_pixel == 1 && s.to_row == s.ow && s.to_image == s.to_row * s.oh;
@@ -48,7 +56,7 @@ constexpr ConvShape canonical(ConvShape s) {
     s.row = s.pixel;
     s.to_image = 0, s.to_row = 1;
   } else if (!s.copy && s.oh == 1 && s.ow == 1 && s.kw == s.w && s.pixel == s.run && s.dh == 1 &&
-             s.dw == 1) {
+             s.dw == 1 && (s.kh == 1 || s.kw * s.run % step == 0)) {
     // The window covers the image: one row per image.
     s.run *= s.kh * s.kw;
     s.oh = s.h = s.images;
@@ -57,7 +65,8 @@ constexpr ConvShape canonical(ConvShape s) {
     s.image = 0;
     s.pixel = s.run;
     s.to_row = s.to_image, s.to_image = 0;
-  } else if (s.h == 1 && s.kh == 1 && s.oh == 1 && s.top == 0) {
+  } else if (s.h == 1 && s.kh == 1 && s.oh == 1 && s.top == 0 &&
+             (s.run % step == 0 || s.kw == 1 || s.dw != 1)) {
     // One dimension: its only axis becomes the rows.
     s.h = s.w, s.oh = s.ow, s.kh = s.kw, s.sh = s.sw, s.dh = s.dw, s.top = s.left;
     s.row = s.pixel;
@@ -83,8 +92,7 @@ constexpr int tile_cost(int pixels, int vectors) {
 
 template <class Policy>
 constexpr int max_pixels(int vectors) {
-  // One register per accumulator and weight, one for the input.
-  const int n = (Policy::kRegisters - 1 - vectors) / vectors;
+  const int n = (Policy::kRegisters - Policy::kInputRegisters - vectors * Policy::kWeightRegisters) / vectors;
   return n < 1 ? 1 : n > 14 ? 14 : n;
 }
 
@@ -111,84 +119,114 @@ constexpr TileShape best_tile(int oh, int ow, int vectors) {
   return best;
 }
 
-// Copies `n` floats; for lengths known at compile time.
+// Copies N elements; for lengths known at compile time.
 template <int N>
 SKIVE_INLINE void copy_floats(float* to, const float* from) {
   int i = 0;
   for (; i + kLanes <= N; i += kLanes) store(to + i, load(from + i));
   if constexpr (N % kLanes != 0) store(to + i, load<N % kLanes>(from + i));
 }
-SKIVE_INLINE void zero_floats(float* to, ptrdiff_t n) {
-  ptrdiff_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, zero());
-  for (; i < n; ++i) to[i] = 0.0f;
+template <int N, class T>
+SKIVE_INLINE void copy_elements(T* to, const T* from) {
+  if constexpr (sizeof(T) == sizeof(float)) copy_floats<N>(to, from);
+  else __builtin_memcpy(to, from, sizeof(T) * N);
+}
+// Sets `n` elements to Value.
+template <int Value, class T>
+SKIVE_INLINE void fill_elements(T* to, ptrdiff_t n) {
+  if constexpr (sizeof(T) == 1) {
+    __builtin_memset(to, Value, static_cast<size_t>(n));
+  } else {
+    ptrdiff_t i = 0;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      for (; i + kLanes <= n; i += kLanes) store(to + i, splat(static_cast<float>(Value)));
+    }
+    for (; i < n; ++i) to[i] = static_cast<T>(Value);
+  }
 }
 
-// The loop nest. Geometry has `shape` (a canonical ConvShape), OC and YS.
-template <class Geometry, int NB>
+// The loop nest. Geometry has `shape` (a canonical ConvShape), OC and YS. The border is `Zero`.
+template <class Geometry, int NB, class Element = float, int Zero = 0>
 struct DenseConv {
-  using Policy = F32Tile;
+  using Policy = typename tile_policy<Element>::type;
+  using Weight = typename Policy::Weight;
+  using Sum = typename Policy::Sum;
   static constexpr ConvShape shape = Geometry::shape;
   static constexpr int OC = Geometry::OC, YS = Geometry::YS;
   static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
 
-  static constexpr int K = shape.kh * shape.kw * shape.run;  // multiply-adds per output element
+  static constexpr int kStep = Policy::kStep;
   static constexpr int kBlocks = div_up(OC, NB);
   static constexpr int kLastBlock = OC - (kBlocks - 1) * NB;
   static constexpr int kFirstBlock = OC < NB ? OC : NB;
-  // Floats of the packed weights and of the packed bias, with their fill to 64 bytes.
-  static constexpr ptrdiff_t weight_floats =
-      (static_cast<ptrdiff_t>(K) *
-           ((kBlocks - 1) * NB + round_up(kLastBlock, kChannelQuantum)) + 15) / 16 * 16;
-  static constexpr ptrdiff_t bias_floats = round_up(kBlocks * NB, 16);
 
   static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes));
   static constexpr int kStrips = div_up(shape.oh, tile.rows);  // per image, tile.rows rows each
 
-  // A tile walks its pixels in steps of kPitch floats. If that is a multiple of 4 KiB, all of them fall
-  // into one set of an 8-way L1 cache and evict each other at every step; such rows are copied with
-  // a cache line between the pixels.
+  // Runs that are no multiple of kStep are packed as one per filter row.
+  static constexpr bool kJoined = shape.run % kStep != 0 && shape.kw > 1 && shape.dw == 1;
+  // Only the copy may be read beyond the end of a run, and has the taps of a joined run side by side.
+  static constexpr bool kApart = kJoined && shape.pixel != shape.run;
+  static constexpr bool kShort =
+      shape.kh * shape.kw > 0 && shape.run * (kJoined ? shape.kw : 1) < kStep;
+
+  // A tile walks its pixels in steps of kPitch elements. If that is a multiple of 4 KiB, all of them
+  // fall into one set of an 8-way L1 cache and evict each other at every step; such rows are copied
+  // with a cache line between the pixels.
   static constexpr ptrdiff_t kPitch =
       shape.ow > 1 ? shape.sw * (shape.copy ? shape.run : shape.pixel) : shape.sh * shape.row;
-  static constexpr bool kConflict = K > 0 && kPitch % 1024 == 0 && tile.rows * tile.columns > 7;
-  static constexpr bool kCopy = shape.copy || kConflict;
+  static constexpr ptrdiff_t kBytes = sizeof(Element);
+  static constexpr bool kConflict = shape.kh * shape.kw * shape.run > 0 && !kJoined &&
+                                    kPitch * kBytes % 4096 == 0 && tile.rows * tile.columns > 7;
+  static constexpr bool kCopy = shape.copy || kConflict || kApart || kShort;
   // The copy of a 1x1 window leaves out what its strides skip.
   static constexpr bool kGather = kConflict && !shape.copy && shape.kh == 1 && shape.kw == 1;
   static constexpr int kStrideH = kGather ? 1 : shape.sh, kStrideW = kGather ? 1 : shape.sw;
 
   // The rows that tiles read: x itself, or the scratch copy with its border.
   static constexpr int kCopiedColumns = (shape.ow - 1) * kStrideW + (shape.kw - 1) * shape.dw + 1;
-  static constexpr ptrdiff_t kPixel = kCopy ? shape.run + (kConflict ? 16 : 0) : shape.pixel;
+  static constexpr ptrdiff_t kPixel =
+      kCopy ? shape.run + (kConflict ? 64 / kBytes : 0) : shape.pixel;
   static constexpr ptrdiff_t kRow = kCopy ? kCopiedColumns * kPixel : shape.row;
   // Taps of a filter row that lie side by side are one run.
   static constexpr bool kMerged = kPixel == shape.run && shape.dw == 1;
+  static_assert(kMerged || !kJoined, "a joined run is read as one");
   static constexpr int kTaps = kMerged ? 1 : shape.kw;
   static constexpr int kRun = kMerged ? shape.kw * shape.run : shape.run;
+
+  // Weight rows per block; elements of the packed weights and of the packed bias, with their fill to
+  // 64 bytes.
+  static constexpr int kWeightRows = shape.kh * kTaps * div_up(kRun, kStep);
+  static constexpr ptrdiff_t weight_count =
+      (static_cast<ptrdiff_t>(kWeightRows) *
+           ((kBlocks - 1) * NB + round_up(kLastBlock, kChannelQuantum)) + 15) / 16 * 16 * kStep;
+  static constexpr ptrdiff_t bias_count = round_up(kBlocks * NB, 16);
 
   static constexpr int rows_read(int output_rows) {
     return (output_rows - 1) * kStrideH + (shape.kh - 1) * shape.dh + 1;
   }
-  // Weights that come from beyond L2: 128 Ki floats are half of a common one.
-  static constexpr bool kHeavy = weight_floats > 128 * 1024;
+  // Weights that come from beyond L2: 512 KiB are half of a common one.
+  static constexpr bool kHeavy = weight_count * static_cast<ptrdiff_t>(sizeof(Weight)) > 512 * 1024;
   static constexpr int kAhead = kHeavy ? 32 : 0;  // 2 to 4 KiB ahead of the tile
 
   // Strips whose input stays in L2 while all blocks of weights pass by. Weights beyond the size of L2
   // pass by less often when the chunk takes more of it; the scratch copy stays small for the arena's sake.
   static constexpr int chunk_strips() {
-    constexpr ptrdiff_t kBudget = (kHeavy && !kCopy ? 768 : 192) * 1024 / 4;
+    constexpr ptrdiff_t kBudget = (kHeavy && !kCopy ? 768 : 192) * 1024 / kBytes;
     int strips = 1;
     while (strips < kStrips && rows_read((strips + 1) * tile.rows) * kRow <= kBudget) ++strips;
     return strips;
   }
   static constexpr int kChunk = chunk_strips();
-  static constexpr ptrdiff_t kCopyFloats =
-      kCopy ? (rows_read(kChunk * tile.rows < shape.oh ? kChunk * tile.rows : shape.oh) * kRow +
-                    15) / 16 * 16
-                 : 0;
+  // Bytes of the copy, and a step to read beyond it.
+  static constexpr ptrdiff_t kCopyBytes =
+      kCopy ? (rows_read(kChunk * tile.rows < shape.oh ? kChunk * tile.rows : shape.oh) * kRow * kBytes +
+               (kShort ? 4 : 0) + 63) / 64 * 64
+            : 0;
 
   // Bytes of scratch that `parts` workers need together.
   static constexpr size_t scratch_bytes(int parts = 1) {
-    return static_cast<size_t>(kCopyFloats) * sizeof(float) * static_cast<size_t>(parts);
+    return static_cast<size_t>(kCopyBytes) * static_cast<size_t>(parts);
   }
 
   template <int Columns>
@@ -200,9 +238,9 @@ struct DenseConv {
   };
 
   // One register tile: Rows x Columns pixels from flat output pixel `pixel`, Channels channels.
-  template <int Rows, int Columns, int Channels, class E>
-  static SKIVE_NOINLINE void compute_tile(const float* x, const float* w, const float* bias,
-                                          float* y, ptrdiff_t pixel, int channel,
+  template <int Rows, int Columns, int Channels, class Y, class E>
+  static SKIVE_NOINLINE void compute_tile(const Element* x, const Weight* w, const Sum* bias,
+                                          Y* y, ptrdiff_t pixel, int channel,
                                           const E& epilogue) {
     using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>, kAhead>;
     typename T::Accumulators acc;
@@ -210,7 +248,7 @@ struct DenseConv {
     for (int kh = 0; kh < shape.kh; ++kh) {
       for (int kw = 0; kw < kTaps; ++kw) {
         T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
-        w += kRun * T::kRow;
+        w += div_up(kRun, kStep) * T::kRow;
       }
     }
     T::finish(acc, [&](int p, int c, auto value) __attribute__((always_inline)) {
@@ -220,8 +258,8 @@ struct DenseConv {
   }
 
   // One strip: Rows output rows from `pixel`, one block of channels.
-  template <int Rows, int Channels, class E>
-  static SKIVE_INLINE void compute_strip(const float* x, const float* w, const float* bias, float* y,
+  template <int Rows, int Channels, class Y, class E>
+  static SKIVE_INLINE void compute_strip(const Element* x, const Weight* w, const Sum* bias, Y* y,
                                          ptrdiff_t pixel, int channel, const E& epilogue) {
     constexpr int kRest = shape.ow % tile.columns;
     for (int c = 0; c < shape.ow - kRest; c += tile.columns) {
@@ -236,8 +274,8 @@ struct DenseConv {
   }
 
   // Strips [begin, end) of one image, one block of channels. `x`: where strip `begin` reads first.
-  template <int Channels, class E>
-  static SKIVE_INLINE void compute_block(const float* x, const float* w, const float* bias, float* y,
+  template <int Channels, class Y, class E>
+  static SKIVE_INLINE void compute_block(const Element* x, const Weight* w, const Sum* bias, Y* y,
                                          int image, int begin, int end, int channel,
                                          const E& epilogue) {
     constexpr int kRestRows = shape.oh % tile.rows;
@@ -256,9 +294,9 @@ struct DenseConv {
     }
   }
 
-  // Copies input rows [begin, begin + count) of an image with their border of zeros; of a gathered
+  // Copies input rows [begin, begin + count) of an image with their border; of a gathered
   // image only the rows and pixels that are read count.
-  static SKIVE_NOINLINE void copy_rows(const float* x, float* to, int begin, int count) {
+  static SKIVE_NOINLINE void copy_rows(const Element* x, Element* to, int begin, int count) {
     constexpr int kHeight = kGather ? shape.oh : shape.h, kWidth = kGather ? shape.ow : shape.w;
     constexpr ptrdiff_t kFromRow = shape.row * (kGather ? shape.sh : 1);
     constexpr ptrdiff_t kFromPixel = shape.pixel * (kGather ? shape.sw : 1);
@@ -272,25 +310,25 @@ struct DenseConv {
     constexpr int kInside = kRoom < kWidth - kSkip ? kRoom : kWidth - kSkip;
     for (int r = begin; r < begin + count; ++r, to += kRow) {
       if (r < 0 || r >= kHeight) {
-        zero_floats(to, kRow);
+        fill_elements<Zero>(to, kRow);
         continue;
       }
-      zero_floats(to, kLeft * kPixel);
-      const float* const from = x + r * kFromRow + kSkip * kFromPixel;
-      float* const inside = to + kLeft * kPixel;
-      if constexpr (kFromPixel == kPixel) {
-        copy_floats<kInside * static_cast<int>(kPixel)>(inside, from);
+      fill_elements<Zero>(to, kLeft * kPixel);
+      const Element* const from = x + r * kFromRow + kSkip * kFromPixel;
+      Element* const inside = to + kLeft * kPixel;
+      if constexpr (kFromPixel == kPixel && kPixel == shape.run) {
+        copy_elements<kInside * static_cast<int>(kPixel)>(inside, from);
       } else {
         for (int c = 0; c < kInside; ++c) {
-          copy_floats<shape.run>(inside + c * kPixel, from + c * kFromPixel);
+          copy_elements<shape.run>(inside + c * kPixel, from + c * kFromPixel);
         }
       }
-      zero_floats(inside + kInside * kPixel, (kRoom - kInside) * kPixel);
+      fill_elements<Zero>(inside + kInside * kPixel, (kRoom - kInside) * kPixel);
     }
   }
 
-  template <class E>
-  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
+  template <class Y, class E>
+  static void run(const Element* x, const Weight* w, const Sum* bias, Y* y, void* scratch,
                   Part part, const E& epilogue) {
     // Workers share out the strips, or the blocks of channels where that is the more even split.
     constexpr int kAllStrips = shape.images * kStrips;
@@ -300,14 +338,14 @@ struct DenseConv {
     const int s1 = static_cast<int>(part_end(kAllStrips, by_strip ? part : whole));
     const int b0 = static_cast<int>(part_begin(kBlocks, by_strip ? whole : part));
     const int b1 = static_cast<int>(part_end(kBlocks, by_strip ? whole : part));
-    float* const rows = static_cast<float*>(scratch) + part.index * kCopyFloats;
+    Element* const rows = static_cast<Element*>(scratch) + part.index * (kCopyBytes / kBytes);
 
     for (int s = s0; s < s1;) {
       const int image = s / kStrips, begin = s % kStrips;
       int end = begin + kChunk < kStrips ? begin + kChunk : kStrips;
       if (end - begin > s1 - s) end = begin + (s1 - s);
       const int first = begin * tile.rows * kStrideH - shape.top;
-      const float* from = rows;
+      const Element* from = rows;
       if constexpr (!kCopy) {
         from = x + image * shape.image + first * shape.row;
       } else {
@@ -315,7 +353,7 @@ struct DenseConv {
         copy_rows(x + image * shape.image, rows, first, rows_read(last - begin * tile.rows));
       }
       for (int b = b0; b < b1; ++b) {
-        const float* const wb = w + static_cast<ptrdiff_t>(b) * NB * K;
+        const Weight* const wb = w + static_cast<ptrdiff_t>(b) * NB * kWeightRows * kStep;
         if (b < kBlocks - 1) {
           compute_block<kFirstBlock>(from, wb, bias + b * NB, y, image, begin, end, b * NB, epilogue);
         } else {
@@ -333,11 +371,15 @@ struct DenseConv {
 };
 
 // y[n, oh, ow, :] = epilogue(bias + sum over (kh, kw, ic) of x * w).
-// NB: output channels of a packed block. XS, YS: floats between neighbouring pixels of x and y.
+// NB: output channels of a packed block. XS, YS: elements between neighbouring pixels of x and y.
 // `epilogue(Vec<L> acc, ptrdiff_t pixel, int channel)` gets every finished vector once and returns
 // what is stored; `pixel` is the flat output pixel (n*OH + oh)*OW + ow.
-// w, bias and scratch: 64-byte aligned, packed by pack_conv2d and pack_bias; x and y: 4 bytes.
-template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS_>
+// Element float, uint8_t (weights int8_t) or int16_t (weights int16_t); of the integers the sum is an
+// IVec<L>, the bias int32_t, the border Zero, and what the epilogue returns is stored as y's type.
+// w, bias and scratch: 64-byte aligned, packed by pack_conv2d and pack_bias, pack_conv2d_u8, pack_conv2d_i16
+// and pack_bias_i32; x and y: aligned to their elements.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS_,
+          int Step = 1>
 struct ConvGeometry {
   static constexpr int OC = Filter::OC, YS = YS_;
   static constexpr int OH = window_count(In::H, Padding::Top, Padding::Bottom, Filter::KH,
@@ -350,33 +392,40 @@ struct ConvGeometry {
        Dilations::H, Dilations::W, Padding::Top, Padding::Left,
        static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS,
        Padding::Top != 0 || Padding::Left != 0 || Padding::Bottom != 0 || Padding::Right != 0, 0,
-       static_cast<ptrdiff_t>(OH) * OW, OW, 1});
+       static_cast<ptrdiff_t>(OH) * OW, OW, 1},
+      Step);
 };
+template <class Element>
+constexpr int tile_step() { return tile_policy<Element>::type::kStep; }
 template <class In, class Filter, class Strides, class Padding, class Dilations, int NB,
-          int XS = In::C, int YS = Filter::OC>
+          int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0>
 struct conv2d
-    : DenseConv<ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS>, NB> {};
+    : DenseConv<ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS, tile_step<Element>()>, NB,
+                Element, Zero> {};
 
 // Groups of channels side by side: each is a dense convolution over a slice of x and of y.
 // Weights and bias: those of the groups one after the other, each packed as for conv2d.
 template <class In, class Filter, class Strides, class Padding, class Dilations, int Groups, int NB,
-          int XS = In::C, int YS = Filter::OC>
+          int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0>
 struct grouped_conv2d {
   static_assert(In::C % Groups == 0 && Filter::OC % Groups == 0, "groups divide the channels");
   static constexpr int IC = In::C / Groups, OC = Filter::OC / Groups;
   using Dense = conv2d<Image<In::N, In::H, In::W, IC>, Kernel<OC, Filter::KH, Filter::KW>, Strides,
-                       Padding, Dilations, NB, XS, YS>;
-  static constexpr ptrdiff_t weight_floats = Groups * Dense::weight_floats;
-  static constexpr ptrdiff_t bias_floats = Groups * Dense::bias_floats;
+                       Padding, Dilations, NB, XS, YS, Element, Zero>;
+  using Weight = typename Dense::Weight;
+  using Sum = typename Dense::Sum;
+  static constexpr ptrdiff_t weight_count = Groups * Dense::weight_count;
+  static constexpr ptrdiff_t bias_count = Groups * Dense::bias_count;
 
   static constexpr size_t scratch_bytes(int parts = 1) { return Dense::scratch_bytes(parts); }
 
-  template <class E>
-  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
-                  Part part, const E& epilogue) {
+  template <class Y, class E>
+  static void run(const Element* x, const Weight* w, const Sum* bias, Y* y, void* scratch, Part part,
+                  const E& epilogue) {
     for (int g = 0; g < Groups; ++g) {
       const int channel = g * OC;
-      Dense::run(x + g * IC, w + g * Dense::weight_floats, bias + g * Dense::bias_floats, y + channel, scratch, part,
+      Dense::run(x + g * IC, w + g * Dense::weight_count, bias + g * Dense::bias_count, y + channel,
+                 scratch, part,
                  [&](auto acc, ptrdiff_t pixel, int c) __attribute__((always_inline)) {
                    return epilogue(acc, pixel, channel + c);
                  });
@@ -391,7 +440,7 @@ struct Phase {
   int tap, taps;  // first tap, and how many
   int step;       // taps between them
   int dilation;   // of the ordinary convolution
-  int pad;        // zeros before x; negative: where the first window starts
+  int pad;        // border before x; negative: where the first window starts
   int outputs;
 };
 constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
@@ -408,7 +457,7 @@ constexpr Phase phase_of(int offset, int pad, int kernel, int stride, int dilati
 
 // The output pixels of a transposed convolution that share (oh mod stride, ow mod stride).
 template <class In, int OC_, class Strides, class Out, int Y, int X, int XS, int YS_, int KH, int KW,
-          class Padding, class Dilations>
+          class Padding, class Dilations, int Step = 1>
 struct PhaseGeometry {
   static constexpr int OC = OC_, YS = YS_;
   static constexpr Phase rows =
@@ -426,31 +475,35 @@ struct PhaseGeometry {
        static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS,
        kTaps && !(inside(rows, In::H) && inside(columns, In::W)),
        static_cast<ptrdiff_t>(Y) * Out::W + X, static_cast<ptrdiff_t>(Out::H) * Out::W,
-       static_cast<ptrdiff_t>(Strides::H) * Out::W, Strides::W});
+       static_cast<ptrdiff_t>(Strides::H) * Out::W, Strides::W},
+      Step);
 };
 
 // y = epilogue(bias + the transpose of conv2d): x[n, ih, iw, :] is added, times w[kh, kw], to
 // y[n, ih*SH + kh*DH - Top, iw*SW + kw*DW - Left, :]. `Out` gives the output's height and width; output
 // paddings are part of it. One ordinary convolution per phase (oh mod SH, ow mod SW): no zeros are
-// multiplied. Weights: packed by pack_conv_transpose2d.
+// multiplied. Weights: packed by pack_conv_transpose2d, or, with a bias for each phase (the zero point's
+// share depends on its taps), by pack_conv_transpose2d_u8 or _i16 and pack_conv_transpose2d_bias_i32.
 // Dumoulin and Visin, A guide to convolution arithmetic for deep learning, 2016.
 template <class In, class Filter, class Strides, class Padding, class Dilations, class Out, int Groups,
-          int NB, int XS = In::C, int YS = Filter::OC>
+          int NB, int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0>
 struct conv_transpose2d {
   static_assert(In::C % Groups == 0 && Filter::OC % Groups == 0, "groups divide the channels");
   static constexpr int IC = In::C / Groups, OC = Filter::OC / Groups;
   static constexpr int kPhases = Strides::H * Strides::W;
   template <int P>
   using Geometry = PhaseGeometry<Image<In::N, In::H, In::W, IC>, OC, Strides, Out, P / Strides::W,
-                                 P % Strides::W, XS, YS, Filter::KH, Filter::KW, Padding, Dilations>;
+                                 P % Strides::W, XS, YS, Filter::KH, Filter::KW, Padding, Dilations,
+                                 tile_step<Element>()>;
   template <int P>
-  using Dense = DenseConv<Geometry<P>, NB>;
+  using Dense = DenseConv<Geometry<P>, NB, Element, Zero>;
+  using Weight = typename tile_policy<Element>::type::Weight;
+  using Sum = typename tile_policy<Element>::type::Sum;
 
   template <int P>
-  static constexpr ptrdiff_t phase_floats() {
-    constexpr int k = Geometry<P>::kTaps ? Geometry<P>::rows.taps * Geometry<P>::columns.taps * IC : 0;
-    constexpr int channels = OC / NB * NB + round_up(OC % NB, kChannelQuantum);
-    return (static_cast<ptrdiff_t>(k) * channels + 15) / 16 * 16;
+  static constexpr ptrdiff_t phase_weights() {
+    if constexpr (Geometry<P>::kTaps) return Dense<P>::weight_count;
+    else return 0;
   }
   template <int P>
   static constexpr size_t phase_scratch(int parts) {
@@ -467,29 +520,31 @@ struct conv_transpose2d {
     }
   }
   static constexpr size_t scratch_bytes(int parts = 1) { return most_scratch<0>(parts); }
-  static constexpr ptrdiff_t bias_floats = Groups * round_up(div_up(OC, NB) * NB, 16);
+  static constexpr ptrdiff_t kGroupBias = round_up(div_up(OC, NB) * NB, 16);
+  static constexpr ptrdiff_t kPhaseBias = sizeof(Element) == sizeof(float) ? 0 : Groups * kGroupBias;
 
-  template <int P, class E>
-  static SKIVE_INLINE void run_phases(const float* x, const float* w, const float* bias, float* y,
+  template <int P, class Y, class E>
+  static SKIVE_INLINE void run_phases(const Element* x, const Weight* w, const Sum* bias, Y* y,
                                       void* scratch, Part part, const E& epilogue) {
     if constexpr (P < kPhases) {
       if constexpr (!Geometry<P>::kEmpty) {
         for (int g = 0; g < Groups; ++g) {
           const int channel = g * OC;
-          Dense<P>::run(x + g * IC, w + g * phase_floats<P>(), bias + g * (bias_floats / Groups),
-                        y + channel, scratch, part,
+          Dense<P>::run(x + g * IC, w + g * phase_weights<P>(), bias + g * kGroupBias, y + channel,
+                        scratch, part,
                         [&](auto acc, ptrdiff_t pixel, int c) __attribute__((always_inline)) {
                           return epilogue(acc, pixel, channel + c);
                         });
         }
       }
-      run_phases<P + 1>(x, w + Groups * phase_floats<P>(), bias, y, scratch, part, epilogue);
+      run_phases<P + 1>(x, w + Groups * phase_weights<P>(), bias + kPhaseBias, y, scratch, part,
+                        epilogue);
     }
   }
 
-  template <class E>
-  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
-                  Part part, const E& epilogue) {
+  template <class Y, class E>
+  static void run(const Element* x, const Weight* w, const Sum* bias, Y* y, void* scratch, Part part,
+                  const E& epilogue) {
     run_phases<0>(x, w, bias, y, scratch, part, epilogue);
   }
 };

@@ -57,7 +57,7 @@ struct gate_product {
   using Pack = pack_panel<K, G, block, 1, K>;
   using Product = packed_product<Rows, K, G, block, LDX, G>;
   static constexpr ptrdiff_t weight_floats = Pack::floats;
-  static constexpr ptrdiff_t bias_floats = Product::bias_floats;
+  static constexpr ptrdiff_t bias_floats = Product::bias_count;
 };
 
 // Scratch of a recurrent layer, in floats, each at a multiple of 16.

@@ -3,9 +3,15 @@
 // The accumulators are not an array but one base class per register, expanded at compile time:
 // compilers keep separate members in registers, and spill arrays.
 //
-// A tile policy (F32Tile in isa/tile_*.h) owns the element types and the multiply-add; the loop
-// nests above know neither. One step reads one input element per pixel, broadcast to all lanes, and
-// one row of packed weights: `Channels` rounded up to kChannelQuantum floats.
+// A tile policy (F32Tile, U8Tile and I16Tile in isa/tile_*.h) owns the element types and the
+// multiply-add; the loop nests above know neither. One step reads kStep consecutive input elements
+// per pixel, four bytes, broadcast to all lanes, and one row of packed weights: kStep for each of
+// `Channels` channels, rounded up to kChannelQuantum channels. A lane adds its kStep products.
+//
+//   policy    Element   Weight   Sum       kStep
+//   F32Tile   float     float    float     1
+//   U8Tile    uint8_t   int8_t   int32_t   4
+//   I16Tile   int16_t   int16_t  int32_t   2       sums wrap
 #ifndef SKIVE_TILE_H
 #define SKIVE_TILE_H
 
@@ -36,50 +42,68 @@ struct Slot {
 template <int I, class T>
 SKIVE_INLINE T& slot(Slot<I, T>& s) { return s.value; }
 
-// Pixel p of the tile reads its input at `Offsets::template at<p>()` floats from the tile's base.
+// The policy of an input element type.
+template <class Element>
+struct tile_policy;
+template <>
+struct tile_policy<float> {
+  using type = F32Tile;
+};
+template <>
+struct tile_policy<uint8_t> {
+  using type = U8Tile;
+};
+template <>
+struct tile_policy<int16_t> {
+  using type = I16Tile;
+};
+
+// Pixel p of the tile reads its input at `Offsets::template at<p>()` elements from the tile's base.
 // `Ahead`: rows of weights by which to prefetch, 0 where they come from L1 or L2 anyway.
 template <class Policy, int Pixels, int Channels, class Offsets, int Ahead = 0>
 struct Tile {
-  static constexpr int kRow = round_up(Channels, kChannelQuantum);  // floats per weight row
-  static constexpr int kVectors = div_up(kRow, kLanes);
-  static constexpr int lanes(int v) { return v < kVectors - 1 ? kLanes : kRow - v * kLanes; }
+  using Element = typename Policy::Element;
+  using Weight = typename Policy::Weight;
+  using Sum = typename Policy::Sum;
+  static constexpr int kStep = Policy::kStep;
+  static constexpr int kChannels = round_up(Channels, kChannelQuantum);
+  static constexpr int kRow = kChannels * kStep;  // weights per row
+  static constexpr int kVectors = div_up(kChannels, kLanes);
+  static constexpr int lanes(int v) { return v < kVectors - 1 ? kLanes : kChannels - v * kLanes; }
   static constexpr int channels(int v) {
     return v < kVectors - 1 ? kLanes : Channels - v * kLanes;
   }
 
-  template <int V>
-  using Lanes = typename Policy::template Lanes<lanes(V)>;
-
   template <class>
   struct Row;
   template <int... V>
-  struct Row<Index<V...>> : Slot<V, Lanes<V>>... {};
+  struct Row<Index<V...>> : Slot<V, typename Policy::template Weights<lanes(V)>>... {};
   template <class>
   struct Registers;
   template <int... I>
-  struct Registers<Index<I...>> : Slot<I, Lanes<I % kVectors>>... {};
+  struct Registers<Index<I...>> : Slot<I, typename Policy::template Lanes<lanes(I % kVectors)>>... {};
 
   using EachVector = Indices<kVectors>;
   using EachPixel = Indices<Pixels>;
   using EachRegister = Indices<Pixels * kVectors>;
-  using Weights = Row<EachVector>;
+  using WeightRow = Row<EachVector>;
   using Accumulators = Registers<EachRegister>;
 
   template <int... I>
-  static SKIVE_INLINE void start(Accumulators& acc, const float* bias, Index<I...>) {
+  static SKIVE_INLINE void start(Accumulators& acc, const Sum* bias, Index<I...>) {
     ((slot<I>(acc) = Policy::template load_lanes<lanes(I % kVectors)>(bias + I % kVectors * kLanes)),
      ...);
   }
   template <int... V>
-  static SKIVE_INLINE void load_weights(Weights& w, const float* p, Index<V...>) {
-    ((slot<V>(w) = Policy::template load_lanes<lanes(V)>(p + V * kLanes)), ...);
+  static SKIVE_INLINE void load_weights(WeightRow& w, const Weight* p, Index<V...>) {
+    ((slot<V>(w) = Policy::template load_weights<lanes(V)>(p + V * kLanes * kStep)), ...);
   }
   template <int P, int... V>
-  static SKIVE_INLINE void step_pixel(Accumulators& acc, Weights& w, const float* x,
+  static SKIVE_INLINE void step_pixel(Accumulators& acc, WeightRow& w, const Element* x,
                                       Index<V...>) {
-    const float* const p = x + Offsets::template at<P>();
+    const Element* const p = x + Offsets::template at<P>();
     // A broadcast of its own pays from two full registers of channels on.
-    if constexpr (kRow <= kLanes * 3 / 2) {
+    if constexpr (kChannels <= kLanes * 3 / 2) {
       ((slot<P * kVectors + V>(acc) =
             Policy::multiply_add_broadcast(slot<P * kVectors + V>(acc), p, slot<V>(w))),
        ...);
@@ -91,36 +115,43 @@ struct Tile {
     }
   }
   template <int... P>
-  static SKIVE_INLINE void step(Accumulators& acc, const float* x, const float* w, Index<P...>) {
-    Weights row;
+  static SKIVE_INLINE void step(Accumulators& acc, const Element* x, const Weight* w, Index<P...>) {
+    WeightRow row;
     if constexpr (Ahead > 0 && Pixels >= 4) {  // fewer pixels: one plain stream, which hardware follows
-      for (int i = 0; i < kRow; i += 16) __builtin_prefetch(w + Ahead * kRow + i);
+      constexpr int kLine = 64 / static_cast<int>(sizeof(Weight));
+      for (int i = 0; i < kRow; i += kLine) __builtin_prefetch(w + Ahead * kRow + i);
     }
     load_weights(row, w, EachVector{});
     (step_pixel<P>(acc, row, x, EachVector{}), ...);
   }
 
-  // `Steps` consecutive input elements against as many weight rows.
+  // `Steps` times kStep consecutive input elements against as many weight rows.
   template <int Steps>
-  static SKIVE_INLINE void steps(Accumulators& acc, const float* x, const float* w) {
+  static SKIVE_INLINE void steps(Accumulators& acc, const Element* x, const Weight* w) {
     if constexpr (Steps > 0) {
       step(acc, x, w, EachPixel{});
-      steps<Steps - 1>(acc, Policy::opaque(x + 1), w + kRow);
+      steps<Steps - 1>(acc, Policy::opaque(x + kStep), w + kRow);
     }
   }
 
-  // Elements per turn of the loop in `run`: enough to hide the loop's own instructions.
+  // Steps per turn of the loop in `run`: enough to hide the loop's own instructions.
   static constexpr int unroll(int length) {
     return length % 4 == 0 ? 4 : length % 3 == 0 ? 3 : length % 2 == 0 && length > 4 ? 2 : 4;
   }
 
-  // `Length` consecutive input elements against as many weight rows.
+  // `Length` consecutive input elements against weight rows. Of a length that is not a multiple of
+  // kStep the last kStep elements make the last row, with zero weights where they were met before;
+  // a length below kStep reads kStep elements.
   template <int Length>
-  static SKIVE_INLINE void run(Accumulators& acc, const float* x, const float* w) {
-    constexpr int U = unroll(Length);
-    const float* const end = x + Length / U * U;
-    for (; x != end; x += U, w += U * kRow) steps<U>(acc, Policy::opaque(x), w);
-    steps<Length % U>(acc, x, w);
+  static SKIVE_INLINE void run(Accumulators& acc, const Element* x, const Weight* w) {
+    constexpr int kWhole = Length / kStep, U = unroll(kWhole), kRest = Length % kStep;
+    const Element* const end = x + kWhole / U * U * kStep;
+    for (; x != end; x += U * kStep, w += U * kRow) steps<U>(acc, Policy::opaque(x), w);
+    steps<kWhole % U>(acc, x, w);
+    if constexpr (kRest != 0) {
+      constexpr int kBack = Length < kStep ? 0 : kStep - kRest;
+      steps<1>(acc, Policy::opaque(x + kWhole % U * kStep - kBack), w + kWhole % U * kRow);
+    }
   }
 
   template <int I, class Emit>
@@ -128,7 +159,7 @@ struct Tile {
     constexpr int v = I % kVectors;
     emit(I / kVectors, v * kLanes, Policy::template finish<channels(v)>(slot<I>(acc)));
   }
-  // Calls emit(pixel, first channel, Vec) for every finished vector.
+  // Calls emit(pixel, first channel, Vec or IVec) for every finished vector.
   template <class Emit, int... I>
   static SKIVE_INLINE void finish(Accumulators& acc, const Emit& emit, Index<I...>) {
     (emit_one<I>(acc, emit), ...);

@@ -1,4 +1,4 @@
-// AVX-512 registers of the float32 dot-product tile (tile.h).
+// AVX-512 registers of the dot-product tile (tile.h): float32, uint8 x int8 and int16 x int16.
 #ifndef SKIVE_ISA_TILE_AVX512_H
 #define SKIVE_ISA_TILE_AVX512_H
 
@@ -15,7 +15,11 @@ inline namespace SKIVE_ISA {
 
 struct F32Tile {
   using Element = float;
+  using Weight = float;
+  using Sum = float;
+  static constexpr int kStep = 1;
   static constexpr int kRegisters = 32;
+  static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
   // Independent multiply-adds that must be in flight to hide the latency of one (4 cycles, 1 per
   // cycle).
   static constexpr int kInFlight = 5;
@@ -33,11 +37,18 @@ struct F32Tile {
   };
 
   template <int L>
+  using Weights = Lanes<L>;
+
+  template <int L>
   static SKIVE_INLINE Lanes<L> load_lanes(const float* p) {
     if constexpr (L == 16) return {_mm512_loadu_ps(p)};
     else if constexpr (L == 12) return {_mm512_maskz_loadu_ps(0xfff, p)};
     else if constexpr (L == 8) return {_mm256_loadu_ps(p)};
     else return {_mm_loadu_ps(p)};
+  }
+  template <int L>
+  static SKIVE_INLINE Weights<L> load_weights(const float* p) {
+    return load_lanes<L>(p);
   }
   template <int L>
   static SKIVE_INLINE Lanes<L> broadcast(const float* p) {
@@ -92,6 +103,181 @@ struct F32Tile {
     else return {_mm512_castps128_ps512(a.v)};
   }
 };
+
+// Integer sums: L lanes of int32, a multiple of 4, in the narrowest register that holds them. An input
+// is four bytes of one pixel in every lane, a weight four bytes per lane.
+template <class E, class W>
+struct IntegerTile {
+  using Element = E;
+  using Weight = W;
+  using Sum = int32_t;
+  static constexpr int kStep = 4 / sizeof(E);
+  static constexpr int kRegisters = 32;
+  static constexpr int kInFlight = 5;
+
+  template <int L> static constexpr int width() { return L <= 4 ? 4 : L <= 8 ? 8 : 16; }
+  template <int R, class = void> struct Register { using type = __m512i; };
+  template <class T> struct Register<8, T> { using type = __m256i; };
+  template <class T> struct Register<4, T> { using type = __m128i; };
+
+  template <int L>
+  struct Lanes {
+    typename Register<width<L>()>::type v;
+  };
+
+  template <int L>
+  static SKIVE_INLINE Lanes<L> load_lanes(const void* p) {
+    if constexpr (L == 16) return {_mm512_loadu_si512(p)};
+    else if constexpr (L == 12) return {_mm512_maskz_loadu_epi32(0xfff, p)};
+    else if constexpr (L == 8) return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+    else return {_mm_loadu_si128(static_cast<const __m128i*>(p))};
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> broadcast_bytes(const void* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    if constexpr (L > 8) return {_mm512_set1_epi32(four)};
+    else if constexpr (L == 8) return {_mm256_set1_epi32(four)};
+    else return {_mm_set1_epi32(four)};
+  }
+  static SKIVE_INLINE const E* opaque(const E* p) {
+    __asm__("" : "+r"(p));
+    return p;
+  }
+  template <int L, int From>
+  static SKIVE_INLINE Lanes<L> first(Lanes<From> a) {
+    if constexpr (width<L>() == width<From>()) return {a.v};
+    else if constexpr (width<From>() == 8) return {_mm256_castsi256_si128(a.v)};
+    else if constexpr (L == 8) return {_mm512_castsi512_si256(a.v)};
+    else return {_mm512_castsi512_si128(a.v)};
+  }
+  // acc + the sum of the two products of 16-bit pairs, which wraps.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> add_pairs(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
+    if constexpr (L > 8) return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(x.v, w.v))};
+    else if constexpr (L == 8) return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(x.v, w.v))};
+    else return {_mm_add_epi32(acc.v, _mm_madd_epi16(x.v, w.v))};
+  }
+  template <int N, int L>
+  static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
+    if constexpr (L > 8) return {a.v};
+    else if constexpr (L == 8) return {_mm512_castsi256_si512(a.v)};
+    else return {_mm512_castsi128_si512(a.v)};
+  }
+};
+
+#if defined(SKIVE_TARGET_AVX512VNNI)
+
+// As the float32 tile, g++ gets the instruction that overwrites its accumulator: its intrinsic
+// copies the accumulator before each one.
+struct U8Tile : IntegerTile<uint8_t, int8_t> {
+  static constexpr int kInputRegisters = 1, kWeightRegisters = 1;
+  template <int L> using Weights = Lanes<L>;
+
+  template <int L> static SKIVE_INLINE Weights<L> load_weights(const int8_t* p) { return load_lanes<L>(p); }
+  template <int L> static SKIVE_INLINE Lanes<L> broadcast(const uint8_t* p) { return broadcast_bytes<L>(p); }
+  template <int L, int From> static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) { return first<L>(a); }
+  // acc + the sum of the four products.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
+#if defined(SKIVE_FMA_ASSEMBLY)
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
+    return acc;
+#else
+    if constexpr (L > 8) return {_mm512_dpbusd_epi32(acc.v, x.v, w.v)};
+    else if constexpr (L == 8) return {_mm256_dpbusd_epi32(acc.v, x.v, w.v)};
+    else return {_mm_dpbusd_epi32(acc.v, x.v, w.v)};
+#endif
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const uint8_t* x, Weights<L> w) {
+    return multiply_add(acc, broadcast<L>(x), w);
+  }
+};
+
+struct I16Tile : IntegerTile<int16_t, int16_t> {
+  static constexpr int kInputRegisters = 1, kWeightRegisters = 1;
+  template <int L> using Weights = Lanes<L>;
+
+  template <int L> static SKIVE_INLINE Weights<L> load_weights(const int16_t* p) { return load_lanes<L>(p); }
+  template <int L> static SKIVE_INLINE Lanes<L> broadcast(const int16_t* p) { return broadcast_bytes<L>(p); }
+  template <int L, int From> static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) { return first<L>(a); }
+  // acc + the sum of the two products.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
+#if defined(SKIVE_FMA_ASSEMBLY)
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
+    return acc;
+#else
+    if constexpr (L > 8) return {_mm512_dpwssd_epi32(acc.v, x.v, w.v)};
+    else if constexpr (L == 8) return {_mm256_dpwssd_epi32(acc.v, x.v, w.v)};
+    else return {_mm_dpwssd_epi32(acc.v, x.v, w.v)};
+#endif
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const int16_t* x, Weights<L> w) {
+    return multiply_add(acc, broadcast<L>(x), w);
+  }
+};
+
+#else  // no VNNI: pairs of 16 bits
+
+// Four uint8 times int8 products as two exact sums of 16-bit pairs: elements 0 and 2, 1 and 3.
+// (vpmaddubsw would saturate.)
+struct U8Tile : IntegerTile<uint8_t, int8_t> {
+  static constexpr int kInputRegisters = 3, kWeightRegisters = 2;  // one for the product
+  template <int L>
+  struct Pairs {
+    Lanes<L> even, odd;
+  };
+  template <int L> using Weights = Pairs<L>;
+
+  template <int L>
+  static SKIVE_INLINE Weights<L> load_weights(const int8_t* p) {
+    const auto v = load_lanes<L>(p).v;
+    if constexpr (L > 8) return {{_mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8)}, {_mm512_srai_epi16(v, 8)}};
+    else if constexpr (L == 8) return {{_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8)}, {_mm256_srai_epi16(v, 8)}};
+    else return {{_mm_srai_epi16(_mm_slli_epi16(v, 8), 8)}, {_mm_srai_epi16(v, 8)}};
+  }
+  template <int L>
+  static SKIVE_INLINE Pairs<L> broadcast(const uint8_t* p) {
+    const auto v = broadcast_bytes<L>(p).v;
+    if constexpr (L > 8) return {{_mm512_and_si512(v, _mm512_set1_epi16(0xff))}, {_mm512_srli_epi16(v, 8)}};
+    else if constexpr (L == 8) return {{_mm256_and_si256(v, _mm256_set1_epi16(0xff))}, {_mm256_srli_epi16(v, 8)}};
+    else return {{_mm_and_si128(v, _mm_set1_epi16(0xff))}, {_mm_srli_epi16(v, 8)}};
+  }
+  template <int L, int From>
+  static SKIVE_INLINE Pairs<L> narrow(Pairs<From> a) {
+    return {first<L>(a.even), first<L>(a.odd)};
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Pairs<L> x, Weights<L> w) {
+    return add_pairs<L>(add_pairs<L>(acc, x.even, w.even), x.odd, w.odd);
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const uint8_t* x, Weights<L> w) {
+    return multiply_add(acc, broadcast<L>(x), w);
+  }
+};
+
+struct I16Tile : IntegerTile<int16_t, int16_t> {
+  static constexpr int kInputRegisters = 2, kWeightRegisters = 1;  // one for the product
+  template <int L> using Weights = Lanes<L>;
+
+  template <int L> static SKIVE_INLINE Weights<L> load_weights(const int16_t* p) { return load_lanes<L>(p); }
+  template <int L> static SKIVE_INLINE Lanes<L> broadcast(const int16_t* p) { return broadcast_bytes<L>(p); }
+  template <int L, int From> static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) { return first<L>(a); }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
+    return add_pairs<L>(acc, x, w);
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const int16_t* x, Weights<L> w) {
+    return multiply_add(acc, broadcast<L>(x), w);
+  }
+};
+
+#endif
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

@@ -1,4 +1,4 @@
-// Plain C++ registers of the float32 dot-product tile (tile.h).
+// Plain C++ registers of the dot-product tile (tile.h): float32, uint8 x int8 and int16 x int16.
 #ifndef SKIVE_ISA_TILE_GENERIC_H
 #define SKIVE_ISA_TILE_GENERIC_H
 
@@ -9,8 +9,12 @@ inline namespace SKIVE_ISA {
 
 struct F32Tile {
   using Element = float;
+  using Weight = float;
+  using Sum = float;
+  static constexpr int kStep = 1;
   // What baseline x86-64 and 32-bit Arm have; more registers only widen the tile.
   static constexpr int kRegisters = 16;
+  static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
   static constexpr int kInFlight = 8;
 
   // L lanes: always 4. A vector type of GNU C++, which every target has: SIMD where there is some,
@@ -22,10 +26,17 @@ struct F32Tile {
   };
 
   template <int L>
+  using Weights = Lanes<L>;
+
+  template <int L>
   static SKIVE_INLINE Lanes<L> load_lanes(const float* p) {
     Lanes<L> r;
     __builtin_memcpy(&r.v, p, sizeof r.v);
     return r;
+  }
+  template <int L>
+  static SKIVE_INLINE Weights<L> load_weights(const float* p) {
+    return load_lanes<L>(p);
   }
   template <int L>
   static SKIVE_INLINE Lanes<L> broadcast(const float* p) {
@@ -56,6 +67,75 @@ struct F32Tile {
     return r;
   }
 };
+
+// Integer sums, which wrap: kStep elements of a pixel against as many weights for each of 4 channels.
+template <class E, class W>
+struct IntegerTile {
+  using Element = E;
+  using Weight = W;
+  using Sum = int32_t;
+  static constexpr int kStep = 4 / sizeof(E);
+  static constexpr int kRegisters = 16;
+  static constexpr int kInputRegisters = 2, kWeightRegisters = kStep;
+  static constexpr int kInFlight = 4;
+
+  typedef uint32_t Register __attribute__((vector_size(16)));
+  template <int L>
+  struct Lanes {
+    Register v;
+  };
+  // Weight k of every channel.
+  template <int L>
+  struct Weights {
+    Register k[kStep];
+  };
+  struct Input {
+    const E* p;
+  };
+
+  template <int L>
+  static SKIVE_INLINE Lanes<L> load_lanes(const int32_t* p) {
+    Lanes<L> r;
+    __builtin_memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  static SKIVE_INLINE uint32_t wide(int32_t a) { return static_cast<uint32_t>(a); }
+  template <int L>
+  static SKIVE_INLINE Weights<L> load_weights(const W* p) {
+    Weights<L> r;
+    for (int k = 0; k < kStep; ++k) {
+      r.k[k] = Register{wide(p[k]), wide(p[kStep + k]), wide(p[2 * kStep + k]), wide(p[3 * kStep + k])};
+    }
+    return r;
+  }
+  template <int L>
+  static SKIVE_INLINE Input broadcast(const E* p) {
+    return {p};
+  }
+  static SKIVE_INLINE const E* opaque(const E* p) { return p; }
+  template <int L>
+  static SKIVE_INLINE Input narrow(Input a) {
+    return a;
+  }
+  // acc + the sum of the kStep products.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Input x, Weights<L> w) {
+    for (int k = 0; k < kStep; ++k) acc.v += wide(x.p[k]) * w.k[k];
+    return acc;
+  }
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const E* x, Weights<L> w) {
+    return multiply_add(acc, Input{x}, w);
+  }
+  template <int N, int L>
+  static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
+    IVec<N> r;
+    for (int i = 0; i < N; ++i) r.v[i] = static_cast<int32_t>(a.v[i]);
+    return r;
+  }
+};
+using U8Tile = IntegerTile<uint8_t, int8_t>;
+using I16Tile = IntegerTile<int16_t, int16_t>;
 
 }  // namespace SKIVE_ISA
 }  // namespace skive
