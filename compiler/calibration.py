@@ -386,6 +386,6 @@ def _divergence(counts: np.ndarray, centres: np.ndarray, width: float, lo: float
     bins = np.bincount(level, weights=used.astype(np.float64), minlength=levels)
     spread = np.where(used, mass[level] / np.maximum(bins[level], 1), 0.0)
     p, q = clipped / clipped.sum(), spread / max(spread.sum(), 1e-30)
-    with contextlib.suppress(FloatingPointError), np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):
         terms = np.where(p > 0, p * np.log(p / np.maximum(q, 1e-12)), 0.0)
     return float(terms.sum())

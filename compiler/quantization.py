@@ -145,7 +145,7 @@ class Samples:
     def _replayed(self) -> Iterator[Sample]:
         """What was spooled, then the rest of the one-shot iterator, spooled on the way."""
         if self._spool is None:
-            self._spool = tempfile.TemporaryFile()
+            self._spool = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as these samples
         at = 0
         for _ in range(self._spooled):
             self._spool.seek(at)
@@ -186,7 +186,9 @@ class Samples:
         else:
             arrays = [np.asarray(value)]
         if len(arrays) != len(self._inputs):
-            raise QuantizationError(f"a calibration sample has {len(arrays)} arrays; the network takes {len(self._inputs)}")
+            raise QuantizationError(
+                f"a calibration sample has {len(arrays)} arrays; the network takes {len(self._inputs)}"
+            )
         counts, columns = set(), []
         for node, a in zip(self._inputs, arrays, strict=True):
             if not np.can_cast(a.dtype, node.dtype.numpy, "same_kind") and not (

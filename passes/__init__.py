@@ -12,6 +12,7 @@ from skive.passes.fold_padding import fold_padding
 from skive.passes.fuse_elementwise import fuse_elementwise
 from skive.passes.integer_arithmetic import integer_arithmetic
 from skive.passes.merge_linear import merge_linear
+from skive.passes.quantize import quantize
 from skive.passes.recognise_patterns import recognise_patterns
 from skive.passes.sink_reshapes import sink_reshapes
 from skive.passes.sink_transposes import sink_transposes
@@ -20,7 +21,7 @@ from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
            "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "merge_linear",
-           "optimize", "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
+           "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.

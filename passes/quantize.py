@@ -1,0 +1,513 @@
+"""`quantize`: what is written to memory between two kernels is stored as integers.
+
+A float graph and the ranges of its values become a graph in which `quantize` and `dequantize` stand
+around float operations (stage 1 of docs/decisions/0007-quantized-ir.md). A value is stored as
+integers if a contraction reads it, directly or through operations that only move values, or if it
+merely passes from one integer kernel to another; a value that lives inside a fused expression is
+never rounded, so one operand of a residual addition is the convolution's own sum. Operations without
+an integer form read and write float32: islands.
+
+8 bit: activations u8 with a zero point (0 is exact), weights i8 per output channel and symmetric,
+biases i32 (Jacob et al., Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference, 2018). 16 bit: dynamic fixed point (Das et al., Mixed Precision
+Training of Convolutional Neural Networks using Integer Operations, 2018): i16 with one exponent per
+tensor, and as many bits of activations and weights as keep every possible sum inside 32 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from skive import ops
+from skive.errors import QuantizationError
+from skive.ir import Graph, Node, constant, rebuilt
+from skive.passes.fuse_elementwise import FuseElementwise, _Fusion, is_elementwise
+from skive.pipeline import pass_
+from skive.types import DType
+
+PRODUCTS = frozenset({"conv2d", "conv_transpose2d", "linear"})
+MOVES = frozenset({"reshape", "transpose", "slice", "concat", "pad", "expand", "max_pool2d"})
+SUMS = frozenset({"avg_pool2d", "reduce_mean"})
+# A concatenated value that others read too takes the scale of the whole unless that widens its own
+# range by more than this: a quarter more costs 2 dB, a copy with its own rounding costs time.
+WIDENING = 1.25
+# 16-bit ranges keep this much room above the largest value seen: saturation costs more than a quarter
+# of a bit there, where rounding noise lies 70 dB below the signal.
+HEADROOM = 1.25
+# A value this much smaller than what is computed from it is left alone if no contraction reads it:
+# a gate of a squeeze-and-excitation block.
+SMALL = 4
+INT32 = 2**31 - 1
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Format:
+    """real = scale * (integer - zero), integers of `dtype` within low..high."""
+
+    dtype: DType
+    scale: float
+    zero: int
+    low: int
+    high: int
+
+    @property
+    def saturates(self) -> bool:
+        """True if low..high is the whole range of the type."""
+        limits = np.iinfo(self.dtype.numpy)
+        return (self.low, self.high) == (limits.min, limits.max)
+
+    @property
+    def bits(self) -> int:
+        """Bits that a value takes, sign included."""
+        if self.dtype is DType.u8:
+            return 8
+        return max(~self.low, self.high).bit_length() + 1
+
+    @property
+    def range(self) -> Range:
+        return (self.low - self.zero) * self.scale, (self.high - self.zero) * self.scale
+
+    def integers(self, x: np.ndarray) -> np.ndarray:
+        """`x` quantized, as int32."""
+        q = np.rint(x / np.float32(self.scale)) + self.zero
+        return np.clip(q, self.low, self.high).astype(np.int32)
+
+    def real(self, x: np.ndarray) -> np.ndarray:
+        """`x` as it is read back."""
+        return (self.integers(x) - self.zero).astype(np.float32) * np.float32(self.scale)
+
+
+@dataclass
+class Layer:
+    """A contraction in fixed point. `weights` are integers, `scales` per output channel or one."""
+
+    node: Node
+    source: Node  # whose stored form it reads
+    weights: np.ndarray
+    scales: np.ndarray  # [OC] float32
+    weight_bits: int = 8
+
+    @property
+    def real_weights(self) -> np.ndarray:
+        return self.weights.astype(np.float32) * self.shaped(self.scales)
+
+    def shaped(self, per_channel: np.ndarray) -> np.ndarray:
+        """[OC] as [OC, 1, ...], which broadcasts over the weights."""
+        return per_channel.reshape(-1, *(1,) * (self.weights.ndim - 1))
+
+
+@dataclass
+class Scheme:
+    """What the pass works from. Ranges are looked up by node of the float graph.
+
+    `power`: mean squares of the values, which decide how 16-bit layers split their bits (a quarter of the
+    range if unknown). `weights`: replaced float weights or biases by constant node are not a part of
+    this; see `biases` (float, by contraction) and `rounded` (integers, by contraction).
+    """
+
+    ranges: Mapping[Node, Range]
+    dtype: str = "int8"
+    per_channel: bool = True
+    keep: Callable[[Node], bool] = lambda node: False
+    power: Mapping[Node, float] = field(default_factory=dict)
+    biases: Mapping[Node, np.ndarray] = field(default_factory=dict)
+    rounded: Mapping[Node, np.ndarray] = field(default_factory=dict)
+
+
+def _is_move(node: Node) -> bool:
+    """True if the integers of the operands, moved, are the integers of `node`."""
+    return node.op in MOVES and not (node.op == "pad" and node.attrs["mode"] == "constant" and node.attrs["value"])
+
+
+class Storage:
+    """Which values of a float graph are stored as integers, and which of them share a scale.
+
+    `sources`: values that are quantized where they are computed; their ranges must be known.
+    `products`: contractions that read integers. `source_of` leads from a stored value through
+    operations that only move it to the source (or concatenation) whose format it has.
+    """
+
+    def __init__(self, graph: Graph, keep: Callable[[Node], bool] = lambda node: False):
+        self.graph = graph
+        fusion = _Fusion(graph, FuseElementwise())
+        regions = fusion.regions()
+        self._root = {n: r.root for r in regions.values() for n in r.nodes}
+        self._members = {r.root: r.nodes for r in regions.values()}
+        self._interior = {n for n, root in self._root.items() if n is not root}
+        self._keep = keep
+        self.stored: set[Node] = set()
+        for node in reversed(graph.nodes):
+            if self._is_stored(node):
+                self.stored.add(node)
+        self.products = [n for n in graph.nodes if self.is_product(n) and n.inputs[0] in self.stored]
+        self.sources = [n for n in graph.nodes if n in self.stored and not self.is_moved(n)]
+
+    def is_product(self, node: Node) -> bool:
+        """True for a contraction with constant weights that may be computed in integers."""
+        return (
+            node.op in PRODUCTS
+            and node.dtype is DType.f32
+            and node.inputs[1].is_const
+            and all(b.is_const for b in node.inputs[2:])
+            and node.type.size > 0
+            and not self._keep(node)
+        )
+
+    def is_moved(self, node: Node) -> bool:
+        """True if the stored `node` is made by moving stored integers."""
+        return _is_move(node) and node not in self._interior and any(i in self.stored for i in node.inputs)
+
+    def _is_stored(self, node: Node) -> bool:
+        """Whether `node` is stored as integers, all its users being decided."""
+        if node.dtype is not DType.f32 or node.is_const or node in self._interior or node.type.size == 0:
+            return False
+        product = move = total = other = False
+        passed: list[Node] = []
+        for user in self.graph.users[node]:
+            if self._keep(user):
+                other = True
+            elif self.is_product(user) and user.inputs[0] is node:
+                product = True
+            elif _is_move(user) and user in self.stored:
+                move = True
+            elif user.op in SUMS:
+                total = True
+            elif is_elementwise(user) or user.op in MOVES or (user.op == "resize2d" and user.inputs[0] is node):
+                passed.append(self._root.get(user, user))
+            else:
+                other = True
+        if product or move:
+            return True
+        if other or not self._from_integers(node):
+            return False
+        return total or any(u in self.stored and node.type.size * SMALL > u.type.size for u in passed)
+
+    def _from_integers(self, node: Node) -> bool:
+        """True if an integer kernel computes `node`: a contraction, or what moves or sums values."""
+        return any(self.is_product(n) or n.op in MOVES or n.op in SUMS for n in self._members.get(node, [node]))
+
+    def source_of(self, node: Node) -> Node:
+        """The source or concatenation whose format the stored `node` has."""
+        while node.op != "concat" and self.is_moved(node):
+            node = node.inputs[0]
+        return node
+
+
+class _Scales:
+    """One range per group of values that share a format; concatenations merge groups."""
+
+    def __init__(self, storage: Storage, ranges: Mapping[Node, Range], widening: float):
+        self._parent: dict[Node, Node] = {}
+        self.range: dict[Node, Range] = {}
+        self._own: dict[Node, float] = {}  # the narrowest range that others read in a group
+        for node in storage.sources:
+            lo, hi = ranges[node]
+            self._parent[node] = node
+            self.range[node] = (min(0.0, lo), max(0.0, hi))
+            self._own[node] = math.inf
+        readers = self._readers(storage)
+        for node in storage.graph.nodes:
+            if node.op != "concat" or node not in storage.stored:
+                continue
+            parts = [storage.source_of(i) for i in node.inputs if i in storage.stored]
+            groups = list(dict.fromkeys(self.find(p) for p in parts))
+            lo = min([self.range[g][0] for g in groups] + [0.0])
+            hi = max([self.range[g][1] for g in groups] + [0.0])
+            for i in node.inputs:
+                if i.is_const:
+                    lo, hi = min(lo, float(i.value.min(initial=0))), max(hi, float(i.value.max(initial=0)))
+            self._parent[node] = node
+            self.range[node] = (lo, hi)
+            self._own[node] = math.inf
+            for p in parts:
+                g = self.find(p)
+                if g is self.find(node):
+                    continue
+                width = self.range[g][1] - self.range[g][0]
+                narrowest = min(self._own[g], width if readers[p] > 1 else math.inf)
+                if hi - lo <= widening * narrowest:
+                    self._parent[g] = self.find(node)
+                    self._own[node] = min(self._own[node], narrowest)
+
+    def find(self, node: Node) -> Node:
+        while self._parent[node] is not node:
+            node = self._parent[node]
+        return node
+
+    @staticmethod
+    def _readers(storage: Storage) -> dict[Node, int]:
+        """How many kernels read each source or concatenation, through moves."""
+        count: dict[Node, int] = {}
+        for node in storage.stored:
+            origin = storage.source_of(node)
+            users = [u for u in storage.graph.users[node] if u not in storage.stored or u.op == "concat"
+                     or storage.source_of(u) is u]
+            count[origin] = count.get(origin, 0) + len(users) + storage.graph.is_output(node)
+        return count
+
+
+def affine(low: float, high: float) -> Format:
+    """The u8 format whose range covers low..high and holds 0 exactly."""
+    low, high = min(0.0, low), max(0.0, high)
+    scale = float(np.float32((high - low) / 255))
+    if not scale > 1e-30:
+        return Format(DType.u8, 1.0, 0, 0, 255)
+    return Format(DType.u8, scale, int(np.clip(round(-low / scale), 0, 255)), 0, 255)
+
+
+def fixed(low: float, high: float, bits: int) -> Format:
+    """The i16 format of `bits` bits with the smallest power-of-two scale that covers low..high."""
+    limit = 2 ** (bits - 1) - 1
+    magnitude = max(abs(low), abs(high))
+    exponent = max(-100, math.ceil(math.log2(magnitude / limit))) if magnitude > 1e-30 else 0
+    if bits == 16:
+        return Format(DType.i16, 2.0**exponent, 0, -32768, 32767)
+    return Format(DType.i16, 2.0**exponent, 0, -limit, limit)
+
+
+class Quantizer:
+    """The steps of the pass: formats of the stored values, integers of the weights, the new graph.
+
+    Ranges of `storage.sources` must be in the scheme, or QuantizationError names the first that is not.
+    """
+
+    def __init__(self, graph: Graph, scheme: Scheme, storage: Storage | None = None):
+        self.graph, self.scheme = graph, scheme
+        self.storage = storage or Storage(graph, scheme.keep)
+        for node in self.storage.sources:
+            lo, hi = scheme.ranges.get(node, (math.nan, math.nan))
+            if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
+                raise QuantizationError(f"{node.label()}: the range of this value is not known; calibrate the network")
+        self._power: dict[Node, float] = {}
+        self._scales = _Scales(self.storage, scheme.ranges, WIDENING if scheme.dtype == "int8" else 4.0)
+        self._formats: dict[Node, Format] = {}
+        self._readers: dict[Node, list[Node]] = {}
+        for node in self.storage.products:
+            self._readers.setdefault(self._group(node.inputs[0]), []).append(node)
+        for node in self.storage.sources:
+            group = self._scales.find(node)
+            self._power[group] = max(self._power.get(group, 0.0), scheme.power.get(node, 0.0))
+        for node in dict.fromkeys(map(self._scales.find, self._scales.range)):
+            self._formats[node] = self._format(node)
+        self.layers = {n: self._layer(n) for n in self.storage.products}
+
+    def _group(self, node: Node) -> Node:
+        return self._scales.find(self.storage.source_of(node))
+
+    def format_of(self, node: Node) -> Format:
+        """The format of a stored value."""
+        return self._formats[self._group(node)]
+
+    def _format(self, group: Node) -> Format:
+        lo, hi = self._scales.range[group]
+        if self.scheme.dtype == "int8":
+            return affine(lo, hi)
+        lo, hi = lo * HEADROOM, hi * HEADROOM
+        readers = self._readers.get(group, [])
+        if not readers:
+            return fixed(lo, hi, 16)
+        power = self._power[group] or (max(abs(lo), abs(hi)) / 4) ** 2 or 1.0
+
+        def noise(form: Format) -> float:
+            """Relative noise power that rounding the activations and the weights of all readers adds."""
+            total = len(readers) * form.scale**2 / (12 * power)
+            for r in readers:
+                w = r.inputs[1].value
+                step = self._scale_16(r, form)
+                total += float(np.mean(step**2)) / (12 * max(float(np.mean(np.square(w))), 1e-30))
+            return total
+
+        return min((fixed(lo, hi, bits) for bits in range(16, 7, -1)), key=noise)
+
+    # ------------------------------------------------------------------------------- weights
+
+    def _bias(self, node: Node) -> np.ndarray:
+        """[OC] float64."""
+        if node in self.scheme.biases:
+            return self.scheme.biases[node].astype(np.float64)
+        if len(node.inputs) > 2:
+            return node.inputs[2].value.astype(np.float64)
+        return np.zeros(node.inputs[1].shape[0])
+
+    def _layer(self, node: Node) -> Layer:
+        form = self.format_of(node.inputs[0])
+        w = node.inputs[1].value
+        scales = self._scale_8(node, form) if form.dtype is DType.u8 else self._scale_16(node, form)
+        limit = 127 if form.dtype is DType.u8 else 32767
+        layer = Layer(node, self.storage.source_of(node.inputs[0]), np.zeros_like(w, np.int32), scales)
+        if node in self.scheme.rounded:
+            layer.weights = self.scheme.rounded[node].astype(np.int32)
+        else:
+            layer.weights = np.clip(np.rint(w / layer.shaped(scales)), -limit, limit).astype(np.int32)
+        layer.weight_bits = int(np.abs(layer.weights).max(initial=0)).bit_length() + 1
+        return layer
+
+    def _per_channel(self, values: np.ndarray) -> np.ndarray:
+        """[OC] of the wanted scales as they may be: all alike unless each channel has its own."""
+        return values if self.scheme.per_channel else np.full_like(values, values.max(initial=-np.inf))
+
+    def _scale_8(self, node: Node, form: Format) -> np.ndarray:
+        """[OC] scales with which the weights fit -127..127, and bias and sums 32 bits."""
+        w = np.abs(node.inputs[1].value.astype(np.float64)).reshape(node.inputs[1].shape[0], -1)
+        reach = 255.0 * w.sum(1) + np.abs(self._bias(node)) / form.scale  # of a sum, in units of w
+        rounding = 128 * w.shape[1] + 1  # what rounding the weights and the bias may add to a sum
+        scale = np.maximum(w.max(1, initial=0) / 127, reach / (INT32 - rounding))
+        scale = self._per_channel(np.where(scale > 1e-30, scale, 1.0))
+        return scale.astype(np.float32)
+
+    def _scale_16(self, node: Node, form: Format) -> np.ndarray:
+        """[OC] powers of two with which weights fit 16 bits and no input makes a sum leave 32 bits.
+
+        The bound is that of the largest activation the format can hold times the L1 norm of the
+        channel's rounded weights, plus its bias.
+        """
+        w = np.abs(node.inputs[1].value.astype(np.float64)).reshape(node.inputs[1].shape[0], -1)
+        largest = float(max(abs(form.low), abs(form.high)))
+        bias = np.abs(self._bias(node)) / form.scale
+        need = np.maximum(w.max(1, initial=0) / 32767, (largest * w.sum(1) + bias) / INT32)
+        exponent = np.ceil(np.log2(np.where(need > 1e-30, need, 2.0**-31)))
+        exponent = self._per_channel(np.maximum(exponent, -100))
+        while True:
+            step = 2.0**exponent
+            whole = np.rint(w / step[:, None]).sum(1) * largest + np.rint(bias / step)
+            over = whole > INT32
+            if not over.any():
+                return step.astype(np.float32)
+            exponent = exponent + (over if self.scheme.per_channel else 1)
+
+    # --------------------------------------------------------------------------------- graph
+
+    def build(self) -> Graph:
+        """The graph with integers where values are stored."""
+        storage, graph = self.storage, self.graph
+        floats: dict[Node, Node] = {}  # what a float reader of an old node reads now
+        exact: dict[Node, Node] = {}  # the value before it was rounded, for the outputs of the graph
+        self.integers: dict[Node, Node] = {}
+        for node in graph.nodes:
+            if node in storage.stored and storage.is_moved(node):
+                integers = self._moved(node, floats)
+                value = None
+            else:
+                value = self._float(node, floats)
+                if node not in storage.stored:
+                    floats[node] = exact[node] = value
+                    continue
+                integers = self._quantized(value, self.format_of(node), node)
+            self.integers[node] = integers
+            form = self.format_of(node)
+            floats[node] = ops.make("dequantize", integers, *_constants(form), origin=node.origin)
+            exact[node] = value if value is not None else floats[node]
+        return graph.with_nodes(exact)
+
+    def _float(self, node: Node, floats: Mapping[Node, Node]) -> Node:
+        """`node` on the operands as they are read now; a contraction on integer weights."""
+        inputs = tuple(floats[i] for i in node.inputs)
+        if node not in self.layers:
+            return rebuilt(node, inputs)
+        layer, form = self.layers[node], self.format_of(node.inputs[0])
+        dtype = DType.i8 if form.dtype is DType.u8 else DType.i16
+        w, scales = node.inputs[1], layer.scales
+        if not self.scheme.per_channel:
+            scales = scales[:1]
+        shape = (len(scales),) + (1,) * (w.type.rank - 1) if len(scales) > 1 else ()
+        weights = ops.make(
+            "dequantize",
+            constant(layer.weights.astype(dtype.numpy), name=w.name, origin=w.origin),
+            constant(scales.reshape(shape)),
+            constant(np.zeros(shape, dtype.numpy)),
+            origin=node.origin,
+        )
+        operands = [inputs[0], weights]
+        bias = self._bias(node)
+        if bias.any():
+            steps = (np.float32(form.scale) * scales).astype(np.float32)
+            steps = steps if len(scales) > 1 else steps.reshape(())
+            whole = np.clip(np.rint(bias / steps), -INT32, INT32).astype(np.int32)
+            b = node.inputs[2] if len(node.inputs) > 2 else node
+            operands.append(
+                ops.make(
+                    "dequantize",
+                    constant(whole, name=b.name if b is not node else "", origin=node.origin),
+                    constant(np.asarray(steps, np.float32)),
+                    constant(np.zeros(np.shape(steps), np.int32)),
+                    origin=node.origin,
+                )
+            )
+        return ops.make(node.op, *operands, origin=node.origin, label=node.name, **node.attrs)
+
+    def _quantized(self, value: Node, form: Format, node: Node) -> Node:
+        """`value` in `form`. A bound that saturation keeps in any case is not computed."""
+        low, high = form.low, form.high
+        while value.op in ("relu", "clip"):
+            lo, hi = (0.0, math.inf) if value.op == "relu" else (float(value.attrs["lo"]), float(value.attrs["hi"]))
+            bottom, top = (int(form.integers(np.float32(v))) for v in (lo, hi))
+            if value.op == "clip" and (bottom > form.low or top < form.high):
+                break
+            if value.op == "relu" and bottom > form.low and form.dtype is DType.u8:
+                break
+            low = max(low, bottom)
+            value = value.inputs[0]
+        q = ops.make("quantize", value, *_constants(form), to=form.dtype, origin=node.origin, label=node.name)
+        limits = np.iinfo(form.dtype.numpy)
+        if (low, high) != (limits.min, limits.max):
+            q = ops.make("clip", q, lo=low, hi=high, origin=node.origin, label=node.name)
+        return q
+
+    def _moved(self, node: Node, floats: Mapping[Node, Node]) -> Node:
+        """The integers of a stored value that is made by moving others."""
+        form, attrs = self.format_of(node), dict(node.attrs)
+        operands = []
+        for i in node.inputs:
+            if i in self.integers and self.format_of(i) == form:
+                operands.append(self.integers[i])
+            elif i.is_const:
+                operands.append(constant(form.integers(i.value).astype(form.dtype.numpy), origin=i.origin))
+            else:
+                operands.append(self._quantized(floats[i], form, i))
+        if node.op == "pad" and attrs["mode"] == "constant":
+            attrs["value"] = form.zero
+        return ops.make(node.op, *operands, origin=node.origin, label=node.name, **attrs)
+
+
+def _constants(form: Format) -> tuple[Node, Node]:
+    """(scale, zero point) as operands."""
+    return constant(np.float32(form.scale).reshape(())), constant(np.asarray(form.zero, form.dtype.numpy))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeOptions:
+    """`dtype`: int8 or int16. `ranges`: `name:low:high` joined by `;`, by the name of a value; `*` stands for
+    all that are not listed. A calibrated compile fills these in; here they are written down."""
+
+    dtype: str = "int8"
+    ranges: str = "*:-8:8"
+    per_channel: bool = True
+    keep: str = ""
+
+
+@pass_("quantize", exact=False, options=QuantizeOptions)
+def quantize(graph: Graph, options: QuantizeOptions) -> Graph:
+    """Integers wherever a value is written to memory between two kernels that can work on them."""
+    if options.dtype not in ("int8", "int16"):
+        raise QuantizationError(f"quantize: dtype is {options.dtype!r}, not int8 or int16")
+    keep = set(filter(None, options.keep.split(";")))
+    storage = Storage(graph, lambda n: n.origin in keep or n.name in keep)
+    if not storage.sources:
+        return graph
+    given: dict[str, Range] = {}
+    for item in filter(None, options.ranges.split(";")):
+        try:
+            name, low, high = item.rsplit(":", 2)
+            given[name] = (float(low), float(high))
+        except ValueError:
+            raise QuantizationError(f"quantize: range {item!r} is not name:low:high") from None
+    ranges = {n: given.get(n.name, given.get("*", (math.nan, math.nan))) for n in storage.sources}
+    scheme: Any = Scheme(ranges, options.dtype, options.per_channel, storage._keep)
+    return Quantizer(graph, scheme, storage).build()
