@@ -1,8 +1,8 @@
 """Graph -> Plan: chooses kernels, packs weights, gives every value its place in memory.
 
 Three steps: `legalise` rewrites what no kernel takes as it stands into what one does; `Storage`
-decides which values share memory (views, in-place elementwise, concat written in place); then one
-function per operation (`@lowers`) appends kernel calls.
+decides which values share memory (views, in-place elementwise, concat written in place; channels may
+lie between those of other values); then one function per operation (`@lowers`) appends kernel calls.
 """
 
 from __future__ import annotations
@@ -122,11 +122,29 @@ def _has_fast_kernel(node: Node) -> bool:
     return True
 
 
+# Operations whose fast kernel takes the floats between neighbouring pixels of operand and result.
+_STRIDED = frozenset(("conv2d", "conv_transpose2d", "linear", "max_pool2d", "avg_pool2d", "resize2d"))
+
+
 def _writes_channel_slices(node: Node) -> bool:
     """Whether the kernel of `node` can write its result with other values' channels in between."""
-    if node.op in ("conv2d", "max_pool2d", "avg_pool2d", "resize2d"):
+    if node.op in _STRIDED:
         return _has_fast_kernel(node)
-    return ops.op_of(node.op).kind == "elementwise"
+    return node.op in ("slice", "concat") or ops.op_of(node.op).kind == "elementwise"
+
+
+def _reads_channel_slices(node: Node, x: Node, lanes: int) -> bool:
+    """Whether the kernel of `node` can read `x` with other values' channels in between."""
+    row = ops.op_of(node.op)
+    if row.kind == "elementwise":
+        return x.shape[-1] >= lanes  # a row of less leaves most of each vector empty
+    if node.op in ("slice", "concat", "expand") or node.op in _REDUCE:
+        return True
+    if node.op not in _STRIDED or not _has_fast_kernel(node):
+        return False
+    count = row.epilogue or 0
+    extras = [_fusible_operand(i, node) for i in node.inputs[count:] if i is x]
+    return x not in node.inputs[1:count] and all(a and a.mode in ("full", "sample") for a in extras)
 
 
 def _without_epilogue(node: Node) -> Node:
@@ -173,6 +191,8 @@ class Lowering:
         self._roots: list[Root] = []
         self._views: dict[Node, View] = {}
         self._const_roots: dict[Node, Root] = {}
+        self._aliases: set[Node] = set()  # slices that are views of their operand
+        self._strided_readers = self._read_as_channel_slices()
         self._assign_storage()
 
     # -- storage
@@ -183,6 +203,22 @@ class Lowering:
             root.block = Block(nbytes, 1 << 30, -1)
             self._roots.append(root)
         return root
+
+    def _read_as_channel_slices(self) -> set[Node]:
+        """The values that may lie with other values' channels in between: all that read them can."""
+        found: set[Node] = set()
+        outputs = set(self.graph.outputs)
+        for n in reversed(self.graph.nodes):
+            if n.is_const or n.type.rank < 2 or not n.type.size or n in outputs:
+                continue
+            if all(
+                u in found and u.shape[-1] == n.shape[-1]
+                if u.op == "reshape"
+                else _reads_channel_slices(u, n, self.target.lanes)
+                for u in self.graph.users[n]
+            ):
+                found.add(n)
+        return found
 
     def _assign_storage(self) -> None:
         graph = self.graph
@@ -198,6 +234,8 @@ class Lowering:
             view = self._shared_view(n, position, last_use, outputs) or View(self._new_root("arena", n.type.bytes))
             self._views[n] = view
             view.root.values.append(n)
+            if n.op == "slice" and n.inputs[0] in self._views and view.root is self._views[n.inputs[0]].root:
+                self._aliases.add(n)
         for i, o in enumerate(graph.outputs):
             settled = self._views.get(o)
             if (
@@ -223,16 +261,7 @@ class Lowering:
         if n.op == "reshape" and not n.inputs[0].is_const:
             return self._views[n.inputs[0]]
         if n.op == "slice" and not n.inputs[0].is_const:
-            x = n.inputs[0]
-            outer = [i for i in range(n.type.rank) if n.shape[i] != x.shape[i]]
-            if all(s == 1 for s, d in zip(n.attrs["step"], n.shape, strict=True) if d > 1) and (
-                not outer or all(n.shape[i] == 1 for i in range(outer[-1]))
-            ):
-                start = 0
-                for s, d in zip(n.attrs["start"], x.shape, strict=True):
-                    start = start * d + s
-                whole = self._views[x]
-                return View(whole.root, whole.offset + start * n.dtype.bytes)
+            return self._slice_view(n)
         if ops.op_of(n.op).kind == "elementwise":
             for x in n.inputs:
                 view = self._views.get(x)
@@ -251,6 +280,22 @@ class Lowering:
                 ):
                     return view
         return None
+
+    def _slice_view(self, n: Node) -> View | None:
+        """Where a slice lies inside its operand; None if no kernel could read it there."""
+        x = n.inputs[0]
+        whole, width = self._views[x], self.pixel(x)
+        if any(s != 1 and d > 1 for s, d in zip(n.attrs["step"], n.shape, strict=True)):
+            return None
+        # The pixels must be neighbours; of what lies around them only whole outer parts may be left out.
+        cut = [i for i in range(n.type.rank - 1) if n.shape[i] != x.shape[i]]
+        if any(n.shape[i] != 1 for i in range(cut[-1] if cut else 0)):
+            return None
+        dense = n.type.size == math.prod(n.shape[-1:]) or n.shape[-1] == width
+        if not dense and n not in self._strided_readers:
+            return None
+        start = sum(s * b for s, b in zip(self.strides(x), n.attrs["start"], strict=True))
+        return View(whole.root, whole.offset + start * n.dtype.bytes, 0 if dense else width)
 
     def _concat_in_place(self, n: Node, outputs: set[Node]) -> None:
         """Operands that nothing else shares memory with are computed right where they end up."""
@@ -285,30 +330,73 @@ class Lowering:
             offset += x.type.bytes
 
     def _concat_channels_in_place(self, n: Node) -> None:
-        """Operands read by this concat alone are written as slices of its channels, if their kernels can."""
-        if n.attrs["axis"] % n.type.rank != n.type.rank - 1 or math.prod(n.shape[:-1]) == 1:
+        """Operands are written as slices of the result's channels, if all that write and read them can.
+
+        What moves is the whole memory of an operand, with the views of it and the values computed in
+        place: one operand, or neighbours that together are all channels of what they are slices of.
+        """
+        if n.attrs["axis"] % n.type.rank != n.type.rank - 1 or math.prod(n.shape[:-1]) in (0, 1):
             return
-        view, channel = self._views[n], 0
-        for x in n.inputs:
+        channel = 0
+        for i, x in enumerate(n.inputs):
             own = self._views.get(x)
-            if (
-                own
-                and _writes_channel_slices(x)
-                and self.graph.users[x] == [n]
-                and own.root in self._roots
-                and own.root.values == [x]
-                and view.pixel == 0
-            ):
-                self._roots.remove(own.root)
-                self._views[x] = View(view.root, view.offset + channel * n.dtype.bytes, n.shape[-1])
-                view.root.values.append(x)
+            if own and self._fills_channels(own.root, n, i):
+                self._move_into_channels(own.root, n, channel)
             channel += x.shape[-1]
+
+    def _fills_channels(self, root: Root, n: Node, first: int) -> bool:
+        """Whether the operands of `n` from number `first` on are all of `root`, which can be moved there."""
+        result, size = self._views[n].root, n.dtype.bytes
+        width, rest = divmod(root.bytes, size * math.prod(n.shape[:-1]))  # channels
+        if rest or root not in self._roots or root is result:
+            return False
+        channel = 0
+        for x in n.inputs[first:]:
+            view = self._views.get(x)
+            if channel == width or not view or view.root is not root or view.offset != channel * size:
+                break
+            channel += x.shape[-1]
+        overwritten = any(
+            ops.op_of(v.op).kind == "elementwise" and self._position[v] > self._position[n] for v in result.values
+        )
+        return channel == width and all(
+            v in self._strided_readers
+            and (v.op == "reshape" or _writes_channel_slices(v))
+            and v.dtype is n.dtype
+            and self.pixel(v) == width
+            and not (overwritten and self._last_use[v] > self._position[n])
+            for v in root.values
+        )
+
+    def _move_into_channels(self, root: Root, n: Node, channel: int) -> None:
+        """Every value in `root` becomes a part of the channels of `n` from number `channel` on."""
+        result, size, pixel = self._views[n], n.dtype.bytes, self.pixel(n)
+        width = root.bytes // math.prod(n.shape[:-1])  # bytes
+        self._roots.remove(root)
+        for v in root.values:
+            pixels, rest = divmod(self._views[v].offset, width)
+            offset = result.offset + (pixels * pixel + channel) * size + rest
+            self._views[v] = View(result.root, offset, pixel)
+        result.root.values.extend(root.values)
 
     def pixel(self, node: Node) -> int:
         """Elements between neighbouring pixels of `node` where it lies."""
-        return self.view(node).pixel or node.shape[-1]
+        return self.view(node).pixel or math.prod(node.shape[-1:])
+
+    def strides(self, node: Node) -> list[int]:
+        """Elements between neighbours along each axis of `node` where it lies."""
+        strides, pixel = row_strides(node.shape), self.view(node).pixel
+        return [s // node.shape[-1] * pixel for s in strides[:-1]] + [1] if pixel else strides
+
+    def pixel_strides(self, x: Node, node: Node) -> list[int]:
+        """XS and YS of a kernel that reads `x` and writes `node`; nothing where both are dense."""
+        return [self.pixel(x), self.pixel(node)] if self.view(x).pixel or self.view(node).pixel else []
 
     # -- building calls
+
+    def is_view(self, node: Node) -> bool:
+        """Whether `node` is a slice that lies inside its operand: nothing computes it."""
+        return node in self._aliases
 
     def view(self, node: Node) -> View:
         """Where `node` lies; constants are placed in the weights when first used unpacked."""
@@ -318,10 +406,14 @@ class Lowering:
             return View(self._const_roots[node])
         return self._views[node]
 
-    def read(self, name: str, node: Node) -> tuple[View, Arg]:
+    def read(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
+        """An operand; `strided`: of a kernel that heeds `pixel(node)`."""
+        assert strided or not self.view(node).pixel, f"{node.label()}: read as if its pixels were neighbours"
         return self.view(node), Arg(name, node.dtype.ctype, "")
 
-    def write(self, name: str, node: Node) -> tuple[View, Arg]:
+    def write(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
+        """The result; `strided` as for `read`."""
+        assert strided or not self.view(node).pixel, f"{node.label()}: written as if its pixels were neighbours"
         return self.view(node), Arg(name, node.dtype.ctype, "", const=False)
 
     def packed(self, name: str, array: np.ndarray) -> tuple[View, Arg]:
@@ -446,7 +538,9 @@ class Lowering:
             assert access is not None, "legalise() lets only fusible epilogues through"
             if access.mode != "literal":
                 access = replace(access, arg=f"e{i}")
-                args.append(self.read(f"e{i}", extra))
+                if access.mode in ("full", "sample"):
+                    access = replace(access, stride=self.pixel(extra))
+                args.append(self.read(f"e{i}", extra, strided=access.mode in ("full", "sample")))
             operands.append(access)
         return Fn(_steps(e, [F32] * len(operands)), tuple(operands), True, True), args
 
@@ -528,7 +622,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     if not _has_fast_kernel(node):
         _plain_conv(ctx, node, "plain_conv2d", [w.dtype.ctype, *tags, groups])
         return
-    strides = [c, ctx.pixel(node)] if ctx.view(node).pixel else []
+    strides = ctx.pixel_strides(x, node)
     fn, extra = ctx.epilogue(node)
     order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
 
@@ -541,7 +635,13 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             header,
             template,
             order,
-            [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias), ctx.write("y", node), *extra],
+            [
+                ctx.read("x", x, strided=True),
+                ctx.packed("w", weights),
+                ctx.packed("bias", bias),
+                ctx.write("y", node, strided=True),
+                *extra,
+            ],
             fn,
             scratch=scratch,
         )
@@ -574,7 +674,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             [*template, *strides],
             np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
             np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)]),
-            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads),
+            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x)),
         )
 
 
@@ -603,9 +703,15 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
         node,
         "conv_transpose2d",
         "conv.h",
-        [*tags, _image(node.shape), groups, block],
+        [*tags, _image(node.shape), groups, block, *ctx.pixel_strides(x, node)],
         ["x", "w", "bias", "y", "scratch", "part", "fn"],
-        [ctx.read("x", x), ctx.packed("w", weights), ctx.packed("bias", bias), ctx.write("y", node), *extra],
+        [
+            ctx.read("x", x, strided=True),
+            ctx.packed("w", weights),
+            ctx.packed("bias", bias),
+            ctx.write("y", node, strided=True),
+            *extra,
+        ],
         fn,
         scratch=pack.conv_transpose2d_scratch_bytes(x.shape, node.attrs, (kh, kw), node.shape, ctx.threads),
     )
@@ -638,14 +744,14 @@ def _pool2d(ctx: Lowering, node: Node) -> None:
         if node.op == "avg_pool2d"
         else [dilation]
     )
-    template += [x.shape[3], ctx.pixel(node)] if ctx.view(node).pixel else []
+    template += ctx.pixel_strides(x, node)
     ctx.call(
         node,
         node.op,
         "pool.h",
         template,
         ["x", "y", "nullptr", "part", "fn"],
-        [ctx.read("x", x), ctx.write("y", node), *extra],
+        [ctx.read("x", x, strided=True), ctx.write("y", node, strided=True), *extra],
         fn,
     )
 
@@ -658,7 +764,7 @@ def _resize2d(ctx: Lowering, node: Node) -> None:
             (node.label(), "resampling with tables that are not constant", "fix the size of the result")
         )
         return
-    args, spelled, taps = [ctx.read("x", x)], [], []
+    args, spelled, taps = [ctx.read("x", x, strided=True)], [], []
     for axis, name in ((1, "rows"), (2, "columns")):
         sources, weights = (i.value for i in node.inputs[2 * axis - 1 : 2 * axis + 1])
         args.append(ctx.packed(name, np.clip(sources, 0, x.shape[axis] - 1)))
@@ -672,9 +778,9 @@ def _resize2d(ctx: Lowering, node: Node) -> None:
         node,
         "resize2d",
         "resize.h",
-        [_image(x.shape), *node.shape[1:3], *taps, x.shape[3], ctx.pixel(node)],
+        [_image(x.shape), *node.shape[1:3], *taps, ctx.pixel(x), ctx.pixel(node)],
         ["x", *spelled, "y", "nullptr", "part", "fn"],
-        [*args, ctx.write("y", node), *extra],
+        [*args, ctx.write("y", node, strided=True), *extra],
         fn,
     )
 
@@ -696,17 +802,17 @@ def _linear(ctx: Lowering, node: Node) -> None:
         node,
         "conv2d",
         "conv.h",
-        [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block],
+        [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block, *ctx.pixel_strides(x, node)],
         ["x", "w", "bias", "y", "scratch", "part", "fn"],
         [
-            ctx.read("x", x),
+            ctx.read("x", x, strided=True),
             ctx.packed("w", pack.pack_conv2d(w.value.reshape(oc, 1, 1, k), block)),
             ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)),
-            ctx.write("y", node),
+            ctx.write("y", node, strided=True),
             *extra,
         ],
         fn,
-        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads),
+        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads, ctx.pixel(x)),
     )
 
 
@@ -744,10 +850,13 @@ def row_strides(shape: Sequence[int]) -> list[int]:
     return out[::-1]
 
 
-def broadcast_strides(shape: Sequence[int], to: Sequence[int]) -> tuple[int, ...]:
-    """Strides in elements that walk a dense tensor of `shape` over the broadcast shape `to`."""
-    padded = (1,) * (len(to) - len(shape)) + tuple(shape)
-    return tuple(0 if p == 1 else s for p, s in zip(padded, row_strides(padded), strict=True))
+def broadcast_strides(
+    shape: Sequence[int], to: Sequence[int], strides: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Strides in elements that walk a tensor of `shape` (and `strides`, or dense) over the broadcast shape `to`."""
+    strides = row_strides(shape) if strides is None else strides
+    walk = (0 if d == 1 else s for d, s in zip(shape, strides, strict=True))
+    return (0,) * (len(to) - len(shape)) + tuple(walk)
 
 
 def _bool(value: bool) -> str:
@@ -778,12 +887,10 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
             operands.append(Access("literal", text=_literal(x.value.item(), x.dtype)))
         else:
             operands.append(Access("value"))
-            args.append(ctx.read(f"x{i}", x))
-            strides.append(broadcast_strides(x.shape, node.shape))
-    out_strides, pixel = row_strides(node.shape), ctx.view(node).pixel
-    if pixel:
-        out_strides = [s // node.shape[-1] * pixel for s in out_strides[:-1]] + [1]
-    dims, walks = collapse(node.shape, [out_strides, *strides])
+            args.append(ctx.read(f"x{i}", x, strided=True))
+            strides.append(broadcast_strides(x.shape, node.shape, ctx.strides(x)))
+    pixel = ctx.view(node).pixel
+    dims, walks = collapse(node.shape, [ctx.strides(node), *strides])
     template = [node.dtype.ctype, _tag("Shape", dims), *(_tag("Strides", w) for w in walks[0 if pixel else 1 :])]
     ctx.call(
         node,
@@ -791,7 +898,7 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
         "map.h",
         template[1:] if vector else template,
         ["y", "part", "fn", *(a.name for _, a in args)],
-        [ctx.write("y", node), *args],
+        [ctx.write("y", node, strided=True), *args],
         Fn(_steps(e, e_types), tuple(operands), False, vector),
     )
 
@@ -832,28 +939,27 @@ def _copy(
 
 @lowers("slice")
 def _slice(ctx: Lowering, node: Node) -> None:
-    x = node.inputs[0]
-    mine, theirs = ctx.view(node), ctx.view(x)
-    if mine.root is theirs.root:  # a view
+    if ctx.is_view(node):
         return
-    strides = row_strides(x.shape)
+    x = node.inputs[0]
+    strides = ctx.strides(x)
     start = sum(s * b for s, b in zip(strides, node.attrs["start"], strict=True))
     steps = [s * st for s, st in zip(strides, node.attrs["step"], strict=True)]
     _copy(
         ctx,
         node,
-        _shift(ctx.read("x", x), start, x.dtype),
-        ctx.write("y", node),
+        _shift(ctx.read("x", x, strided=True), start, x.dtype),
+        ctx.write("y", node, strided=True),
         node.shape,
         steps,
-        row_strides(node.shape),
+        ctx.strides(node),
     )
 
 
 @lowers("concat")
 def _concat(ctx: Lowering, node: Node) -> None:
     axis, offset = node.attrs["axis"] % node.type.rank, 0
-    strides = row_strides(node.shape)
+    strides = ctx.strides(node)
     view = ctx.view(node)
     for x in node.inputs:
         place_of = View(view.root, view.offset + offset * strides[axis] * node.dtype.bytes)
@@ -861,10 +967,10 @@ def _concat(ctx: Lowering, node: Node) -> None:
             _copy(
                 ctx,
                 node,
-                ctx.read("x", x),
-                _shift(ctx.write("y", node), offset * strides[axis], node.dtype),
+                ctx.read("x", x, strided=True),
+                _shift(ctx.write("y", node, strided=True), offset * strides[axis], node.dtype),
                 x.shape,
-                row_strides(x.shape),
+                ctx.strides(x),
                 strides,
             )
         offset += x.shape[axis]
@@ -876,10 +982,10 @@ def _expand(ctx: Lowering, node: Node) -> None:
     _copy(
         ctx,
         node,
-        ctx.read("x", x),
+        ctx.read("x", x, strided=True),
         ctx.write("y", node),
         node.shape,
-        broadcast_strides(x.shape, node.shape),
+        broadcast_strides(x.shape, node.shape, ctx.strides(x)),
         row_strides(node.shape),
     )
 
@@ -1100,7 +1206,7 @@ _PLAIN = Fn((), (Access("value"),), True, True)  # an epilogue that changes noth
 def _reduce(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
     axes = {a % x.type.rank for a in node.attrs["axes"]}
-    strides = row_strides(x.shape)
+    strides, pixel = ctx.strides(x), ctx.view(x).pixel
     kept = [i for i in range(x.type.rank) if i not in axes]
     reduced = sorted(axes)
     # The mean over the middle of [outer, n, inner] is a pooling window: vectors run over inner.
@@ -1110,14 +1216,14 @@ def _reduce(ctx: Lowering, node: Node) -> None:
             math.prod(x.shape[i] for i in reduced),
             math.prod(x.shape[reduced[-1] + 1 :]),
         )
-        if inner > 1 and outer and n:
+        if inner > 1 and outer and n and (not pixel or reduced[-1] == x.type.rank - 2):
             ctx.call(
                 node,
                 "global_pool2d",
                 "pool.h",
-                [_image((outer, 1, n, inner)), "GlobalAverage"],
+                [_image((outer, 1, n, inner)), "GlobalAverage", *([pixel] if pixel else [])],
                 ["x", "y", "nullptr", "part", "fn"],
-                [ctx.read("x", x), ctx.write("y", node)],
+                [ctx.read("x", x, strided=True), ctx.write("y", node)],
                 _PLAIN,
             )
             return
@@ -1125,7 +1231,8 @@ def _reduce(ctx: Lowering, node: Node) -> None:
     for group in (kept, reduced):
         dims, (walk,) = collapse([x.shape[i] for i in group], [[strides[i] for i in group]])
         template += [_tag("Shape", dims), _tag("Strides", walk)]
-    ctx.call(node, "reduce", "reduce.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
+    args = [ctx.read("x", x, strided=True), ctx.write("y", node)]
+    ctx.call(node, "reduce", "reduce.h", template, ["x", "y", "part"], args)
 
 
 @lowers("argmax", "argmin")

@@ -86,6 +86,31 @@ def pools(net: Net) -> None:
 
 
 @network
+def channel_slices(net: Net) -> None:
+    """Slices of channels read and written in place, at odd offsets and at the end of the memory."""
+    x = net.input(2, 7, 6, 51)
+    same = {"pad": (1, 1, 1, 1)}
+    last, middle = (ops.make("slice", x, start=(0, 0, 0, s), size=(2, 7, 6, 18), step=(1, 1, 1, 1)) for s in (33, 17))
+    net.output(ops.make("conv2d", last, net.weights(17, 3, 3, 18), net.weights(17), **same),
+               ops.make("conv2d", last, net.weights(4, 3, 3, 9), groups=2, stride=(2, 2), **same),
+               ops.make("conv2d", last, net.weights(18, 3, 3, 1), net.weights(18), middle, groups=18, **same,
+                        epilogue="t0=add(x0,x1)"),
+               ops.make("conv_transpose2d", last, net.weights(3, 3, 3, 18), stride=(2, 2)),
+               ops.make("avg_pool2d", last, kernel=(3, 3), count_pad=True, **same),
+               ops.make("linear", last, net.weights(5, 18)), ops.make("reduce_mean", last, axes=(1, 2)),
+               ops.make("mul", ops.make("sigmoid", middle), last))
+    y = ops.make("conv2d", middle, net.weights(38, 1, 1, 18), net.weights(38))
+    halves = [ops.make("slice", y, start=(0, 0, 0, s), size=(2, 7, 6, 19), step=(1, 1, 1, 1)) for s in (0, 19)]
+    branch = ops.make("tanh", ops.make("conv2d", halves[1], net.weights(21, 3, 3, 19), net.weights(21), **same))
+    block = ops.make("concat", *halves, branch, axis=3)  # the halves lie where they are wanted
+    swapped = ops.make("concat", ops.make("conv2d", block, net.weights(9, 1, 1, 59)), block, axis=3)
+    net.output(ops.make("max_pool2d", swapped, kernel=(2, 2)), halves[0])
+    row = net.input(1, 1, 30, 1024)  # its pixels clash in the cache: conv2d copies them first
+    row = ops.make("slice", row, start=(0, 0, 0, 16), size=(1, 1, 30, 1008), step=(1, 1, 1, 1))
+    net.output(ops.make("conv2d", row, net.weights(8, 1, 1, 1008)))
+
+
+@network
 def transformer(net: Net) -> None:
     tokens = net.input(1, 6, dtype=DType.i64)
     mask = net.input(1, 1, 6, 6)
