@@ -7,20 +7,33 @@ the graph with integers, `apply` here drives both.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
+import itertools
+import json
+import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from skive.errors import QuantizationError
+from skive.errors import QuantizationError, UnsupportedOpError
 from skive.ir import Graph, Node
+
+if TYPE_CHECKING:
+    from skive.calibration import Statistics
+    from skive.passes.quantize import Quantizer
+    from skive.targets.base import Target
+
+log = logging.getLogger("skive.quantization")
 
 DTYPES = ("int8", "int16", "auto")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 ROUNDINGS = ("nearest", "adaround")
+MEASURED = 8  # samples on which the quantized network is compared with the float one
 
 Sample = tuple[np.ndarray, ...]  # one array per graph input, of its shape and element type
 Progress = Callable[[str, float], None]
@@ -77,6 +90,50 @@ class Quantize:
     def keeps(self, node: Node) -> bool:
         """True if the layer of `node` is to stay float32."""
         return any(fnmatch.fnmatchcase(name, p) for p in self.keep for name in (node.origin, node.name) if name)
+
+
+    def data(self, graph: Graph) -> Samples:
+        """The calibration samples for `graph`; the same object again for inputs of the same names and types,
+        so that data which can be read only once is read once."""
+        key = tuple((i.name, i.type) for i in graph.inputs)
+        known: dict[Any, Samples] = self.__dict__.setdefault("_data", {})
+        if key not in known:
+            known[key] = Samples(graph, self.calibration, self.samples)
+        return known[key]
+
+    def fingerprint(self) -> str | None:
+        """Text that is equal for equal options and equal calibration data; None for data that can be read only
+        once or whose kind cannot be hashed."""
+        options = {k: v for k, v in self.__dict__.items() if k not in ("calibration", "state", "_data")}
+        h = hashlib.sha256()
+        return json.dumps(options, sort_keys=True) + h.hexdigest() if _hashed(self.calibration, h) else None
+
+
+def _hashed(source: Any, h: Any) -> bool:
+    """Feeds calibration data of any kind that can be read again to the hash `h`; False for other kinds."""
+    if isinstance(source, (str, Path)):
+        text = str(source)
+        place = Path(text if Path(text).exists() else text.rpartition(":")[0])
+        files = sorted(place.iterdir()) if place.is_dir() else [place]
+        h.update(text.encode())
+        for f in files:
+            if f.is_file():
+                with f.open("rb") as opened:
+                    h.update(f.name.encode() + hashlib.file_digest(opened, "sha256").digest())
+        return True
+    if source is None:
+        return True
+    if isinstance(source, Mapping):
+        return all(h.update(str(k).encode()) is None and _hashed(v, h) for k, v in source.items())
+    if isinstance(source, (list, tuple)):
+        h.update(f"[{len(source)}".encode())
+        return all(_hashed(v, h) for v in source)
+    if isinstance(source, (np.ndarray, np.generic)) or hasattr(source, "__array__"):
+        a = np.asarray(source)
+        h.update(f"{a.dtype.str}{a.shape}".encode())
+        h.update(np.ascontiguousarray(a).data)
+        return True
+    return False
 
 
 def requested(value: Quantize | str) -> Quantize:
@@ -269,3 +326,137 @@ def _read(path: Path, key: str | None) -> Any:
         raise
     except Exception as e:  # noqa: BLE001 - numpy's readers raise whatever the damage leads to
         raise QuantizationError(f"{path} cannot be read as calibration data: {e}") from None
+
+
+# ------------------------------------------------------------------------------------------ apply
+
+
+def apply(
+    graph: Graph,
+    options: Quantize,
+    progress: Progress = lambda step, fraction: None,
+    *,
+    target: Target | str = "host",
+    threads: int = 1,
+    measure: bool = True,
+) -> tuple[Graph, dict[str, Any]]:
+    """(the canonical float `graph` in fixed point, the `quantization` of report.json).
+
+    Deterministic: the same graph, options and data give the same graph. With `measure` the quantized
+    network runs beside the float one on MEASURED samples. QuantizationError if there is no data or nothing
+    to quantize.
+    """
+    from skive import calibration
+    from skive.passes.quantize import Quantizer, Scheme, Storage
+
+    if options.dtype == "auto":
+        raise QuantizationError("quantize='auto' is not available yet; give int8 or int16")
+    name = target if isinstance(target, str) else target.name
+    storage = Storage(graph, options.keeps)
+    if not storage.products:
+        raise QuantizationError(f"{graph.name}: no layer can be computed in integers")
+    samples = options.data(graph)
+    values = storage.sources
+    total = len(samples) or options.samples
+
+    def done(count: int) -> None:
+        progress("calibrate", 0.1 + 0.1 * count / total)
+
+    statistics = calibration.observe(
+        graph, values, samples, threads=threads, target=name, state=options.state, progress=done
+    )
+    levels = 256 if options.dtype == "int8" else 65536
+    ranges = {
+        v: calibration.value_range(statistics[v], options.method, percentile=options.percentile, levels=levels)
+        for v in values
+    }
+    scheme = Scheme(
+        ranges,
+        options.dtype,
+        options.per_channel,
+        options.keeps,
+        {v: statistics[v].mean_square for v in values},
+    )
+    quantizer = Quantizer(graph, scheme, storage)
+    quantized = quantizer.build()
+    progress("quantized", 0.2)
+    details: dict[str, Any] = {"dtype": options.dtype, "method": options.method, "samples": statistics.samples}
+    details["sqnr_db"] = None
+    measured: dict[Node, float] = {}
+    if measure:
+        chosen = list(itertools.islice(iter(samples), MEASURED))
+        try:
+            measured, details["sqnr_db"] = _signal_to_noise(graph, quantized, quantizer, chosen, name, threads)
+        except UnsupportedOpError as e:
+            log.warning("%s: signal-to-noise ratios are not measured: %s", graph.name, e)
+    details["layers"] = _layers(graph, quantizer, statistics, measured)
+    return quantized, details
+
+
+def _signal_to_noise(
+    graph: Graph, quantized: Graph, quantizer: Quantizer, samples: Sequence[Sample], target: str, threads: int
+) -> tuple[dict[Node, float], float | None]:
+    """(dB of each stored value of `graph` in the quantized network, the smallest dB of the outputs)."""
+    from skive import calibration
+
+    stored = [v for v in quantizer.integers if v.op != "input"]
+    wanted = [o for o in graph.outputs if o.dtype.is_float and o.type.size]
+    pairs = [(o, q) for o, q in zip(graph.outputs, quantized.outputs, strict=True) if o in wanted]
+    float_run = calibration.runner(graph, [*stored, *(o for o, _ in pairs)], threads=threads, target=target)
+    fixed_run = calibration.runner(
+        quantized, [*(quantizer.integers[v] for v in stored), *(q for _, q in pairs)], threads=threads, target=target
+    )
+    signal, noise = np.zeros(len(stored) + len(pairs)), np.zeros(len(stored) + len(pairs))
+    for sample in samples:
+        want, got = float_run(sample), fixed_run(sample)
+        for i, (w, g) in enumerate(zip(want, got, strict=True)):
+            if i < len(stored):
+                form = quantizer.format_of(stored[i])
+                g = (g.astype(np.int32) - form.zero) * np.float32(form.scale)
+            difference = (g - w).reshape(-1)
+            flat = w.reshape(-1)
+            signal[i] += float(np.vdot(flat, flat))
+            noise[i] += float(np.vdot(difference, difference))
+    decibels = [_decibels(s, n) for s, n in zip(signal, noise, strict=True)]
+    return dict(zip(stored, decibels)), min(decibels[len(stored) :], default=None)
+
+
+def _decibels(signal: float, noise: float) -> float:
+    """Signal-to-noise ratio; 300 where there is no noise to speak of."""
+    if noise <= 0 or signal <= 0:
+        return 300.0 if noise <= 0 else 0.0
+    return round(min(300.0, 10 * math.log10(signal / noise)), 2)
+
+
+def _layers(
+    graph: Graph, quantizer: Quantizer, statistics: Statistics, measured: Mapping[Node, float]
+) -> list[dict[str, Any]]:
+    """One entry for each stored value and each contraction, in execution order."""
+    from skive import ops
+
+    found: list[dict[str, Any]] = []
+    for node in graph.nodes:
+        layer = quantizer.layers.get(node)
+        stored = node in quantizer.integers
+        if layer is None and not stored and not ops.macs(node):
+            continue
+        entry: dict[str, Any] = {"name": node.label(), "op": node.op, "dtype": "float32", "sqnr_db": None}
+        if layer is not None:
+            x = quantizer.format_of(node.inputs[0])
+            entry["dtype"] = "int8" if x.dtype.bytes == 1 else "int16"
+            entry["bits"] = {"activations": x.bits, "weights": layer.weight_bits}
+            w = node.inputs[1].value
+            entry["weight_sqnr_db"] = _decibels(
+                float(np.square(w, dtype=np.float64).sum()),
+                float(np.square(layer.real_weights - w, dtype=np.float64).sum()),
+            )
+        if stored:
+            form = quantizer.format_of(node)
+            entry |= {"stored": form.dtype.value, "scale": form.scale, "zero": form.zero}
+            entry["sqnr_db"] = measured.get(node)
+            if node in statistics.observed:
+                o = statistics[node]
+                entry["range"] = [o.low, o.high]
+                entry["kept"] = list(form.range)
+        found.append(entry)
+    return found
