@@ -528,10 +528,14 @@ struct conv_transpose2d {
                                       void* scratch, Part part, const E& epilogue) {
     if constexpr (P < kPhases) {
       if constexpr (!Geometry<P>::kEmpty) {
+        // Workers pass through the phases without waiting for each other: each one's share of the
+        // scratch is as large as its largest phase needs.
+        char* const own_scratch =
+            static_cast<char*>(scratch) + part.index * (most_scratch<0>(1) - phase_scratch<P>(1));
         for (int g = 0; g < Groups; ++g) {
           const int channel = g * OC;
           Dense<P>::run(x + g * IC, w + g * phase_weights<P>(), bias + g * kGroupBias, y + channel,
-                        scratch, part,
+                        own_scratch, part,
                         [&](auto acc, ptrdiff_t pixel, int c) __attribute__((always_inline)) {
                           return epilogue(acc, pixel, channel + c);
                         });
