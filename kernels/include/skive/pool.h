@@ -1,7 +1,9 @@
-// Pooling, NHWC float32: maximum and average over windows, and over whole images.
+// Pooling, NHWC: maximum over windows of float32 and of integers of 8 and 16 bits, average of
+// float32, sum of the integers; the same over whole images.
 //
 // The shapes are those of depthwise2d (Filter::OC = C). A window that lies wholly in the padding
-// yields -inf (maximum) or NaN (average over no element). NaN in the window gives NaN.
+// yields -inf or the lowest integer (maximum), NaN (average over no element) or 0 (sum). NaN in the
+// window gives NaN.
 #ifndef SKIVE_POOL_H
 #define SKIVE_POOL_H
 
@@ -31,6 +33,23 @@ struct MaxTaps {
   SKIVE_INLINE Vec<N> last(Vec<N> acc, int, int, bool) const { return acc; }
 };
 
+// Integers are compared as they are, a register of bytes or words at a time.
+template <class T>
+struct IntegerMaxTaps {
+  template <int N>
+  struct Row {};
+  template <int N>
+  SKIVE_INLINE Packed<T, N> first(int) const {
+    return splat_packed<T, N>(static_cast<T>(limits<T>::lowest));
+  }
+  template <int N>
+  SKIVE_INLINE Row<N> row(int, int) const { return {}; }
+  template <class V, class R>
+  SKIVE_INLINE V step(V acc, V x, const R&, int) const { return vmax(acc, x); }
+  template <class V>
+  SKIVE_INLINE V last(V acc, int, int, bool) const { return acc; }
+};
+
 // Number of taps of one axis that fall into [-before, extent + after).
 template <int Extent, int Before, int After, int K, int S, int P, int D>
 constexpr int counted_taps(int o) {
@@ -40,6 +59,18 @@ constexpr int counted_taps(int o) {
     count += i >= -Before && i < Extent + After;
   }
   return count;
+}
+
+// Taps of the window of output (oh, ow) in the image and the Counted padding; `inner` says that all
+// KW columns are inside.
+template <class In, class Filter, class Strides, class Padding, class Dilations, class Counted>
+SKIVE_INLINE int window_size(int oh, int ow, bool inner) {
+  const int rows = counted_taps<In::H, Counted::Top, Counted::Bottom, Filter::KH, Strides::H,
+                                Padding::Top, Dilations::H>(oh);
+  const int columns = inner ? Filter::KW
+                            : counted_taps<In::W, Counted::Left, Counted::Right, Filter::KW,
+                                           Strides::W, Padding::Left, Dilations::W>(ow);
+  return rows * columns;
 }
 
 template <class In, class Filter, class Strides, class Padding, class Dilations, class Counted>
@@ -54,12 +85,31 @@ struct AverageTaps {
   SKIVE_INLINE Vec<N> step(Vec<N> acc, Vec<N> x, const Row<N>&, int) const { return acc + x; }
   template <int N>
   SKIVE_INLINE Vec<N> last(Vec<N> acc, int oh, int ow, bool inner) const {
-    const int rows = counted_taps<In::H, Counted::Top, Counted::Bottom, Filter::KH, Strides::H,
-                                  Padding::Top, Dilations::H>(oh);
-    const int columns = inner ? Filter::KW
-                              : counted_taps<In::W, Counted::Left, Counted::Right, Filter::KW,
-                                             Strides::W, Padding::Left, Dilations::W>(ow);
-    return acc / splat<N>(static_cast<float>(rows * columns));
+    const int size = window_size<In, Filter, Strides, Padding, Dilations, Counted>(oh, ow, inner);
+    return acc / splat<N>(static_cast<float>(size));
+  }
+};
+
+// Sum of x - Zero: the zero points of the whole window are taken off at the end.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int Zero>
+struct SumTaps {
+  template <int N>
+  struct Row {};
+  template <int N>
+  SKIVE_INLINE IVec<N> first(int) const { return splat<N>(0); }
+  template <int N>
+  SKIVE_INLINE Row<N> row(int, int) const { return {}; }
+  template <int N>
+  SKIVE_INLINE IVec<N> step(IVec<N> acc, IVec<N> x, const Row<N>&, int) const { return acc + x; }
+  template <int N>
+  SKIVE_INLINE IVec<N> last(IVec<N> acc, int oh, int ow, bool inner) const {
+    if constexpr (Zero == 0) {
+      return static_cast<void>(oh), static_cast<void>(ow), static_cast<void>(inner), acc;
+    } else {
+      using Image = Pad<0, 0, 0, 0>;
+      const int size = window_size<In, Filter, Strides, Padding, Dilations, Image>(oh, ow, inner);
+      return acc - splat<N>(size) * splat<N>(Zero);
+    }
   }
 };
 
@@ -67,13 +117,23 @@ template <class In, class Filter, class Strides, class Padding = Pad<0, 0, 0, 0>
           class Dilations = Dilation<1, 1>, int XS = In::C, int YS = In::C>
 struct max_pool2d {
   static constexpr size_t scratch_bytes(int = 1) { return 0; }
-  using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS>;
-  static constexpr int OH = Nest::OH, OW = Nest::OW;
+  template <int L>
+  using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS, L>;
+  static constexpr int OH = Nest<kLanes>::OH, OW = Nest<kLanes>::OW;
 
-  // x [N, H, W, C] -> y [N, OH, OW, C]; epilogue(value, pixel, channel) finishes each vector.
-  template <class E>
-  static void run(const float* x, float* y, void*, Part part, const E& epilogue) {
-    Nest::run(x, y, part, MaxTaps{}, epilogue);
+  // x [N, H, W, C] -> y [N, OH, OW, C]; epilogue(value, pixel, channel) finishes each vector: Vec for
+  // float, IVec for integers.
+  template <class X, class Y, class E>
+  static void run(const X* x, Y* y, void*, Part part, const E& epilogue) {
+    if constexpr (same_type<X, float>)
+      Nest<kLanes>::run(x, y, part, MaxTaps{}, epilogue);
+    else
+      Nest<kRegisterBytes / sizeof(X)>::run(x, y, part, IntegerMaxTaps<X>{}, epilogue);
+  }
+  // Without an epilogue integers are not even widened.
+  template <class X>
+  static void run(const X* x, X* y, void*, Part part) {
+    run(x, y, nullptr, part, NoEpilogue{});
   }
 };
 
@@ -120,15 +180,15 @@ struct global_pool2d {
   static constexpr size_t scratch_bytes(int = 1) { return 0; }
 
   // x [N, H, W, C] -> y [N, C]; the epilogue's pixel is the image's index.
-  template <class E>
-  static void run(const float* x, float* y, void*, Part part, const E& epilogue) {
+  template <class Y, class E>
+  static void run(const float* x, Y* y, void*, Part part, const E& epilogue) {
     constexpr ptrdiff_t items = ptrdiff_t{In::N} * kGroups;
     const ptrdiff_t end = part_end(items, part);
     for (ptrdiff_t i = part_begin(items, part); i < end; ++i) {
       const ptrdiff_t n = i / kGroups;
       const int c = static_cast<int>(i % kGroups) * kGroupChannels;
       const float* px = x + n * kPixels * XS + c;
-      float* py = y + n * In::C + c;
+      Y* py = y + n * In::C + c;
       if (kFullGroups == kGroups || c < kFullGroups * kGroupChannels) {
         if constexpr (kFullGroups != 0) group<kGroup, kLanes>(px, py, n, c, epilogue);
       } else {
@@ -153,8 +213,8 @@ struct global_pool2d {
   static constexpr int kFullGroups = In::C / kGroupChannels;
   static constexpr int kGroups = kFullGroups + (In::C % kGroupChannels != 0);
 
-  template <int G, int N, class E>
-  static SKIVE_INLINE void group(const float* x, float* y, ptrdiff_t n, int c, const E& epilogue) {
+  template <int G, int N, class Y, class E>
+  static SKIVE_INLINE void group(const float* x, Y* y, ptrdiff_t n, int c, const E& epilogue) {
     constexpr int P = kChains / G;  // pixels at a time
     Vec<N> acc[P][G];
 #pragma GCC unroll 8
@@ -176,6 +236,117 @@ struct global_pool2d {
 #pragma GCC unroll 8
       for (int p = 1; p < P; ++p) acc[0][g] = Op::join(acc[0][g], acc[p][g]);
       store(y + g * kLanes, epilogue(Op::last(acc[0][g], kPixels), n, c + g * kLanes));
+    }
+  }
+};
+
+// Sums of x - Zero over each whole image, in 32 bits. Bytes are first added in words, 256 at a time:
+// so many do not overflow, and a register holds twice as many words.
+template <class In, class T, int Zero, int XS>
+struct GlobalSum {
+  static constexpr int kPixels = In::H * In::W, kLongest = 256;
+  static constexpr bool kWords = sizeof(T) == 1;
+  static constexpr int L = kWords ? kRegisterBytes / 2 : kLanes;
+  // Vectors that walk over the pixels together: one cache line of bytes or more.
+  static constexpr int kGroup = In::C >= 4 * L ? 4 : In::C >= 2 * L ? 2 : 1;
+  static constexpr int kChannels = kGroup * L;
+  static constexpr int kGroups = (In::C + kChannels - 1) / kChannels;
+  static constexpr int kRest = In::C % kChannels;
+
+  template <class Y, class E>
+  static void run(const T* x, Y* y, Part part, const E& epilogue) {
+    constexpr ptrdiff_t items = ptrdiff_t{In::N} * kGroups;
+    const ptrdiff_t end = part_end(items, part);
+    for (ptrdiff_t i = part_begin(items, part); i < end; ++i) {
+      const ptrdiff_t n = i / kGroups;
+      const int c = static_cast<int>(i % kGroups) * kChannels;
+      const T* px = x + n * kPixels * XS + c;
+      Y* py = y + n * In::C + c;
+      if (kRest == 0 || c + kChannels <= In::C) {
+        if constexpr (In::C >= kChannels) group<kGroup, L>(px, py, n, c, epilogue);
+        continue;
+      }
+      int done = 0;
+      for (; done + L <= kRest; done += L) group<1, L>(px + done, py + done, n, c + done, epilogue);
+      if constexpr (kRest % L != 0)
+        group<1, kRest % L>(px + done, py + done, n, c + done, epilogue);
+    }
+  }
+
+ private:
+  template <int N>
+  static SKIVE_INLINE auto widened(const T* x) {
+    if constexpr (kWords) return load_words_of<N>(x);
+    else return load<N>(x);
+  }
+  // sums = those of `pixels` pixels, or added to what is there.
+  template <int G, int N, bool Add>
+  static SKIVE_INLINE void add(const T* x, int pixels, int32_t* sums) {
+    decltype(widened<N>(x)) acc[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) acc[g] = widened<N>(x + g * L);
+#pragma GCC unroll 4
+    for (int p = 1; p < pixels; ++p)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) acc[g] = acc[g] + widened<N>(x + ptrdiff_t{p} * XS + g * L);
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) {
+      if constexpr (kWords) {
+        using Word = decltype(word(T{}));
+        Word words[N];
+        store(words, acc[g]);
+        each_vector<N>([&](ptrdiff_t i, auto lanes) {
+          constexpr int l = decltype(lanes)::count;
+          collect<Add>(sums + g * L + i, load<l>(words + i));
+        });
+      } else {
+        collect<Add>(sums + g * L, acc[g]);
+      }
+    }
+  }
+  template <bool Add, int N>
+  static SKIVE_INLINE void collect(int32_t* sums, IVec<N> v) {
+    if constexpr (Add) v = v + load<N>(sums);
+    store(sums, v);
+  }
+  static uint16_t word(uint8_t);
+  static int16_t word(int8_t);
+
+  template <int G, int N, class Y, class E>
+  static SKIVE_INLINE void group(const T* x, Y* y, ptrdiff_t n, int c, const E& epilogue) {
+    int32_t sums[(G - 1) * L + N];
+    add<G, N, false>(x, kPixels < kLongest ? kPixels : kLongest, sums);
+    for (int p = kLongest; p < kPixels; p += kLongest) {
+      const int left = kPixels - p;
+      add<G, N, true>(x + ptrdiff_t{p} * XS, left < kLongest ? left : kLongest, sums);
+    }
+    each_vector<(G - 1) * L + N>([&](ptrdiff_t i, auto lanes) {
+      constexpr int l = decltype(lanes)::count;
+      const auto sum = load<l>(sums + i) - splat<l>(kPixels) * splat<l>(Zero);
+      store(y + i, epilogue(sum, n, c + static_cast<int>(i)));
+    });
+  }
+};
+
+// Sum of x - Zero over the part of each window inside the image, int32: an average pool before its
+// division.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS,
+          class Element, int Zero = 0>
+struct sum_pool2d {
+  static constexpr size_t scratch_bytes(int = 1) { return 0; }
+  using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS>;
+  static constexpr int OH = Nest::OH, OW = Nest::OW;
+  static constexpr bool kGlobal = Filter::KH == In::H && Filter::KW == In::W && OH == 1 && OW == 1 &&
+                                  Dilations::H == 1 && Dilations::W == 1 && Padding::Top == 0 &&
+                                  Padding::Left == 0 && (YS == In::C || In::N == 1);
+
+  // x [N, H, W, C] -> y [N, OH, OW, C]; epilogue(IVec, pixel, channel) finishes each vector.
+  template <class Y, class E>
+  static void run(const Element* x, Y* y, void*, Part part, const E& epilogue) {
+    if constexpr (kGlobal) {
+      GlobalSum<In, Element, Zero, XS>::run(x, y, part, epilogue);
+    } else {
+      Nest::run(x, y, part, SumTaps<In, Filter, Strides, Padding, Dilations, Zero>{}, epilogue);
     }
   }
 };

@@ -11,16 +11,16 @@
 // Windows whose border is wider than one tile (large dilations) take their border columns one by one,
 // and very wide windows all of them.
 //
-// `Op` supplies the arithmetic:
+// `Op` supplies the arithmetic, on vectors V of N lanes: Vec<N>, IVec<N> or Packed<T, N>, whichever
+// `first` returns; inputs are loaded as V too.
 //   Row<N> row(c, kh)              what one row of taps needs, e.g. its weights; lives in registers
-//   Vec<N> first<N>(c)             start value for channels [c, c + N)
-//   Vec<N> step(acc, x, row, kw)   one tap
-//   Vec<N> last(acc, oh, ow, inner)  finished value; `inner` says that all KW columns are inside
+//   V first<N>(c)                  start value for channels [c, c + N)
+//   V step(acc, x, row, kw)        one tap
+//   V last(acc, oh, ow, inner)     finished value; `inner` says that all KW columns are inside
 #ifndef SKIVE_WINDOW_H
 #define SKIVE_WINDOW_H
 
-#include "skive/shape.h"
-#include "skive/vec.h"
+#include "skive/row.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
@@ -28,8 +28,49 @@ inline namespace SKIVE_ISA {
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
 constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
-// XS, YS: floats between neighbouring pixels of input and output.
-template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS>
+// A vector of type V from consecutive elements at p.
+template <class V>
+struct Loader;
+template <int N>
+struct Loader<Vec<N>> {
+  static SKIVE_INLINE Vec<N> at(const float* p) { return load<N>(p); }
+};
+template <int N>
+struct Loader<IVec<N>> {
+  template <class X>
+  static SKIVE_INLINE IVec<N> at(const X* p) { return load<N>(p); }
+};
+template <class T, int N>
+struct Loader<Packed<T, N>> {
+  static SKIVE_INLINE Packed<T, N> at(const T* p) { return load_packed<T, N>(p); }
+};
+
+// The value that goes to memory: what the epilogue makes of it. Packed integers are widened for an
+// epilogue, kLanes at a time, through a buffer; NoEpilogue stores them as they are.
+struct NoEpilogue {
+  template <class V>
+  SKIVE_INLINE V operator()(V value, ptrdiff_t, int) const { return value; }
+};
+template <class Y, class V, class E>
+SKIVE_INLINE void finish(Y* y, V value, ptrdiff_t pixel, int c, const E& epilogue) {
+  store(y, epilogue(value, pixel, c));
+}
+template <class T, int N>
+SKIVE_INLINE void finish(T* y, Packed<T, N> value, ptrdiff_t, int, const NoEpilogue&) {
+  store(y, value);
+}
+template <class Y, class T, int N, class E>
+SKIVE_INLINE void finish(Y* y, Packed<T, N> value, ptrdiff_t pixel, int c, const E& epilogue) {
+  T lane[N];
+  store(lane, value);
+  each_vector<N>([&](ptrdiff_t i, auto lanes) {
+    store(y + i, epilogue(load<decltype(lanes)::count>(lane + i), pixel, c + static_cast<int>(i)));
+  });
+}
+
+// XS, YS: elements between neighbouring pixels of input and output. L: lanes of a whole vector.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS,
+          int L = kLanes>
 struct Window {
   static constexpr int C = In::C, KH = Filter::KH, KW = Filter::KW;
   static constexpr int OH =
@@ -61,12 +102,12 @@ struct Window {
   static constexpr int kLastTile = OW - kLastBegin;
   static constexpr bool kStaticEdges = kInnerBegin <= kTile && kInnerEnd >= kLastBegin;
 
-  static constexpr int kFullBlocks = C / kLanes;
-  static constexpr int kRemainder = C % kLanes;
+  static constexpr int kFullBlocks = C / L;
+  static constexpr int kRemainder = C % L;
   static constexpr int kBlocks = kFullBlocks + (kRemainder != 0);
 
-  template <class Op, class E>
-  static void run(const float* x, float* y, Part part, const Op& op, const E& epilogue) {
+  template <class X, class Y, class Op, class E>
+  static void run(const X* x, Y* y, Part part, const Op& op, const E& epilogue) {
     constexpr ptrdiff_t items = ptrdiff_t{In::N} * kBlocks * OH;
     const ptrdiff_t end = part_end(items, part);
     for (ptrdiff_t i = part_begin(items, part); i < end; ++i) {
@@ -74,32 +115,33 @@ struct Window {
       const int block = static_cast<int>(i / OH % kBlocks);
       const int n = static_cast<int>(i / OH / kBlocks);
       if constexpr (kFullBlocks != 0)
-        if (block < kFullBlocks) row<kLanes>(x, y, n, oh, block * kLanes, op, epilogue);
+        if (block < kFullBlocks) row<L>(x, y, n, oh, block * L, op, epilogue);
       if constexpr (kRemainder != 0)
-        if (block == kFullBlocks) row<kRemainder>(x, y, n, oh, block * kLanes, op, epilogue);
+        if (block == kFullBlocks) row<kRemainder>(x, y, n, oh, block * L, op, epilogue);
     }
   }
 
  private:
   // Where one output row reads and writes.
+  template <class X, class Y>
   struct Line {
-    const float* x;     // first input row with a tap inside the image, column 0, channel c
-    float* y;           // output row, column 0, channel c
+    const X* x;         // first input row with a tap inside the image, column 0, channel c
+    Y* y;               // output row, column 0, channel c
     ptrdiff_t pixel;    // flat index of the row's first output pixel
     int oh, c;
     int kh_begin, kh_end;
   };
 
-  template <int N, class Op, class E>
-  static void row(const float* x, float* y, int n, int oh, int c, const Op& op, const E& epilogue) {
+  template <int N, class X, class Y, class Op, class E>
+  static void row(const X* x, Y* y, int n, int oh, int c, const Op& op, const E& epilogue) {
     const int top = oh * Strides::H - Padding::Top;
     const int kh_begin = top < 0 ? (-top + Dilations::H - 1) / Dilations::H : 0;
     const int below = In::H - top;  // rows from the window's top to the image's end
     const int kh_end = below <= 0 ? 0 : min_int(KH, (below + Dilations::H - 1) / Dilations::H);
     const ptrdiff_t ih = kh_begin < kh_end ? top + kh_begin * Dilations::H : 0;
     const ptrdiff_t pixel = (ptrdiff_t{n} * OH + oh) * OW;
-    const Line line{x + (ptrdiff_t{n} * In::H + ih) * In::W * XS + c, y + pixel * YS + c, pixel,
-                    oh, c, kh_begin, kh_end};
+    const Line<X, Y> line{x + (ptrdiff_t{n} * In::H + ih) * In::W * XS + c, y + pixel * YS + c,
+                          pixel, oh, c, kh_begin, kh_end};
     if constexpr (!kTiled) {
       for (int ow = 0; ow < OW; ++ow) edge_column<N>(line, ow, op, epilogue);
     } else if constexpr (kStaticEdges) {
@@ -133,10 +175,10 @@ struct Window {
   }
 
   // Input column J of the tile, loaded once for all the taps that read it.
-  template <int N, int T, int J, class Row, class Op>
-  static SKIVE_INLINE void column(Vec<N> (&acc)[T], const float* x, const Row& taps, const Op& op) {
+  template <int J, class V, int T, class X, class Row, class Op>
+  static SKIVE_INLINE void column(V (&acc)[T], const X* x, const Row& taps, const Op& op) {
     if constexpr (any_reads(T, J)) {
-      const Vec<N> v = in_register(load<N>(x + ptrdiff_t{J} * XS));
+      const V v = in_register(Loader<V>::at(x + ptrdiff_t{J} * XS));
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t)
 #pragma GCC unroll 64
@@ -144,72 +186,73 @@ struct Window {
           if (reads(t, kw, J)) acc[t] = op.step(acc[t], v, taps, kw);
     }
   }
-  template <int N, int T, class Row, class Op, int... J>
-  static SKIVE_INLINE void inner_columns(Vec<N> (&acc)[T], const float* x, const Row& taps,
-                                         const Op& op, Index<J...>) {
-    (column<N, T, J>(acc, x, taps, op), ...);
+  template <class V, int T, class X, class Row, class Op, int... J>
+  static SKIVE_INLINE void inner_columns(V (&acc)[T], const X* x, const Row& taps, const Op& op,
+                                         Index<J...>) {
+    (column<J>(acc, x, taps, op), ...);
   }
 
   // The same for a tile whose first input column is IW0; columns outside the image vanish.
-  template <int N, int T, int IW0, int J, class Row, class Op>
-  static SKIVE_INLINE void edge_column_of_tile(Vec<N> (&acc)[T], const float* x, const Row& taps,
+  template <int IW0, int J, class V, int T, class X, class Row, class Op>
+  static SKIVE_INLINE void edge_column_of_tile(V (&acc)[T], const X* x, const Row& taps,
                                                const Op& op) {
-    if constexpr (IW0 + J >= 0 && IW0 + J < In::W) column<N, T, J>(acc, x, taps, op);
+    if constexpr (IW0 + J >= 0 && IW0 + J < In::W) column<J>(acc, x, taps, op);
   }
-  template <int N, int T, int IW0, class Row, class Op, int... J>
-  static SKIVE_INLINE void edge_columns(Vec<N> (&acc)[T], const float* x, const Row& taps,
-                                        const Op& op, Index<J...>) {
-    (edge_column_of_tile<N, T, IW0, J>(acc, x, taps, op), ...);
+  template <int IW0, class V, int T, class X, class Row, class Op, int... J>
+  static SKIVE_INLINE void edge_columns(V (&acc)[T], const X* x, const Row& taps, const Op& op,
+                                        Index<J...>) {
+    (edge_column_of_tile<IW0, J>(acc, x, taps, op), ...);
   }
 
   // T columns from `ow`, all taps inside the image.
-  template <int N, int T, class Op, class E>
-  static SKIVE_INLINE void inner_tile(const Line& line, int ow, const Op& op, const E& epilogue) {
-    Vec<N> acc[T];
+  template <int N, int T, class X, class Y, class Op, class E>
+  static SKIVE_INLINE void inner_tile(const Line<X, Y>& line, int ow, const Op& op,
+                                      const E& epilogue) {
+    decltype(op.template first<N>(0)) acc[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) acc[t] = op.template first<N>(line.c);
-    const float* x = line.x + ptrdiff_t{ow * Strides::W - Padding::Left} * XS;
+    const X* x = line.x + ptrdiff_t{ow * Strides::W - Padding::Left} * XS;
     for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep)
-      inner_columns<N, T>(acc, x, op.template row<N>(line.c, kh), op, EachColumn<T>{});
+      inner_columns(acc, x, op.template row<N>(line.c, kh), op, EachColumn<T>{});
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t)
-      store(line.y + (ow + t) * ptrdiff_t{YS},
-            epilogue(op.last(acc[t], line.oh, ow + t, true), line.pixel + ow + t, line.c));
+      finish(line.y + (ow + t) * ptrdiff_t{YS}, op.last(acc[t], line.oh, ow + t, true),
+             line.pixel + ow + t, line.c, epilogue);
   }
 
   // T columns from compile-time column OW0, of which some taps lie outside the image.
-  template <int N, int OW0, int T, class Op, class E>
-  static SKIVE_INLINE void edge_tile(const Line& line, const Op& op, const E& epilogue) {
+  template <int N, int OW0, int T, class X, class Y, class Op, class E>
+  static SKIVE_INLINE void edge_tile(const Line<X, Y>& line, const Op& op, const E& epilogue) {
     constexpr int iw0 = OW0 * Strides::W - Padding::Left;
-    Vec<N> acc[T];
+    decltype(op.template first<N>(0)) acc[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) acc[t] = op.template first<N>(line.c);
-    const float* x = line.x + ptrdiff_t{iw0} * XS;
+    const X* x = line.x + ptrdiff_t{iw0} * XS;
     for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep)
-      edge_columns<N, T, iw0>(acc, x, op.template row<N>(line.c, kh), op, EachColumn<T>{});
+      edge_columns<iw0>(acc, x, op.template row<N>(line.c, kh), op, EachColumn<T>{});
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const bool inner = OW0 + t >= kInnerBegin && OW0 + t < kInnerEnd;
-      store(line.y + (OW0 + t) * ptrdiff_t{YS},
-            epilogue(op.last(acc[t], line.oh, OW0 + t, inner), line.pixel + OW0 + t, line.c));
+      finish(line.y + (OW0 + t) * ptrdiff_t{YS}, op.last(acc[t], line.oh, OW0 + t, inner),
+             line.pixel + OW0 + t, line.c, epilogue);
     }
   }
 
   // One column at run-time position `ow` whose taps may lie outside the image.
-  template <int N, class Op, class E>
-  static void edge_column(const Line& line, int ow, const Op& op, const E& epilogue) {
-    Vec<N> acc = op.template first<N>(line.c);
-    const float* x = line.x;
+  template <int N, class X, class Y, class Op, class E>
+  static void edge_column(const Line<X, Y>& line, int ow, const Op& op, const E& epilogue) {
+    auto acc = op.template first<N>(line.c);
+    const X* x = line.x;
     for (int kh = line.kh_begin; kh < line.kh_end; ++kh, x += kRowStep) {
       const auto taps = op.template row<N>(line.c, kh);
       for (int kw = 0; kw < KW; ++kw) {
         const int iw = ow * Strides::W - Padding::Left + kw * Dilations::W;
         if (iw >= 0 && iw < In::W)
-          acc = op.step(acc, load<N>(x + ptrdiff_t{iw} * XS), taps, kw);
+          acc = op.step(acc, Loader<decltype(acc)>::at(x + ptrdiff_t{iw} * XS), taps, kw);
       }
     }
-    store(line.y + ow * ptrdiff_t{YS},
-          epilogue(op.last(acc, line.oh, ow, false), line.pixel + ow, line.c));
+    finish(line.y + ow * ptrdiff_t{YS}, op.last(acc, line.oh, ow, false), line.pixel + ow, line.c,
+           epilogue);
   }
 
   static constexpr ptrdiff_t kRowStep = ptrdiff_t{Dilations::H} * In::W * XS;

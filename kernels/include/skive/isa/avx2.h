@@ -357,6 +357,79 @@ template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
          from_bits(one + shift_lanes_left<23>(whole - half));
 }
 
+// `Packed<T, N>`: N integers of 8 or 16 bits in the smallest register that holds them.
+constexpr int kRegisterBytes = 32;
+template <int Bytes>
+SKIVE_INLINE auto load_register(const void* p) {
+  static_assert(Bytes >= 1 && Bytes <= 32, "one register");
+  if constexpr (Bytes <= 16) {
+    return load_bytes<Bytes>(p);
+  } else if constexpr (Bytes == 32) {
+    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+  } else {
+    const __m128i high = load_bytes<Bytes - 16>(static_cast<const char*>(p) + 16);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load_bytes<16>(p)), high, 1);
+  }
+}
+template <class T, int N>
+struct Packed {
+  static constexpr int lanes = N;
+  decltype(load_register<N * static_cast<int>(sizeof(T))>(nullptr)) v;
+};
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> load_packed(const T* p) {
+  return {load_register<N * static_cast<int>(sizeof(T))>(p)};
+}
+template <class T, int N>
+SKIVE_INLINE void store(T* p, Packed<T, N> a) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  if constexpr (bytes <= 16) {
+    store_bytes<bytes>(p, a.v);
+  } else {
+    store_bytes<16>(p, _mm256_castsi256_si128(a.v));
+    store_bytes<bytes - 16>(reinterpret_cast<char*>(p) + 16, _mm256_extracti128_si256(a.v, 1));
+  }
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> in_register(Packed<T, N> a) {
+  __asm__("" : "+x"(a.v));
+  return a;
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> splat_packed(T x) {
+  const int16_t word = static_cast<int16_t>(sizeof(T) == 1 ? (x & 0xff) * 0x101 : x);
+  if constexpr (N * sizeof(T) <= 16) return {_mm_set1_epi16(word)};
+  else return {_mm256_set1_epi16(word)};
+}
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, uint8_t) { return _mm_max_epu8(a, b); }
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, int8_t) { return _mm_max_epi8(a, b); }
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, uint16_t) { return _mm_max_epu16(a, b); }
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, int16_t) { return _mm_max_epi16(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, uint8_t) { return _mm256_max_epu8(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, int8_t) { return _mm256_max_epi8(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, uint16_t) { return _mm256_max_epu16(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, int16_t) { return _mm256_max_epi16(a, b); }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> vmax(Packed<T, N> a, Packed<T, N> b) { return {max_of(a.v, b.v, T{})}; }
+
+// Bytes widened to words; sums of words, which wrap.
+template <int N>
+SKIVE_INLINE Packed<uint16_t, N> load_words_of(const uint8_t* p) {
+  if constexpr (N <= 8) return {_mm_cvtepu8_epi16(load_bytes<N>(p))};
+  else return {_mm256_cvtepu8_epi16(load_bytes<N>(p))};
+}
+template <int N>
+SKIVE_INLINE Packed<int16_t, N> load_words_of(const int8_t* p) {
+  if constexpr (N <= 8) return {_mm_cvtepi8_epi16(load_bytes<N>(p))};
+  else return {_mm256_cvtepi8_epi16(load_bytes<N>(p))};
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> operator+(Packed<T, N> a, Packed<T, N> b) {
+  static_assert(sizeof(T) == 2, "sums of words");
+  if constexpr (N <= 8) return {_mm_add_epi16(a.v, b.v)};
+  else return {_mm256_add_epi16(a.v, b.v)};
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

@@ -317,6 +317,91 @@ template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
   return {_mm512_scalef_ps(a.v, n.v)};
 }
 
+// `Packed<T, N>`: N integers of 8 or 16 bits in the smallest register that holds them.
+constexpr int kRegisterBytes = 64;
+template <int Bytes>
+SKIVE_INLINE auto load_register(const void* p) {
+  static_assert(Bytes >= 1 && Bytes <= 64, "one register");
+  if constexpr (Bytes <= 16) {
+    if constexpr (Bytes == 16) return _mm_loadu_si128(static_cast<const __m128i*>(p));
+    else return _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << Bytes) - 1), p);
+  } else if constexpr (Bytes <= 32) {
+    if constexpr (Bytes == 32) return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    else return _mm256_maskz_loadu_epi8(static_cast<__mmask32>((1u << Bytes) - 1), p);
+  } else {
+    if constexpr (Bytes == 64) return _mm512_loadu_si512(p);
+    else return _mm512_maskz_loadu_epi8((__mmask64{1} << Bytes) - 1, p);
+  }
+}
+template <class T, int N>
+struct Packed {
+  static constexpr int lanes = N;
+  decltype(load_register<N * static_cast<int>(sizeof(T))>(nullptr)) v;
+};
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> load_packed(const T* p) {
+  return {load_register<N * static_cast<int>(sizeof(T))>(p)};
+}
+template <class T, int N>
+SKIVE_INLINE void store(T* p, Packed<T, N> a) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  if constexpr (bytes == 16) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), a.v);
+  else if constexpr (bytes == 32) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v);
+  else if constexpr (bytes == 64) _mm512_storeu_si512(p, a.v);
+  else if constexpr (bytes < 16) _mm_mask_storeu_epi8(p, static_cast<__mmask16>((1u << bytes) - 1), a.v);
+  else if constexpr (bytes < 32)
+    _mm256_mask_storeu_epi8(p, static_cast<__mmask32>((1u << bytes) - 1), a.v);
+  else _mm512_mask_storeu_epi8(p, (__mmask64{1} << bytes) - 1, a.v);
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> in_register(Packed<T, N> a) {
+  __asm__("" : "+v"(a.v));
+  return a;
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> splat_packed(T x) {
+  constexpr int bytes = N * static_cast<int>(sizeof(T));
+  const int16_t word = static_cast<int16_t>(sizeof(T) == 1 ? (x & 0xff) * 0x101 : x);
+  if constexpr (bytes <= 16) return {_mm_set1_epi16(word)};
+  else if constexpr (bytes <= 32) return {_mm256_set1_epi16(word)};
+  else return {_mm512_set1_epi16(word)};
+}
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, uint8_t) { return _mm_max_epu8(a, b); }
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, int8_t) { return _mm_max_epi8(a, b); }
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, uint16_t) { return _mm_max_epu16(a, b); }
+SKIVE_INLINE __m128i max_of(__m128i a, __m128i b, int16_t) { return _mm_max_epi16(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, uint8_t) { return _mm256_max_epu8(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, int8_t) { return _mm256_max_epi8(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, uint16_t) { return _mm256_max_epu16(a, b); }
+SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, int16_t) { return _mm256_max_epi16(a, b); }
+SKIVE_INLINE __m512i max_of(__m512i a, __m512i b, uint8_t) { return _mm512_max_epu8(a, b); }
+SKIVE_INLINE __m512i max_of(__m512i a, __m512i b, int8_t) { return _mm512_max_epi8(a, b); }
+SKIVE_INLINE __m512i max_of(__m512i a, __m512i b, uint16_t) { return _mm512_max_epu16(a, b); }
+SKIVE_INLINE __m512i max_of(__m512i a, __m512i b, int16_t) { return _mm512_max_epi16(a, b); }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> vmax(Packed<T, N> a, Packed<T, N> b) { return {max_of(a.v, b.v, T{})}; }
+
+// Bytes widened to words; sums of words, which wrap.
+template <int N>
+SKIVE_INLINE Packed<uint16_t, N> load_words_of(const uint8_t* p) {
+  if constexpr (N <= 8) return {_mm_cvtepu8_epi16(load_register<N>(p))};
+  else if constexpr (N <= 16) return {_mm256_cvtepu8_epi16(load_register<N>(p))};
+  else return {_mm512_cvtepu8_epi16(load_register<N>(p))};
+}
+template <int N>
+SKIVE_INLINE Packed<int16_t, N> load_words_of(const int8_t* p) {
+  if constexpr (N <= 8) return {_mm_cvtepi8_epi16(load_register<N>(p))};
+  else if constexpr (N <= 16) return {_mm256_cvtepi8_epi16(load_register<N>(p))};
+  else return {_mm512_cvtepi8_epi16(load_register<N>(p))};
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> operator+(Packed<T, N> a, Packed<T, N> b) {
+  static_assert(sizeof(T) == 2, "sums of words");
+  if constexpr (N <= 8) return {_mm_add_epi16(a.v, b.v)};
+  else if constexpr (N <= 16) return {_mm256_add_epi16(a.v, b.v)};
+  else return {_mm512_add_epi16(a.v, b.v)};
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

@@ -333,6 +333,51 @@ template <int N> SKIVE_INLINE Vec<N> scale_exponent(Vec<N> a, Vec<N> n) {
          from_bits(one + shift_lanes_left<23>(whole - half));
 }
 
+// `Packed<T, N>`: N integers of 8 or 16 bits.
+constexpr int kRegisterBytes = 16;
+template <class T, int N>
+struct Packed {
+  static constexpr int lanes = N;
+  T v[N];
+};
+template <class T, int N, class F>
+SKIVE_INLINE Packed<T, N> each_packed(F f) {
+  Packed<T, N> r;
+  for (int i = 0; i < N; ++i) r.v[i] = static_cast<T>(f(i));
+  return r;
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> load_packed(const T* p) {
+  return each_packed<T, N>([&](int i) { return p[i]; });
+}
+template <class T, int N>
+SKIVE_INLINE void store(T* p, Packed<T, N> a) { __builtin_memcpy(p, a.v, sizeof a.v); }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> in_register(Packed<T, N> a) { return a; }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> splat_packed(T x) {
+  return each_packed<T, N>([&](int) { return x; });
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> vmax(Packed<T, N> a, Packed<T, N> b) {
+  return each_packed<T, N>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+
+// Bytes widened to words; sums of words, which wrap.
+template <int N>
+SKIVE_INLINE Packed<uint16_t, N> load_words_of(const uint8_t* p) {
+  return each_packed<uint16_t, N>([&](int i) { return p[i]; });
+}
+template <int N>
+SKIVE_INLINE Packed<int16_t, N> load_words_of(const int8_t* p) {
+  return each_packed<int16_t, N>([&](int i) { return p[i]; });
+}
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> operator+(Packed<T, N> a, Packed<T, N> b) {
+  static_assert(sizeof(T) == 2, "sums of words");
+  return each_packed<T, N>([&](int i) { return a.v[i] + b.v[i]; });
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 
