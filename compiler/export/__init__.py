@@ -1,0 +1,1 @@
+"""Ways out of the compiler other than an artefact: models in other formats."""
