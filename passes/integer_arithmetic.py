@@ -187,13 +187,36 @@ def mean_of_integers(m: Match) -> Node | None:
 # ---------------------------------------------------------------------------------- contractions
 
 
-def magnitude(q: Node, zero: int) -> int:
-    """The largest |q - zero| that can occur, by type or by the clip that made q."""
-    while q.op in ("reshape", "transpose", "slice", "expand", "max_pool2d"):
-        q = q.inputs[0]
-    low, high = (q.attrs["lo"], q.attrs["hi"]) if q.op == "clip" else (
-        np.iinfo(q.dtype.numpy).min, np.iinfo(q.dtype.numpy).max)
-    return max(abs(int(low) - zero), abs(int(high) - zero))
+def limits(q: Node) -> tuple[int, int]:
+    """(lowest, highest) value of the integers `q`, by the clips that made them or by their type."""
+    lowest, highest = 2**31, -(2**31)
+    todo, seen = [q], set()
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if n.op in ("reshape", "transpose", "slice", "expand", "max_pool2d", "concat", "pad"):
+            todo += n.inputs
+            low = high = int(n.attrs["value"]) if n.op == "pad" else None
+        elif n.op == "clip":
+            low, high = int(n.attrs["lo"]), int(n.attrs["hi"])
+        elif n.is_const and n.type.size:
+            low, high = int(n.value.min()), int(n.value.max())
+        else:
+            low, high = np.iinfo(n.dtype.numpy).min, np.iinfo(n.dtype.numpy).max
+        if low is not None and high is not None:
+            lowest, highest = min(lowest, low), max(highest, high)
+    return lowest, highest
+
+
+def reach(q: Node, zero: int, weights: np.ndarray) -> np.ndarray:
+    """[OC] how far from 0 the sum of (q - zero) times weights [OC, ...] can come, whatever q holds."""
+    low, high = (v - zero for v in limits(q))
+    w = weights.astype(np.int64).reshape(len(weights), -1)
+    up, down = np.maximum(w, 0).sum(1), np.maximum(-w, 0).sum(1)
+    low, high = min(low, 0), max(high, 0)  # the border counts as 0
+    return np.maximum(high * up - low * down, high * down - low * up)
 
 
 def _weights(node: Node, x: DType) -> np.ndarray | None:
@@ -243,7 +266,7 @@ def integer_product(m: Match) -> Node | Declined | None:
             extra = b if b.is_const else constant(ops.evaluate(b, [i.value for i in b.inputs]), origin=b.origin)
         else:
             return Declined("the bias is not constant")
-    bound = magnitude(q, zero_x) * np.abs(values.astype(np.int64)).reshape(oc, -1).sum(1) + np.abs(total)
+    bound = reach(q, zero_x, values) + np.abs(total)
     if bound.size and bound.max() >= 2**31:
         return Declined(f"a sum may reach {bound.max():,}, more than 32 bits hold")
     operands = [q, constant(values, origin=w.origin)]

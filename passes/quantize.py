@@ -263,13 +263,22 @@ def affine(low: float, high: float) -> Format:
 
 
 def fixed(low: float, high: float, bits: int) -> Format:
-    """The i16 format of `bits` bits with the smallest power-of-two scale that covers low..high."""
+    """The i16 format with the smallest power-of-two scale for which `bits` bits cover low..high.
+
+    Integers are held to that interval: how far a sum can go depends on it.
+    """
     limit = 2 ** (bits - 1) - 1
     magnitude = max(abs(low), abs(high))
     exponent = max(-100, math.ceil(math.log2(magnitude / limit))) if magnitude > 1e-30 else 0
-    if bits == 16:
-        return Format(DType.i16, 2.0**exponent, 0, -32768, 32767)
-    return Format(DType.i16, 2.0**exponent, 0, -limit, limit)
+    bottom, top = (math.ceil(abs(v) / 2.0**exponent) for v in (low, high))
+    return Format(DType.i16, 2.0**exponent, 0, -bottom, top)
+
+
+def reach(form: Format, weights: np.ndarray) -> np.ndarray:
+    """[OC] how far from 0 the sum of weights [OC, K] times any activations in `form` can come."""
+    low, high = form.low - form.zero, form.high - form.zero
+    up, down = np.maximum(weights, 0).sum(1), np.maximum(-weights, 0).sum(1)
+    return np.maximum(high * up - low * down, high * down - low * up)
 
 
 class Quantizer:
@@ -312,7 +321,8 @@ class Quantizer:
         lo, hi = lo * HEADROOM, hi * HEADROOM
         readers = self._readers.get(group, [])
         if not readers:
-            return fixed(lo, hi, 16)
+            form = fixed(lo, hi, 16)
+            return Format(form.dtype, form.scale, 0, -32768, 32767)
         power = self._power[group] or (max(abs(lo), abs(hi)) / 4) ** 2 or 1.0
 
         def noise(form: Format) -> float:
@@ -365,18 +375,17 @@ class Quantizer:
     def _scale_16(self, node: Node, form: Format) -> np.ndarray:
         """[OC] powers of two with which weights fit 16 bits and no input makes a sum leave 32 bits.
 
-        The bound is that of the largest activation the format can hold times the L1 norm of the
-        channel's rounded weights, plus its bias.
+        The bound holds for any activations in `form`: the largest times the positive weights, the
+        smallest times the negative ones, plus the bias (an L1 bound of the channel's rounded weights).
         """
-        w = np.abs(node.inputs[1].value.astype(np.float64)).reshape(node.inputs[1].shape[0], -1)
-        largest = float(max(abs(form.low), abs(form.high)))
+        w = node.inputs[1].value.astype(np.float64).reshape(node.inputs[1].shape[0], -1)
         bias = np.abs(self._bias(node)) / form.scale
-        need = np.maximum(w.max(1, initial=0) / 32767, (largest * w.sum(1) + bias) / INT32)
+        need = np.maximum(np.abs(w).max(1, initial=0) / 32767, (reach(form, w) + bias) / INT32)
         exponent = np.ceil(np.log2(np.where(need > 1e-30, need, 2.0**-31)))
         exponent = self._per_channel(np.maximum(exponent, -100))
         while True:
             step = 2.0**exponent
-            whole = np.rint(w / step[:, None]).sum(1) * largest + np.rint(bias / step)
+            whole = reach(form, np.rint(w / step[:, None])) + np.rint(bias / step)
             over = whole > INT32
             if not over.any():
                 return step.astype(np.float32)
