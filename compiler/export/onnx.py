@@ -962,7 +962,8 @@ def reads_last_cell(graph: Graph, x: Node, steps: int) -> bool:
         return False
     for user in graph.users[x]:
         a = user.attrs
-        if user.op == "slice" and (a["start"][0] == steps - 1 or (x.op == "lstm" and a["start"][1] + a["size"][1] == 1)):
+        hidden_only = x.op == "lstm" and user.op == "slice" and a["start"][1] + a["size"][1] == 1
+        if hidden_only or (user.op == "slice" and a["start"][0] == steps - 1):
             continue
         keeps_steps = user.op in ("slice", "reshape") and user.shape[:1] == (steps,)
         if not keeps_steps or not reads_last_cell(graph, user, steps):
