@@ -31,6 +31,7 @@ Order: TypeAlias = "tuple[int, ...]"
 Row: TypeAlias = "Callable[[Writer, Node], None]"
 
 F32, I32, I64, BOOL = DType.f32, DType.i32, DType.i64, DType.bool
+WIDE = {DType.i16, DType.u16}
 IMAGE: Order = (0, 3, 1, 2)  # channels first
 OPSETS = range(18, 24)
 # A model larger than this keeps its weights in a file of their own: protobuf ends at 2 GiB.
@@ -58,14 +59,18 @@ def row(*names: str) -> Callable[[Row], Row]:
     return register
 
 
-def export_onnx(graph: Graph, path: str | Path | None = None, *, opset: int = 21) -> onnx.ModelProto:
+def export_onnx(graph: Graph, path: str | Path | None = None, *, opset: int | None = None) -> onnx.ModelProto:
     """`graph` as an ONNX model of standard operators, written to `path` unless that is None.
 
     Inputs and outputs keep their names, shapes and element types; a graph with an open batch is
     written for one sample. Quantized values become QuantizeLinear and DequantizeLinear, sums of
-    integers ConvInteger, MatMulInteger or QLinearConv. Raises UnsupportedOpError with every node that
-    has no equivalent, InvalidModelError for an opset other than 18 to 23.
+    integers ConvInteger, MatMulInteger or QLinearConv. The opset is 20, or 21 where 16-bit values are
+    quantized. Raises UnsupportedOpError with every node that has no equivalent, InvalidModelError for
+    an opset other than 18 to 23.
     """
+    if opset is None:
+        # onnxruntime 1.31 moves quantizations of opset 21 about without correcting their output type.
+        opset = 21 if any(n.dtype in WIDE for n in graph.nodes) else 20
     if opset not in OPSETS:
         raise InvalidModelError(f"opset {opset}: {OPSETS.start} to {OPSETS.stop - 1} can be written")
     model = Writer(columns_as_stored(unfused(graph)), opset).model()
@@ -482,8 +487,7 @@ def known_parameters(w: Writer, n: Node, order: Order) -> tuple[np.ndarray, np.n
     found = parameters(n, order)
     if found is None:
         raise Inexpressible(f"{n.op} whose scales are computed, or vary along several axes")
-    wide = {i.dtype for i in (n, n.inputs[0])} & {DType.i16, DType.u16}
-    if wide and w.opset < 21:
+    if {n.dtype, n.inputs[0].dtype} & WIDE and w.opset < 21:
         raise Inexpressible("16-bit quantization needs opset 21")
     return found
 
