@@ -500,10 +500,13 @@ def dequantize(w: Writer, n: Node, order: Order) -> str:
     scale, zero, axis = known_parameters(w, n, order)
     x = n.inputs[0]
     q = w.broadcast(x, n.type.rank, order)
-    if x.dtype is I32 and zero.any():
-        q = w.emit("Sub", q, w.broadcast(n.inputs[2], n.type.rank, order))
     if x.dtype is I32:
-        return w.emit("DequantizeLinear", q, scale, **axis_attr(scale, axis))
+        if zero.any():
+            q = w.emit("Sub", q, w.broadcast(n.inputs[2], n.type.rank, order))
+        if x.is_const:
+            return w.emit("DequantizeLinear", q, scale, **axis_attr(scale, axis))
+        # Spelled out: onnxruntime 1.31 takes a DequantizeLinear behind a ConvInteger for one of weights.
+        return w.emit("Mul", w.emit("Cast", q, to=ELEM_TYPES[F32]), w.broadcast(n.inputs[1], n.type.rank, order))
     return w.emit("DequantizeLinear", q, scale, zero, **axis_attr(scale, axis))
 
 
