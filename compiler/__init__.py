@@ -23,6 +23,7 @@ from skive.errors import (
 
 if TYPE_CHECKING:
     from skive.api import compile  # noqa: A004 - the contract's name
+    from skive.quantization import Quantize
     from skive.runtime import Module, load
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "Module",
     "PruningError",
     "QuantizationError",
+    "Quantize",
     "ShapeError",
     "SkiveError",
     "TargetError",
@@ -44,7 +46,8 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime"}
+_LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime",
+         "Quantize": "skive.quantization"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,19 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import _native, build, check
+from skive import _native, build, check, quantization
 from skive.artifact import write_folder
 from skive.emit import cxx
 from skive.errors import InvalidModelError, ShapeError, SkiveError, VerificationError
 from skive.ir import Graph
 from skive.lower import lower
-from skive.pipeline import PassManager, operations, random_inputs, total_macs, weight_bytes
+from skive.pipeline import NoOptions, Pass, PassManager, Step, operations, random_inputs, total_macs, weight_bytes
 from skive.plan import Plan
 from skive.runtime import MANIFEST, Module
 from skive.targets.base import Target, resolve
 
 if TYPE_CHECKING:
     from skive.frontend import Source
+    from skive.quantization import Quantize
 
 PROFILE_SECONDS = 0.2  # what measuring the layers may add to a compile
 Progress = Callable[[str, float], None]  # (step, fraction of the whole)
@@ -65,11 +66,12 @@ def compile(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     fixed_inputs: Mapping[str, np.ndarray] | None = None,
     data: Sequence[np.ndarray] | None = None,
-    quantize: Any = None,
+    quantize: Quantize | str | None = None,
     prune: Any = None,
     sparsify: Any = None,
     exits: Any = None,
     tune: Any = None,
+    export_onnx: str | Path | None = None,
     dump_ir: str | Path | None = None,
     progress: Progress = lambda step, fraction: None,
 ) -> Module:
@@ -77,17 +79,17 @@ def compile(
 
     `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
     ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
-    process if not given). `quantize`, `prune`, `sparsify`, `exits` and `tune` are reserved: this version
-    compiles float32 networks as they are and refuses them. `batch_max`: compile a model with a symbolic
-    batch for 1 to this many
-    samples a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with,
-    random ones otherwise. Raises the errors of `skive.errors`; nothing is written unless all went well.
+    process if not given). `quantize`: "int8", "int16", "auto" or a `skive.Quantize`, which also holds
+    the calibration data. `prune`, `sparsify`, `exits` and `tune` are reserved: this version refuses them.
+    `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
+    where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
+    a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones otherwise.
+    Raises the errors of `skive.errors`; nothing is written unless all went well.
     """
     from skive import frontend
 
     started = time.perf_counter()
     for what, value in (
-        ("quantize", quantize),
         ("prune", prune),
         ("sparsify", sparsify),
         ("exits", exits),
@@ -97,6 +99,7 @@ def compile(
             raise SkiveError(f"{what}={value!r} is not available in skive {skive.__version__}; leave it out")
     progress("read", 0.0)
     options = Options(target, threads, verify, strict, emit_only, name, batch_max)
+    wanted = quantization.requested(quantize) if quantize is not None else None
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
     chosen = resolve(target, _native.cpu_features())
@@ -107,7 +110,10 @@ def compile(
         fixed_inputs=fixed_inputs,
         batch_max=batch_max,
     )
-    key = _cache_key(source, options, chosen, data) if source.sha256 and dump_ir is None else None
+    asked = wanted.fingerprint() if wanted else ""  # None: the calibration data can be read only once
+    key = None
+    if source.sha256 and dump_ir is None and export_onnx is None and asked is not None:
+        key = _cache_key(source, options, chosen, data, asked)
     folder = Path(output) if output is not None else _temporary_folder()
     if key and (cached := build.cache_dir() / "artefacts" / key).is_dir():
         with write_folder(folder) as temporary:
@@ -123,8 +129,15 @@ def compile(
     progress("optimise", 0.1)
     from skive import passes
 
+    found: dict[str, Any] = {}  # what quantization reports
+    steps: list[Any] = [*passes.CANONICAL]
+    if wanted:
+        steps.append(_quantize_step(wanted, chosen, threads, found, progress))
+    exported: list[Graph] = []
+    if export_onnx is not None:
+        steps.append(Step(Pass("export-onnx", lambda g, _: exported.append(g) or g, exact=True), NoOptions()))
     optimised, records = PassManager().run(
-        imported, passes.EXACT, dump_dir=dump_ir, check="always" if strict else "never"
+        imported, [*steps, *passes.FUSED], dump_dir=dump_ir, check="always" if strict else "never"
     )
     progress("lower", 0.25)
     plan = lower(optimised, chosen, threads)
@@ -160,7 +173,10 @@ def compile(
         verdict = None
         if verify and not emit_only:
             progress("verify", 0.85)
-            verdict = _verify(imported, optimised, temporary, chosen, threads, data, source)
+            if data is None and wanted:
+                data = next(iter(quantization.Samples(imported, wanted.calibration, 1)))
+            check_with = _verify_integers if check.has_roundings(optimised) else _verify
+            verdict = check_with(imported, optimised, temporary, chosen, threads, data, source)
         report = _report(
             source,
             imported,
@@ -172,7 +188,12 @@ def compile(
             code_bytes,
             time.perf_counter() - started,
         )
+        report.update(found)
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
+        if export_onnx is not None:
+            from skive.export import onnx as exporter
+
+            exporter.export_onnx(exported[0], export_onnx)
         if key:
             _store_artefact(temporary, build.cache_dir() / "artefacts" / key)
     progress("done", 1.0)
@@ -218,7 +239,21 @@ def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
     return h.hexdigest()
 
 
-def _cache_key(source: Source, options: Options, target: Target, data: Sequence[np.ndarray] | None) -> str:
+def _quantize_step(
+    wanted: Quantize, target: Target, threads: int, found: dict[str, Any], progress: Progress
+) -> Step:
+    """The pipeline's element that quantizes the canonical graph; `found` gets what the report says of it."""
+
+    def run(graph: Graph, options: Any) -> Graph:
+        result, found["quantization"] = quantization.apply(graph, wanted, progress, target=target, threads=threads)
+        return result
+
+    return Step(Pass("quantize", run, exact=False), NoOptions())
+
+
+def _cache_key(
+    source: Source, options: Options, target: Target, data: Sequence[np.ndarray] | None, quantize: str = ""
+) -> str:
     """What decides the artefact: model, options, inputs' shapes, skive itself, and the compiler."""
     h = hashlib.sha256()
     # Its name and path stand in the artefact: a copy of the file elsewhere is another model.
@@ -228,6 +263,7 @@ def _cache_key(source: Source, options: Options, target: Target, data: Sequence[
         source.path or "",
         source.request,
         options.fingerprint(),
+        quantize,
         target.name,
         str(_data_sha256(data)),
         skive.__version__,
@@ -347,6 +383,45 @@ def _verify(
                 f"{second.relative_error:.2g} of the output's range; please report the model"
             )
         return second
+    return verdict
+
+
+def _verify_integers(
+    imported: Graph,
+    optimised: Graph,
+    folder: Path,
+    target: Target,
+    threads: int,
+    data: Sequence[np.ndarray] | None,
+    source: Source,
+) -> check.Verdict:
+    """Compares the artefact with the numpy reference of its own integer graph.
+
+    Integers are equal bit for bit. Where a float32 function that is exact to rounding only (exp, a
+    normalisation) stands before a quantizer, a value near the middle of two integers may go either way:
+    such graphs are held to check.INTEGER_SQNR_DB. VerificationError names the first diverging node.
+    """
+    from skive.reference import evaluate_graph
+
+    module = Module(folder)
+    inputs = (
+        [np.asarray(d[:1] if imported.batch_max else d) for d in data]
+        if data is not None
+        else check.sample_inputs(imported)
+    )
+    got = module(*inputs)
+    got = got if isinstance(got, tuple) else (got,)
+    pairs = list(zip(got, evaluate_graph(optimised, inputs), strict=True))
+    verdict = check.compare(pairs, "numpy, integers", 1)
+    if not verdict.passed and check.rounds_alike(pairs):
+        verdict = dataclasses.replace(verdict, passed=True)
+    if not verdict.passed:
+        node = check.first_divergence(optimised, inputs, lambda g: _run_graph(g, target, threads), check.TOLERANCE)
+        where = f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
+        raise VerificationError(
+            f"{imported.name}: the artefact differs from the reference of its integer graph, {where}; "
+            "please report it, or use --target generic"
+        )
     return verdict
 
 

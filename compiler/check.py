@@ -17,6 +17,9 @@ from skive.types import DType
 # Largest accepted |difference| as a fraction of the output's range. A float32 network of a hundred
 # layers, summed in another order than the reference, stays an order of magnitude below.
 TOLERANCE = 1e-4
+# A quantizer behind a float32 function may round a value either way; the noise of that stays well
+# below the noise of quantization itself (about 40 dB for 8 bits).
+INTEGER_SQNR_DB = 45.0
 
 Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -58,6 +61,17 @@ def compare(
     return Verdict(
         reference, samples, absolute, worst if math.isfinite(worst) else -1.0, ratio, worst <= tolerance
     )
+
+
+def has_roundings(graph: Graph) -> bool:
+    """True if `graph` (fused or not) rounds values to integers."""
+    spelled = (n.attrs.get("fn", "") + n.attrs.get("epilogue", "") + n.op + "(" for n in graph.nodes)
+    return any("quantize(" in s for s in spelled)
+
+
+def rounds_alike(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
+    """True if every (got, want) differs by no more than roundings that went the other way."""
+    return all(sqnr_db(got.astype(np.float64), want.astype(np.float64)) >= INTEGER_SQNR_DB for got, want in pairs)
 
 
 def allowed_difference(graph: Graph, inputs: Sequence[np.ndarray]) -> float:

@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedO
 
 if TYPE_CHECKING:
     from skive.frontend import Source
+    from skive.quantization import Quantize
     from skive.runtime import Module, TensorInfo
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -255,8 +257,19 @@ def cli() -> None:
 @click.option("--target", default="host", show_default=True, help="One of `skive targets`.")
 @click.option("--threads", type=_THREADS, default=1, show_default=True, help="Threads of one call.")
 @_shape_options
+@click.option("--quantize", type=click.Choice(["int8", "int16", "auto"]),
+              help="Fixed point instead of float32; needs --calibrate.")
 @click.option("--calibrate", metavar="FILE.npz[:KEY]",
-              help="Data that the artefact is verified with, instead of random inputs.")
+              help="Inputs such as the network will meet (also a folder of .npz or .npy): value ranges come from "
+                   "them, and the artefact is verified with them.")
+@click.option("--ranges", type=click.Choice(["minmax", "percentile", "mse", "entropy"]), default="minmax",
+              show_default=True, help="How value ranges follow from what was observed.")
+@click.option("--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest", show_default=True,
+              help="How weights are rounded; adaround searches, with the calibration data.")
+@click.option("--integer-only", is_flag=True, help="No float instruction in what is computed.")
+@click.option("--keep", multiple=True, metavar="PATTERN",
+              help="Layers that stay float32, by name (repeatable; * and ? match).")
+@click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--max-ram", type=_Bytes(), metavar="BYTES",
               help="Fail if the arena needs more (256K, 2M); the caller's tensors are not in it.")
 @click.option("--max-flash", type=_Bytes(), metavar="BYTES",
@@ -270,8 +283,9 @@ def cli() -> None:
 @_JSON
 def compile_command(model: str, output: str, name: str | None, target: str, threads: int,
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
-                    example: str | None, calibrate: str | None, max_ram: int | None,
-                    max_flash: int | None, backend: str, emit_only: bool, no_verify: bool,
+                    example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
+                    rounding: str, integer_only: bool, keep: tuple[str, ...], export_onnx: str | None,
+                    max_ram: int | None, max_flash: int | None, backend: str, emit_only: bool, no_verify: bool,
                     strict: bool, dump_ir: str | None, as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
 
@@ -282,6 +296,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
     Examples:
       skive compile resnet50.onnx -o resnet50/ --threads 2
       skive compile kws.onnx -o kws/ --calibrate test.npz:x --max-ram 64K --max-flash 256K
+      skive compile kws.onnx -o kws/ --quantize int8 --calibrate train.npz:x
       skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
       skive compile mypackage.nets:build -o net/ --example inputs.npz
       skive compile net.onnx -o net/ --config build.toml
@@ -290,8 +305,11 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
 
     started = time.perf_counter()
     request = _requested(inputs, batch_max, example)
-    data = None
-    if calibrate is not None:
+    data, wanted = None, None
+    if quantize is not None:
+        wanted = _quantization(quantize, calibrate, method=ranges, rounding=rounding, keep=keep,
+                               integer_only=integer_only, ports=_graph_ports(_open(model, **request).graph().inputs))
+    elif calibrate is not None:
         ports = _graph_ports(_open(model, **request).graph().inputs)
         arrays = fit_arrays(read_arrays(calibrate), ports)
         data = [a[:p.shape[0]] if p.shape else a for a, p in zip(arrays, ports, strict=True)]
@@ -301,7 +319,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         module = skive.compile(model, output=None if limited else output, name=name, target=target,
                                threads=threads, verify=not no_verify, strict=strict,
                                emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
-                               **request)
+                               quantize=wanted, export_onnx=export_onnx, **request)
     report = module.report
     compiled = report["compiled"]
     if limited:
@@ -320,6 +338,17 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         _print_lines(_summary(report, time.perf_counter() - started))
 
 
+def _quantization(dtype: str, calibrate: str | None, ports: Sequence[TensorInfo], **options: Any) -> Quantize:
+    """What --quantize and its companions ask for."""
+    if calibrate is None:
+        raise click.UsageError("--quantize needs --calibrate FILE.npz[:KEY]: inputs such as the network will meet")
+    source: Any = calibrate
+    if Path(calibrate.rpartition(":")[0] or calibrate).suffix == ".npz" or Path(calibrate).suffix == ".npz":
+        arrays = fit_arrays(read_arrays(calibrate), ports)
+        source = {p.name: a for p, a in zip(ports, arrays, strict=True)}
+    return skive.Quantize(dtype, calibration=source, **options)
+
+
 def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tuple[str, str]]:
     """The headline figures of a compile report with their names. `seconds`: what the command took,
     which is less than the report says if the artefact came from the cache."""
@@ -332,6 +361,10 @@ def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tu
              ("arena", bytes_text(compiled["arena_bytes"]) + over)]
     if compiled["code_bytes"]:
         lines.append(("code", bytes_text(compiled["code_bytes"])))
+    if fixed := report.get("quantization"):
+        counts = Counter(layer["dtype"] for layer in fixed["layers"])
+        ratio = f", SQNR {fixed['sqnr_db']:.1f} dB against float32" if fixed.get("sqnr_db") is not None else ""
+        lines.append(("quantized", ", ".join(f"{n} x {t}" for t, n in counts.most_common()) + ratio))
     lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
               ("verified", _verdict_text(report["verification"])),
               ("compiled in", f"{compiled['seconds'] if seconds is None else seconds:.1f} s")]

@@ -8,7 +8,7 @@ lie between those of other values); then one function per operation (`@lowers`) 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,33 @@ VECTOR = frozenset(
     thresholded_relu shrink
     """.split()
 )
+
+
+# The same for integers in vectors of 32-bit lanes: what never leaves the range of its type, and what may.
+VECTOR_INT = frozenset("quantize requantize requantize_fixed dequantize cast min max relu clip".split())
+VECTOR_I32 = VECTOR_INT | frozenset("add sub mul neg abs".split())
+_IN_VECTORS = frozenset((F32, DType.i8, DType.u8, DType.i16, DType.u16, DType.i32))
+
+
+def in_vectors(e: expressions.Expr, operands: Sequence[DType]) -> bool:
+    """Whether every step of `e` on operands of these types has a function over vectors."""
+    types: list[DType] = []
+    for s in e.steps:
+        args = [operands[i] if k == "x" else types[i] for k, i in s.args]
+        to = ops.infer(s.op, [TensorType((), t) for t in args], ops.complete_attrs(s.op, dict(s.attrs))).dtype
+        types.append(to)
+        involved = {to, *args}
+        if involved <= {F32, DType.bool}:
+            known = s.op in VECTOR
+        elif not involved <= _IN_VECTORS:
+            known = False
+        elif s.op == "cast":  # truncation and wrapping have no vector form
+            known = args[0] is not F32 and (to is F32 or to is DType.i32)
+        else:
+            known = s.op in (VECTOR_I32 if involved <= {DType.i32} else VECTOR_INT)
+        if not known:
+            return False
+    return types[-1] in _IN_VECTORS
 
 
 @dataclass
@@ -85,10 +112,10 @@ def _literal(value: Any, dtype: DType) -> str:
 def _fusible_operand(extra: Node, base: Node) -> Access | None:
     """How an epilogue reads `extra` beside a result of `base`'s shape; None if it cannot."""
     shape, full = extra.shape, base.shape
-    if extra.dtype is not F32:
+    if extra.dtype not in _IN_VECTORS:
         return None
     if extra.type.size == 1:
-        return Access("literal", text=_literal(extra.value.item(), F32)) if extra.is_const else Access("scalar")
+        return Access("literal", text=_literal(extra.value.item(), extra.dtype)) if extra.is_const else Access("scalar")
     padded = (1,) * (len(full) - len(shape)) + tuple(shape)
     c = full[-1]
     if padded == full:
@@ -103,18 +130,27 @@ def _fusible_operand(extra: Node, base: Node) -> Access | None:
 
 
 def _epilogue_ok(node: Node) -> bool:
-    """Whether the kernel of `node` can run its epilogue: all in float32 vectors."""
+    """Whether the kernel of `node` can run its epilogue: all in vectors."""
     e = expressions.parse(node.attrs["epilogue"])
     base_count = ops.op_of(node.op).epilogue or 0
-    if not _has_fast_kernel(node) or node.dtype is not F32 or any(s.op not in VECTOR for s in e.steps):
+    operands = [_sum_dtype(node), *(i.dtype for i in node.inputs[base_count:])]
+    if not _has_fast_kernel(node) or not in_vectors(e, operands):
         return False
     return all(_fusible_operand(x, node) for x in node.inputs[base_count:])
 
 
+def _sum_dtype(node: Node) -> DType:
+    """The element type that the kernel of `node` hands to its epilogue."""
+    return F32 if node.inputs[0].dtype is F32 else DType.i32
+
+
 def _has_fast_kernel(node: Node) -> bool:
     """Whether a packed, vectorised kernel exists for `node` (else the plain one runs)."""
-    if node.inputs[0].dtype is not F32:
-        return False
+    x = node.inputs[0].dtype
+    if x is not F32:
+        if node.op in ("conv2d", "linear", "conv_transpose2d"):
+            return x in _INTEGER_PACKING and all(i.is_const for i in node.inputs[1:3])
+        return node.op == "sum_pool2d" or (node.op == "max_pool2d" and x in (DType.u8, DType.i8, DType.i16))
     if node.op in ("conv2d", "linear", "conv_transpose2d"):
         return all(i.is_const for i in node.inputs[1:3])
     if node.op == "resize2d":
@@ -123,7 +159,9 @@ def _has_fast_kernel(node: Node) -> bool:
 
 
 # Operations whose fast kernel takes the floats between neighbouring pixels of operand and result.
-_STRIDED = frozenset(("conv2d", "conv_transpose2d", "linear", "max_pool2d", "avg_pool2d", "resize2d"))
+_STRIDED = frozenset(
+    ("conv2d", "conv_transpose2d", "linear", "max_pool2d", "avg_pool2d", "sum_pool2d", "resize2d")
+)
 
 
 def _writes_channel_slices(node: Node) -> bool:
@@ -157,6 +195,15 @@ def _without_epilogue(node: Node) -> Node:
     )
 
 
+def _widened(node: Node) -> Node:
+    """A contraction of narrow integers on 32-bit ones, zero points subtracted: what the plain kernels take."""
+    attrs = dict(node.attrs)
+    zeros = [attrs.pop(k, 0) for k in (("a_zero", "b_zero") if node.op == "matmul" else ("zero",))] + [0]
+    wide = [ops.make("cast", i, origin=node.origin, to=DType.i32) for i in node.inputs[:2]]
+    wide = [ops.make("sub", i, constant(np.int32(z)), origin=node.origin) if z else i for i, z in zip(wide, zeros)]
+    return ops.make(node.op, *wide, *node.inputs[2:], origin=node.origin, label=node.name, **attrs)
+
+
 def legalise(graph: Graph) -> Graph:
     """The same function in terms that the kernels take."""
 
@@ -165,7 +212,13 @@ def legalise(graph: Graph) -> Graph:
         if inputs and all(i.is_const for i in inputs) and ops.op_of(node.op).kind == "movement":
             return constant(ops.evaluate(node, [i.value for i in inputs]), name=node.name, origin=node.origin)
         if node.attrs.get("epilogue") and not _epilogue_ok(node):
-            return _without_epilogue(node)
+            node = _without_epilogue(node)
+            base, *rest = node.inputs
+            if ops.op_of(base.op).kind in ("window", "contract"):
+                node = rebuilt(node, (one(base, base.inputs), *rest))
+            return node
+        if ops.macs(node) and node.inputs[0].dtype in ops.QUANTIZED and not _has_fast_kernel(node):
+            return _widened(node)
         if node.op in ("softmax", "log_softmax") and node.type.size and node.dtype is not F32:
             wide = ops.make("cast", node.inputs[0], origin=node.origin, to=F32)
             return ops.make(
@@ -542,7 +595,8 @@ class Lowering:
                     access = replace(access, stride=self.pixel(extra))
                 args.append(self.read(f"e{i}", extra, strided=access.mode in ("full", "sample")))
             operands.append(access)
-        return Fn(_steps(e, [F32] * len(operands)), tuple(operands), True, True), args
+        types = [_sum_dtype(node), *(i.dtype for i in node.inputs[ops.op_of(node.op).epilogue or 0 :])]
+        return Fn(_steps(e, types), tuple(operands), True, True), args
 
 
 def _steps(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:
@@ -610,7 +664,31 @@ def _window_tags(a: Any) -> list[str]:
 
 
 def _bias(node: Node, oc: int) -> np.ndarray:
-    return node.inputs[2].value if len(node.inputs) > 2 else np.zeros(oc, np.float32)
+    return node.inputs[2].value if len(node.inputs) > 2 else np.zeros(oc, _sum_dtype(node).numpy)
+
+
+_INTEGER_PACKING: dict[DType, Callable[..., np.ndarray]] = {
+    DType.u8: pack.pack_conv2d_u8,
+    DType.i16: pack.pack_conv2d_i16,
+}
+
+
+def _element(ctx: Lowering, x: Node, node: Node) -> list[object]:
+    """The template arguments behind the block of a convolution: XS and YS, and of integers type and zero point."""
+    if x.dtype is F32:
+        return [*ctx.pixel_strides(x, node)]
+    return [ctx.pixel(x), ctx.pixel(node), x.dtype.ctype, node.attrs["zero"]]
+
+
+def _packed_conv(
+    node: Node, w: np.ndarray, bias: np.ndarray, block: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [OC, KH, KW, IC] and bias of a dense convolution as its kernel reads them."""
+    x = node.inputs[0].dtype
+    if x is F32:
+        return pack.pack_conv2d(w, block), pack.pack_bias(bias, block)
+    dilation = node.attrs.get("dilation", (1, 1))
+    return _INTEGER_PACKING[x](w, block, dilation), pack.pack_bias_i32(bias, w, node.attrs["zero"], block)
 
 
 @lowers("conv2d")
@@ -622,7 +700,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     if not _has_fast_kernel(node):
         _plain_conv(ctx, node, "plain_conv2d", [w.dtype.ctype, *tags, groups])
         return
-    strides = ctx.pixel_strides(x, node)
+    strides = _element(ctx, x, node)
     fn, extra = ctx.epilogue(node)
     order = ["x", "w", "bias", "y", "scratch", "part", "fn"]
 
@@ -647,13 +725,15 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
         )
 
     if groups == c and oc % c == 0 and groups > 1:
-        run(
-            "depthwise2d",
-            "depthwise.h",
-            [*tags, *strides],
-            *pack.pack_depthwise(w.value[..., 0], _bias(node, oc), oc // c),
-        )
-    elif ctx.target.winograd_pays(node):
+        taps, bias = w.value[..., 0], _bias(node, oc)
+        if x.dtype is F32:
+            weights, biases = pack.pack_depthwise(taps, bias, oc // c)
+        else:
+            packing = pack.pack_depthwise_u8 if x.dtype is DType.u8 else pack.pack_depthwise_i16
+            weights, biases = packing(taps, bias, node.attrs["zero"], node.attrs, ctx.target.name, oc // c)
+        header = "depthwise.h" if x.dtype is F32 else "depthwise_integer.h"
+        run("depthwise2d", header, [*tags, *strides], weights, biases)
+    elif x.dtype is F32 and ctx.target.winograd_pays(node):
         block = pack.winograd_block(oc, ctx.target.name)
         run(
             "winograd2d",
@@ -672,10 +752,16 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             kernel,
             "conv.h",
             [*template, *strides],
-            np.concatenate([pack.pack_conv2d(g, block) for g in np.split(w.value, groups)]),
-            np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)]),
-            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x)),
+            *_joined(_packed_conv(node, g, b, block)
+                     for g, b in zip(np.split(w.value, groups), np.split(_bias(node, oc), groups), strict=True)),
+            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x), x.dtype.bytes),
         )
+
+
+def _joined(parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """The packed weights, and the packed biases, of groups one after the other."""
+    weights, biases = zip(*parts, strict=True)
+    return np.concatenate(weights), np.concatenate(biases)
 
 
 def _plain_conv(ctx: Lowering, node: Node, kernel: str, template: list[object]) -> None:
@@ -697,13 +783,20 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
         return
     fn, extra = ctx.epilogue(node)
     block = pack.conv2d_block(oc // groups, ctx.target.name)
-    weights = pack.pack_conv_transpose2d(w.value, node.attrs, node.shape, block)
-    bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
+    if x.dtype is F32:
+        weights = pack.pack_conv_transpose2d(w.value, node.attrs, node.shape, block)
+        bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
+    else:
+        packing = pack.pack_conv_transpose2d_u8 if x.dtype is DType.u8 else pack.pack_conv_transpose2d_i16
+        weights = packing(w.value, node.attrs, node.shape, block)
+        bias = pack.pack_conv_transpose2d_bias_i32(
+            _bias(node, oc), w.value, node.attrs["zero"], node.attrs, node.shape, block
+        )
     ctx.call(
         node,
         "conv_transpose2d",
         "conv.h",
-        [*tags, _image(node.shape), groups, block, *ctx.pixel_strides(x, node)],
+        [*tags, _image(node.shape), groups, block, *_element(ctx, x, node)],
         ["x", "w", "bias", "y", "scratch", "part", "fn"],
         [
             ctx.read("x", x, strided=True),
@@ -713,11 +806,13 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
             *extra,
         ],
         fn,
-        scratch=pack.conv_transpose2d_scratch_bytes(x.shape, node.attrs, (kh, kw), node.shape, ctx.threads),
+        scratch=pack.conv_transpose2d_scratch_bytes(
+            x.shape, node.attrs, (kh, kw), node.shape, ctx.threads, x.dtype.bytes
+        ),
     )
 
 
-@lowers("max_pool2d", "avg_pool2d")
+@lowers("max_pool2d", "avg_pool2d", "sum_pool2d")
 def _pool2d(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
     kernel = f"Kernel<{x.shape[3]}, {node.attrs['kernel'][0]}, {node.attrs['kernel'][1]}>"
@@ -739,18 +834,16 @@ def _pool2d(ctx: Lowering, node: Node) -> None:
         return
     fn, extra = ctx.epilogue(node)
     template: list[object] = [_image(x.shape), kernel, stride, padding]
-    template += (
-        [padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>", dilation]
-        if node.op == "avg_pool2d"
-        else [dilation]
-    )
-    template += ctx.pixel_strides(x, node)
+    if node.op == "avg_pool2d":
+        template.append(padding if node.attrs["count_pad"] else "Pad<0, 0, 0, 0>")
+    template.append(dilation)
+    template += _element(ctx, x, node) if node.op == "sum_pool2d" else ctx.pixel_strides(x, node)
     ctx.call(
         node,
         node.op,
         "pool.h",
         template,
-        ["x", "y", "nullptr", "part", "fn"],
+        ["x", "y", "nullptr", "part", *(["fn"] if x.dtype is F32 or node.op == "sum_pool2d" else [])],
         [ctx.read("x", x, strided=True), ctx.write("y", node, strided=True), *extra],
         fn,
     )
@@ -798,21 +891,22 @@ def _linear(ctx: Lowering, node: Node) -> None:
     fn, extra = ctx.epilogue(node)
     block = pack.conv2d_block(oc, ctx.target.name, rows)
     one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
+    weights, bias = _packed_conv(node, w.value.reshape(oc, 1, 1, k), _bias(node, oc), block)
     ctx.call(
         node,
         "conv2d",
         "conv.h",
-        [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block, *ctx.pixel_strides(x, node)],
+        [_image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *_window_tags(one), block, *_element(ctx, x, node)],
         ["x", "w", "bias", "y", "scratch", "part", "fn"],
         [
             ctx.read("x", x, strided=True),
-            ctx.packed("w", pack.pack_conv2d(w.value.reshape(oc, 1, 1, k), block)),
-            ctx.packed("bias", pack.pack_bias(_bias(node, oc), block)),
+            ctx.packed("w", weights),
+            ctx.packed("bias", bias),
             ctx.write("y", node, strided=True),
             *extra,
         ],
         fn,
-        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads, ctx.pixel(x)),
+        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads, ctx.pixel(x), x.dtype.bytes),
     )
 
 
@@ -880,7 +974,7 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
             )
         )
     e_types = [i.dtype for i in node.inputs]
-    vector = node.dtype is F32 and all(t is F32 for t in e_types) and all(s.op in VECTOR for s in e.steps)
+    vector = in_vectors(e, e_types) and set(e_types) <= _IN_VECTORS
     operands, args, strides = [], [], []
     for i, x in enumerate(node.inputs):
         if x.is_const and x.type.size == 1:
