@@ -33,14 +33,18 @@ _CPU_NEEDS = {
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 
 
-def cpu_isas(known: dict[str, list[str]] = ISA_FLAGS) -> list[str]:
-    """The instruction sets of `known` that this CPU runs, widest first."""
-    flags: set[str] = set()
+def cpu_features() -> set[str]:
+    """What this CPU has, in the spelling of /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("flags"):
-            flags = set(line.split(":", 1)[1].split())
-            break
-    return [isa for isa in known if _CPU_NEEDS[isa] <= flags]
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def cpu_isas(known: dict[str, list[str]] = ISA_FLAGS) -> list[str]:
+    """The instruction sets of `known` that this CPU runs, widest first."""
+    features = cpu_features()
+    return [isa for isa in known if _CPU_NEEDS[isa] <= features]
 
 
 def compile_library(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batch import CTYPE, Case, angle, check
-from driver import cpu_isas
+from driver import cpu_features, cpu_isas
 from numpy.typing import NDArray
 from test_map import BROADCASTS, broadcast_strides
 
@@ -293,3 +293,32 @@ def test_maps_of_mixed_types(isa: str, tmp_path: Path) -> None:
         Case(every_other, [x], [(x[:, ::2].astype(_F32) - 1) * _F32(0.5)]),
     ]
     check(cases, ["map.h"], isa, tmp_path)
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("permutation", ["words", "bytes"])
+def test_lookup(isa: str, permutation: str, tmp_path: Path) -> None:
+    """Every entry of a table, every remainder, in place, strided, and entries wider than a byte."""
+    flags: tuple[str, ...] = ("-O2",)
+    if permutation == "bytes":
+        if isa != "avx512" or "avx512vbmi" not in cpu_features():
+            pytest.skip("permutations of bytes are AVX-512 VBMI")
+        flags = ("-O2", "-mavx512vbmi")
+    rng = np.random.default_rng(10)
+    cases = []
+    for n, shape in enumerate([(1,), (63,), (64,), (5, 200), (40, 33), (4097,), (2, 3, 1)]):
+        x = rng.integers(0, 256, shape).astype(np.uint8)
+        for dtype in (np.uint8, np.int8, np.int16, np.float32)[n % 2 :: 2] if n else (np.uint8, np.int8):
+            table = rng.integers(-(2**7), 2**7, 256).astype(dtype)
+            source = x if n % 2 else x.view(np.int8)
+            tags = f"{angle('Shape', *shape)}, {angle('Strides', *broadcast_strides(shape, shape))}"
+            cases.append(Case(f"lookup<{tags}>::run(y0, part, x1, x0)", [source, table], [table[x]]))
+    x, table = rng.integers(0, 256, (6, 90)).astype(np.uint8), rng.permutation(256).astype(np.uint8)
+    into = np.full((6, 150), 77, np.uint8)
+    into[:, 5:95] = table[x]
+    slice_of = "lookup_to<Shape<6, 90>, Strides<150, 1>, Strides<90, 1>>::run(y0 + 5, part, x1, x0)"
+    cases.append(Case(slice_of, [x, table], [into]))
+    cases.append(Case("lookup<Shape<6, 45>, Strides<90, 2>>::run(y0, part, x1, x0)", [x, table], [table[x[:, ::2]]]))
+    in_place = "__builtin_memcpy(y0, x0, 540); lookup<Shape<540>, Strides<1>>::run(y0, part, x1, y0)"
+    cases.append(Case(in_place, [x, table], [table[x]], parts=(1,)))
+    check(cases, ["map.h"], isa, tmp_path, flags=flags)

@@ -6,8 +6,11 @@
 //       IVec<N> (the integers, widened): vectorised along the last dimension
 //   map<T, Shape<...>, Strides<...> per operand>::run(T* out, part, fn, const A*... operand)
 //       any element types, a lambda over scalars; bool is stored as uint8_t 0 or 1
-//   vmap_to / map_to: the same with the result's Strides after the shape (a slice of a larger
+//   vmap_to / map_to / lookup_to: the same with the result's Strides after the shape (a slice of a larger
 //       tensor); otherwise the result is dense.
+//   lookup<Shape<...>, Strides<...> of x>::run(Y* out, part, const Y* table, const X* x)
+//       out[i] = table[x[i]], x of 8 bits, 256 entries: any function of one byte. A signed x indexes
+//       by its bits: table[255] belongs to -1. Fastest where entries are bytes
 // The result may be one of the operands if both have the same strides; other overlap is not
 // allowed.
 #ifndef SKIVE_MAP_H
@@ -136,11 +139,50 @@ struct map_to {
   }
 };
 
+template <class S, class Out, class In>
+struct lookup_to {
+  using Split = MapSplit<S>;
+  static constexpr int last = S::rank == 0 ? 0 : S::rank - 1;
+
+  template <class Y, class X>
+  static void run(Y* out, Part part, const Y* table, const X* x) {
+    static_assert(sizeof(X) == 1, "an index is a byte");
+    if constexpr (S::size > 0) {
+      const ptrdiff_t begin = Split::begin(part), end = Split::end(part);
+      const uint8_t* const index = reinterpret_cast<const uint8_t*>(x);
+      for_rows<S, Out, In>(Split::row_begin(part), Split::row_end(part), [&](const Offsets<2>& at) {
+        if constexpr (sizeof(Y) == 1 && Out::stride(last) == 1 && In::stride(last) == 1) {
+          bytes(reinterpret_cast<const uint8_t*>(table), index + at.at[1] + begin,
+                reinterpret_cast<uint8_t*>(out) + at.at[0] + begin, end - begin);
+        } else {
+          for (ptrdiff_t i = begin; i < end; ++i)
+            out[at.at[0] + i * Out::stride(last)] = table[index[at.at[1] + i * In::stride(last)]];
+        }
+      });
+    }
+  }
+
+ private:
+  static SKIVE_INLINE void bytes(const uint8_t* table, const uint8_t* x, uint8_t* y, ptrdiff_t n) {
+    const ByteTable entries(table);
+    ptrdiff_t i = 0;
+    for (; i + kRegisterBytes <= n; i += kRegisterBytes) entries.look_up(x + i, y + i);
+    if (i < n) {
+      uint8_t block[kRegisterBytes] = {};
+      __builtin_memcpy(block, x + i, static_cast<size_t>(n - i));
+      entries.look_up(block, block);
+      __builtin_memcpy(y + i, block, static_cast<size_t>(n - i));
+    }
+  }
+};
+
 // The Shape itself serves as the dense result's strides.
 template <class S, class... In>
 using vmap = vmap_to<S, S, In...>;
 template <class T, class S, class... In>
 using map = map_to<T, S, S, In...>;
+template <class S, class In>
+using lookup = lookup_to<S, S, In>;
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

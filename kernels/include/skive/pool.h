@@ -61,17 +61,29 @@ constexpr int counted_taps(int o) {
   return count;
 }
 
-// Taps of the window of output (oh, ow) in the image and the Counted padding; `inner` says that all
-// KW columns are inside.
+// Taps of each window in the image and the Counted padding.
 template <class In, class Filter, class Strides, class Padding, class Dilations, class Counted>
-SKIVE_INLINE int window_size(int oh, int ow, bool inner) {
-  const int rows = counted_taps<In::H, Counted::Top, Counted::Bottom, Filter::KH, Strides::H,
+struct WindowSizes {
+  static constexpr int OH = window_count(In::H, Padding::Top, Padding::Bottom, Filter::KH, Strides::H,
+                                         Dilations::H);
+  static constexpr int OW = window_count(In::W, Padding::Left, Padding::Right, Filter::KW, Strides::W,
+                                         Dilations::W);
+  struct Counts {
+    int32_t rows[OH] = {}, columns[OW] = {};
+  };
+  static constexpr Counts count() {
+    Counts c;
+    for (int oh = 0; oh < OH; ++oh)
+      c.rows[oh] = counted_taps<In::H, Counted::Top, Counted::Bottom, Filter::KH, Strides::H,
                                 Padding::Top, Dilations::H>(oh);
-  const int columns = inner ? Filter::KW
-                            : counted_taps<In::W, Counted::Left, Counted::Right, Filter::KW,
-                                           Strides::W, Padding::Left, Dilations::W>(ow);
-  return rows * columns;
-}
+    for (int ow = 0; ow < OW; ++ow)
+      c.columns[ow] = counted_taps<In::W, Counted::Left, Counted::Right, Filter::KW, Strides::W,
+                                   Padding::Left, Dilations::W>(ow);
+    return c;
+  }
+  static constexpr Counts counts = count();
+  static SKIVE_INLINE int at(int oh, int ow) { return counts.rows[oh] * counts.columns[ow]; }
+};
 
 template <class In, class Filter, class Strides, class Padding, class Dilations, class Counted>
 struct AverageTaps {
@@ -84,31 +96,39 @@ struct AverageTaps {
   template <int N>
   SKIVE_INLINE Vec<N> step(Vec<N> acc, Vec<N> x, const Row<N>&, int) const { return acc + x; }
   template <int N>
-  SKIVE_INLINE Vec<N> last(Vec<N> acc, int oh, int ow, bool inner) const {
-    const int size = window_size<In, Filter, Strides, Padding, Dilations, Counted>(oh, ow, inner);
-    return acc / splat<N>(static_cast<float>(size));
+  SKIVE_INLINE Vec<N> last(Vec<N> acc, int oh, int ow, bool) const {
+    using Sizes = WindowSizes<In, Filter, Strides, Padding, Dilations, Counted>;
+    return acc / splat<N>(static_cast<float>(Sizes::at(oh, ow)));
   }
 };
 
-// Sum of x - Zero: the zero points of the whole window are taken off at the end.
-template <class In, class Filter, class Strides, class Padding, class Dilations, int Zero>
+// Sum of x - Zero: the zero points of the whole window are taken off at the end. Words: in 16 bits,
+// of which a register holds twice as many; they wrap on the way, but 128 differences of two bytes fit.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int Zero, bool Words>
 struct SumTaps {
   template <int N>
   struct Row {};
   template <int N>
-  SKIVE_INLINE IVec<N> first(int) const { return splat<N>(0); }
+  static SKIVE_INLINE auto every_lane(int x) {
+    if constexpr (Words)
+      return splat_packed<int16_t, N>(static_cast<int16_t>(x));
+    else
+      return splat<N>(x);
+  }
+  template <int N>
+  SKIVE_INLINE auto first(int) const { return every_lane<N>(0); }
   template <int N>
   SKIVE_INLINE Row<N> row(int, int) const { return {}; }
-  template <int N>
-  SKIVE_INLINE IVec<N> step(IVec<N> acc, IVec<N> x, const Row<N>&, int) const { return acc + x; }
-  template <int N>
-  SKIVE_INLINE IVec<N> last(IVec<N> acc, int oh, int ow, bool inner) const {
+  template <class V, class R>
+  SKIVE_INLINE V step(V acc, V x, const R&, int) const { return acc + x; }
+  template <class V>
+  SKIVE_INLINE V last(V acc, int oh, int ow, bool) const {
     if constexpr (Zero == 0) {
-      return static_cast<void>(oh), static_cast<void>(ow), static_cast<void>(inner), acc;
+      return static_cast<void>(oh), static_cast<void>(ow), acc;
     } else {
-      using Image = Pad<0, 0, 0, 0>;
-      const int size = window_size<In, Filter, Strides, Padding, Dilations, Image>(oh, ow, inner);
-      return acc - splat<N>(size) * splat<N>(Zero);
+      using Sizes = WindowSizes<In, Filter, Strides, Padding, Dilations, Pad<0, 0, 0, 0>>;
+      const uint32_t size = static_cast<uint32_t>(Sizes::at(oh, ow));  // the product may wrap
+      return acc - every_lane<V::lanes>(static_cast<int>(size * static_cast<uint32_t>(Zero)));
     }
   }
 };
@@ -292,12 +312,11 @@ struct GlobalSum {
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
       if constexpr (kWords) {
-        using Word = decltype(word(T{}));
-        Word words[N];
+        int16_t words[N];
         store(words, acc[g]);
         each_vector<N>([&](ptrdiff_t i, auto lanes) {
-          constexpr int l = decltype(lanes)::count;
-          collect<Add>(sums + g * L + i, load<l>(words + i));
+          const auto v = load<decltype(lanes)::count>(words + i);
+          collect<Add>(sums + g * L + i, is_signed<T> ? v : wrap<uint16_t>(v));
         });
       } else {
         collect<Add>(sums + g * L, acc[g]);
@@ -309,8 +328,6 @@ struct GlobalSum {
     if constexpr (Add) v = v + load<N>(sums);
     store(sums, v);
   }
-  static uint16_t word(uint8_t);
-  static int16_t word(int8_t);
 
   template <int G, int N, class Y, class E>
   static SKIVE_INLINE void group(const T* x, Y* y, ptrdiff_t n, int c, const E& epilogue) {
@@ -334,7 +351,9 @@ template <class In, class Filter, class Strides, class Padding, class Dilations,
           class Element, int Zero = 0>
 struct sum_pool2d {
   static constexpr size_t scratch_bytes(int = 1) { return 0; }
-  using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS>;
+  static constexpr bool kWords = sizeof(Element) == 1 && Filter::KH * Filter::KW <= 128;
+  using Nest = Window<In, Filter, Strides, Padding, Dilations, XS, YS,
+                      kWords ? kRegisterBytes / 2 : kLanes>;
   static constexpr int OH = Nest::OH, OW = Nest::OW;
   static constexpr bool kGlobal = Filter::KH == In::H && Filter::KW == In::W && OH == 1 && OW == 1 &&
                                   Dilations::H == 1 && Dilations::W == 1 && Padding::Top == 0 &&
@@ -346,7 +365,8 @@ struct sum_pool2d {
     if constexpr (kGlobal) {
       GlobalSum<In, Element, Zero, XS>::run(x, y, part, epilogue);
     } else {
-      Nest::run(x, y, part, SumTaps<In, Filter, Strides, Padding, Dilations, Zero>{}, epilogue);
+      Nest::run(x, y, part, SumTaps<In, Filter, Strides, Padding, Dilations, Zero, kWords>{},
+                epilogue);
     }
   }
 };

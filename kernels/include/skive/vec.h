@@ -34,6 +34,7 @@
 //   to_float(IVec<N>), round_to_int(Vec<N>) (ties to even), bits(Vec<N>), from_bits(IVec<N>)
 //   scale_fixed: multiplication and rounding shift in 64 bits
 //   Packed<T, N>: N integers of 8 or 16 bits, N * sizeof(T) <= kRegisterBytes: load_packed<T, N>,
-//     store, splat_packed, vmax, in_register; load_words_of<N>(bytes) and operator+ on words
+//     store, splat_packed, vmax, in_register; load_words_of<N>(bytes), operators + - on words
+//   ByteTable(table).look_up(x, y): kRegisterBytes entries of a table of 256 bytes
 
 #endif  // SKIVE_VEC_H

@@ -42,7 +42,14 @@ struct Loader<IVec<N>> {
 };
 template <class T, int N>
 struct Loader<Packed<T, N>> {
-  static SKIVE_INLINE Packed<T, N> at(const T* p) { return load_packed<T, N>(p); }
+  // Bytes become words where T is int16_t.
+  template <class X>
+  static SKIVE_INLINE Packed<T, N> at(const X* p) {
+    if constexpr (sizeof(X) == sizeof(T))
+      return load_packed<T, N>(p);
+    else
+      return load_words_of<N>(p);
+  }
 };
 
 // The value that goes to memory: what the epilogue makes of it. Packed integers are widened for an

@@ -412,9 +412,9 @@ SKIVE_INLINE __m256i max_of(__m256i a, __m256i b, int16_t) { return _mm256_max_e
 template <class T, int N>
 SKIVE_INLINE Packed<T, N> vmax(Packed<T, N> a, Packed<T, N> b) { return {max_of(a.v, b.v, T{})}; }
 
-// Bytes widened to words; sums of words, which wrap.
+// Bytes widened to words; sums and differences of words, which wrap.
 template <int N>
-SKIVE_INLINE Packed<uint16_t, N> load_words_of(const uint8_t* p) {
+SKIVE_INLINE Packed<int16_t, N> load_words_of(const uint8_t* p) {
   if constexpr (N <= 8) return {_mm_cvtepu8_epi16(load_bytes<N>(p))};
   else return {_mm256_cvtepu8_epi16(load_bytes<N>(p))};
 }
@@ -429,6 +429,37 @@ SKIVE_INLINE Packed<T, N> operator+(Packed<T, N> a, Packed<T, N> b) {
   if constexpr (N <= 8) return {_mm_add_epi16(a.v, b.v)};
   else return {_mm256_add_epi16(a.v, b.v)};
 }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> operator-(Packed<T, N> a, Packed<T, N> b) {
+  static_assert(sizeof(T) == 2, "sums of words");
+  if constexpr (N <= 8) return {_mm_sub_epi16(a.v, b.v)};
+  else return {_mm256_sub_epi16(a.v, b.v)};
+}
+
+// A table of 256 bytes: y[i] = table[x[i]] for kRegisterBytes bytes. The low four bits look into each
+// of the 16 rows, the high four choose among the results in a tree.
+struct ByteTable {
+  explicit ByteTable(const uint8_t* t) : table(t) {}
+  SKIVE_INLINE void look_up(const uint8_t* x, uint8_t* y) const {
+    const __m256i i = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(y),
+                        rows<0, 16>(i, _mm256_and_si256(i, _mm256_set1_epi8(15))));
+  }
+  // The entries of rows [First, First + Count): the middle bit of the choice decides on a half.
+  template <int First, int Count>
+  SKIVE_INLINE __m256i rows(__m256i i, __m256i column) const {
+    if constexpr (Count == 1) {
+      const __m128i* row = reinterpret_cast<const __m128i*>(table + 16 * First);
+      return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(row)), column);
+    } else {
+      const __m256i low = rows<First, Count / 2>(i, column);
+      const __m256i high = rows<First + Count / 2, Count / 2>(i, column);
+      constexpr int shift = Count == 16 ? 0 : Count == 8 ? 1 : Count == 4 ? 2 : 3;
+      return _mm256_blendv_epi8(low, high, _mm256_slli_epi16(i, shift));
+    }
+  }
+  const uint8_t* table;
+};
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

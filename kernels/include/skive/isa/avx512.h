@@ -381,9 +381,9 @@ SKIVE_INLINE __m512i max_of(__m512i a, __m512i b, int16_t) { return _mm512_max_e
 template <class T, int N>
 SKIVE_INLINE Packed<T, N> vmax(Packed<T, N> a, Packed<T, N> b) { return {max_of(a.v, b.v, T{})}; }
 
-// Bytes widened to words; sums of words, which wrap.
+// Bytes widened to words; sums and differences of words, which wrap.
 template <int N>
-SKIVE_INLINE Packed<uint16_t, N> load_words_of(const uint8_t* p) {
+SKIVE_INLINE Packed<int16_t, N> load_words_of(const uint8_t* p) {
   if constexpr (N <= 8) return {_mm_cvtepu8_epi16(load_register<N>(p))};
   else if constexpr (N <= 16) return {_mm256_cvtepu8_epi16(load_register<N>(p))};
   else return {_mm512_cvtepu8_epi16(load_register<N>(p))};
@@ -401,6 +401,53 @@ SKIVE_INLINE Packed<T, N> operator+(Packed<T, N> a, Packed<T, N> b) {
   else if constexpr (N <= 16) return {_mm256_add_epi16(a.v, b.v)};
   else return {_mm512_add_epi16(a.v, b.v)};
 }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> operator-(Packed<T, N> a, Packed<T, N> b) {
+  static_assert(sizeof(T) == 2, "sums of words");
+  if constexpr (N <= 8) return {_mm_sub_epi16(a.v, b.v)};
+  else if constexpr (N <= 16) return {_mm256_sub_epi16(a.v, b.v)};
+  else return {_mm512_sub_epi16(a.v, b.v)};
+}
+
+// A table of 256 bytes in registers: y[i] = table[x[i]] for kRegisterBytes bytes.
+#if defined(__AVX512VBMI__)
+struct ByteTable {
+  explicit ByteTable(const uint8_t* table)
+      : a(_mm512_loadu_si512(table)), b(_mm512_loadu_si512(table + 64)),
+        c(_mm512_loadu_si512(table + 128)), d(_mm512_loadu_si512(table + 192)) {}
+  SKIVE_INLINE void look_up(const uint8_t* x, uint8_t* y) const {
+    const __m512i i = _mm512_loadu_si512(x);
+    const __m512i low = _mm512_permutex2var_epi8(a, i, b), high = _mm512_permutex2var_epi8(c, i, d);
+    _mm512_storeu_si512(y, _mm512_mask_blend_epi8(_mm512_movepi8_mask(i), low, high));
+  }
+  __m512i a, b, c, d;
+};
+#else
+// Without permutations of bytes, those of words give the pair of entries 2k, 2k + 1: bits 1 to 6 of
+// an index choose the pair, bit 7 the half of the table, bit 0 the entry.
+struct ByteTable {
+  explicit ByteTable(const uint8_t* table)
+      : a(_mm512_loadu_si512(table)), b(_mm512_loadu_si512(table + 64)),
+        c(_mm512_loadu_si512(table + 128)), d(_mm512_loadu_si512(table + 192)) {}
+  // The entry of each word's byte i (0 to 255), in the low byte of the word.
+  SKIVE_INLINE __m512i entry(__m512i i) const {
+    const __m512i pair = _mm512_srli_epi16(i, 1);
+    const __m512i low = _mm512_permutex2var_epi16(a, pair, b);
+    const __m512i high = _mm512_permutex2var_epi16(c, pair, d);
+    const __mmask32 upper = _mm512_test_epi16_mask(i, _mm512_set1_epi16(0x80));
+    const __m512i both = _mm512_mask_blend_epi16(upper, low, high);
+    const __mmask32 odd = _mm512_test_epi16_mask(i, _mm512_set1_epi16(1));
+    return _mm512_mask_srli_epi16(both, odd, both, 8);
+  }
+  SKIVE_INLINE void look_up(const uint8_t* x, uint8_t* y) const {
+    const __m512i i = _mm512_loadu_si512(x), byte = _mm512_set1_epi16(0xff);
+    const __m512i even = entry(_mm512_and_si512(i, byte)), odd = entry(_mm512_srli_epi16(i, 8));
+    const __m512i r = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, _mm512_slli_epi16(odd, 8));
+    _mm512_storeu_si512(y, r);
+  }
+  __m512i a, b, c, d;
+};
+#endif
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

@@ -363,20 +363,42 @@ SKIVE_INLINE Packed<T, N> vmax(Packed<T, N> a, Packed<T, N> b) {
   return each_packed<T, N>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 
-// Bytes widened to words; sums of words, which wrap.
+// Bytes widened to words; sums and differences of words, which wrap. Unrolled, they vectorise.
+template <class T, int N, class F>
+SKIVE_INLINE Packed<T, N> each_word(F f) {
+  Packed<T, N> r;
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) r.v[i] = static_cast<T>(f(i));
+  return r;
+}
 template <int N>
-SKIVE_INLINE Packed<uint16_t, N> load_words_of(const uint8_t* p) {
-  return each_packed<uint16_t, N>([&](int i) { return p[i]; });
+SKIVE_INLINE Packed<int16_t, N> load_words_of(const uint8_t* p) {
+  return each_word<int16_t, N>([&](int i) { return p[i]; });
 }
 template <int N>
 SKIVE_INLINE Packed<int16_t, N> load_words_of(const int8_t* p) {
-  return each_packed<int16_t, N>([&](int i) { return p[i]; });
+  return each_word<int16_t, N>([&](int i) { return p[i]; });
 }
 template <class T, int N>
 SKIVE_INLINE Packed<T, N> operator+(Packed<T, N> a, Packed<T, N> b) {
   static_assert(sizeof(T) == 2, "sums of words");
-  return each_packed<T, N>([&](int i) { return a.v[i] + b.v[i]; });
+  return each_word<T, N>([&](int i) { return a.v[i] + b.v[i]; });
 }
+template <class T, int N>
+SKIVE_INLINE Packed<T, N> operator-(Packed<T, N> a, Packed<T, N> b) {
+  static_assert(sizeof(T) == 2, "sums of words");
+  return each_word<T, N>([&](int i) { return a.v[i] - b.v[i]; });
+}
+
+// A table of 256 bytes: y[i] = table[x[i]] for kRegisterBytes bytes.
+struct ByteTable {
+  explicit ByteTable(const uint8_t* t) : table(t) {}
+  SKIVE_INLINE void look_up(const uint8_t* x, uint8_t* y) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < kRegisterBytes; ++i) y[i] = table[x[i]];
+  }
+  const uint8_t* table;
+};
 
 }  // namespace SKIVE_ISA
 }  // namespace skive
