@@ -149,7 +149,9 @@ def operands(layer: Layer, rng: np.random.Generator, extremes: bool) -> tuple[ND
     return x.astype(layer.dtype), w.astype(layer.weight_dtype), bias.astype(np.int32)
 
 
-def packed(layer: Layer, w: NDArray[np.generic], bias: NDArray[np.generic] | None, isa: str) -> tuple[NDArray[np.generic], ...]:
+def packed(
+    layer: Layer, w: NDArray[np.generic], bias: NDArray[np.generic] | None, isa: str
+) -> tuple[NDArray[np.generic], ...]:
     call = pack.pack_depthwise_u8 if layer.dtype is np.uint8 else pack.pack_depthwise_i16
     return call(w, bias, layer.zero, layer.attrs, isa, layer.multiplier)
 

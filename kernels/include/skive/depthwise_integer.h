@@ -41,6 +41,8 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
+constexpr ptrdiff_t min_ptrdiff(ptrdiff_t a, ptrdiff_t b) { return a < b ? a : b; }
+
 template <class In, class Filter, class Strides, class Padding, class Dilations, int XS, int YS,
           class Element, int Zero>
 struct IntegerWindow {
@@ -65,6 +67,14 @@ struct IntegerWindow {
   static constexpr int kStrips = (OH + kStrip - 1) / kStrip;
   static constexpr int kLastStrip = OH - (kStrips - 1) * kStrip;
   static constexpr int input_rows(int r) { return (r - 1) * kSpread + KH; }
+  // Strips [kInnerBegin, kInnerEnd) have all their rows inside the image.
+  static constexpr int kStripStep = kStrip * Strides::H;
+  static constexpr int kInnerBegin = (Padding::Top + kStripStep - 1) / kStripStep;
+  static constexpr int kBelow = In::H - 1 + Padding::Top - (input_rows(kStrip) - 1) * Dilations::H;
+  static constexpr int kInnerEnd =
+      kBelow < 0 ? 0 : min_int(OH / kStrip, kBelow / kStripStep + 1);
+  // An image of one column: strips, not columns, are what the innermost loop goes through.
+  static constexpr bool kColumn = In::W == 1 && OW == 1;
 
   static constexpr int kBlock = V * kLanes;  // channels
   static constexpr int kFullBlocks = C / kBlock;
@@ -79,6 +89,9 @@ struct IntegerWindow {
       (Dilations::W == 1 || KW == 1) && KW * kGroups * V <= Dot::kWindow;
   static constexpr int kKept = kSliding ? max_int(0, KW - Strides::W) : 0;  // columns of the last window
 
+  // Columns that are interleaved before they are needed, to hide the latency, if there is room.
+  static constexpr int kAhead =
+      kSliding && KW > Strides::W && (KW + 1) * kGroups * V <= Dot::kWindow / 2 ? 1 : 0;
   static constexpr ptrdiff_t kRowStep = ptrdiff_t{Dilations::H} * In::W * XS;
   static constexpr int kVectorWeights = kLanes * G;
   static constexpr ptrdiff_t kBlockWeights =
@@ -89,21 +102,25 @@ struct IntegerWindow {
                   const E& epilogue) {
     constexpr ptrdiff_t items = ptrdiff_t{In::N} * kPanels * kStrips;
     const ptrdiff_t end = part_end(items, part);
-    for (ptrdiff_t i = part_begin(items, part); i < end; ++i) {
+    for (ptrdiff_t i = part_begin(items, part); i < end;) {
       const int strip = static_cast<int>(i % kStrips);
       const int panel = static_cast<int>(i / kStrips % kPanels);
       const int n = static_cast<int>(i / kStrips / kPanels);
+      const int count = kColumn ? static_cast<int>(min_ptrdiff(kStrips - strip, end - i)) : 1;
       const int last = min_int((panel + 1) * kPanel, kBlocks);
       for (int block = panel * kPanel; block < last; ++block) {
-        const ptrdiff_t pixel = (ptrdiff_t{n} * OH + strip * kStrip) * OW;
         const int c = block * kBlock;
-        const Job<Y> job{x + ptrdiff_t{n} * In::H * In::W * XS + c, w + block * kBlockWeights,
-                         bias + c, y + pixel * YS + c, pixel, strip * kStrip * Strides::H - Padding::Top, c};
+        const Element* image = x + ptrdiff_t{n} * In::H * In::W * XS + c;
+        const Weight* taps = w + block * kBlockWeights;
+        const ptrdiff_t pixel = ptrdiff_t{n} * OH * OW;
         if constexpr (kFullBlocks != 0)
-          if (block < kFullBlocks) rows<kBlock>(job, strip, epilogue);
+          if (block < kFullBlocks)
+            strips<kBlock>(image, taps, bias + c, y + c, pixel, strip, count, c, epilogue);
         if constexpr (kRemainder != 0)
-          if (block == kFullBlocks) rows<kRemainder>(job, strip, epilogue);
+          if (block == kFullBlocks)
+            strips<kRemainder>(image, taps, bias + c, y + c, pixel, strip, count, c, epilogue);
       }
+      i += count;
     }
   }
 
@@ -111,12 +128,11 @@ struct IntegerWindow {
   // One strip of one block of channels.
   template <class Y>
   struct Job {
-    const Element* x;     // image, channel c
     const Weight* w;
     const int32_t* bias;
-    Y* y;                 // first output row, column 0, channel c
-    ptrdiff_t pixel;      // flat index of that pixel
-    int top;              // image row under the window's first row
+    Y* y;             // first output row, column 0, channel c
+    ptrdiff_t pixel;  // flat index of that pixel
+    int count;        // strips
     int c;
   };
 
@@ -126,6 +142,9 @@ struct IntegerWindow {
     SKIVE_INLINE const Element* at(int i, ptrdiff_t column) const {
       return first + i * kRowStep + column * XS;
     }
+    SKIVE_INLINE InnerRows strip(int i) const {
+      return {first + i * (ptrdiff_t{kStripStep} * In::W * XS)};
+    }
   };
   template <int R>
   struct EdgeRows {
@@ -134,6 +153,7 @@ struct IntegerWindow {
     SKIVE_INLINE const Element* at(int i, ptrdiff_t column) const {
       return row[i] + column * step[i];
     }
+    SKIVE_INLINE const EdgeRows& strip(int) const { return *this; }
   };
   struct Border {
     Element pixel[kBlock];
@@ -145,28 +165,45 @@ struct IntegerWindow {
   }
   static constexpr Border kBorder = border();
 
+  // `count` strips from `strip` of one image, whose first output pixel has the flat index `pixel`.
+  // Arguments travel one by one, in registers: a struct would be written in pieces and read back in
+  // one, which stalls.
   template <int N, class Y, class E>
-  static SKIVE_INLINE void rows(const Job<Y>& job, int strip, const E& epilogue) {
-    if constexpr (kLastStrip != kStrip)
-      if (strip == kStrips - 1) return edge<N, kLastStrip>(job, epilogue);
-    if (job.top < 0 || job.top + (input_rows(kStrip) - 1) * Dilations::H >= In::H)
-      return edge<N, kStrip>(job, epilogue);
-    inner<N, kStrip>(job, epilogue);
+  static SKIVE_INLINE void strips(const Element* x, const Weight* w, const int32_t* bias, Y* y,
+                                  ptrdiff_t pixel, int strip, int count, int c, const E& epilogue) {
+    for (const int end = strip + count; strip < end;) {
+      const ptrdiff_t first = pixel + ptrdiff_t{strip} * kStrip * OW;
+      const int top = strip * kStrip * Strides::H - Padding::Top;
+      if (kLastStrip != kStrip && strip == kStrips - 1) {
+        edge<N, kLastStrip>(x, w, bias, y + first * YS, first, top, c, epilogue);
+        ++strip;
+      } else if (strip < kInnerBegin || strip >= kInnerEnd) {
+        edge<N, kStrip>(x, w, bias, y + first * YS, first, top, c, epilogue);
+        ++strip;
+      } else {
+        const int inside = min_int(end, kInnerEnd) - strip;
+        inner<N, kStrip>(x + ptrdiff_t{top} * In::W * XS, w, bias, y + first * YS, first, inside, c,
+                         epilogue);
+        strip += inside;
+      }
+    }
   }
   template <int N, int R, class Y, class E>
-  static SKIVE_NOINLINE void inner(const Job<Y>& job, const E& epilogue) {
-    columns<N, R>(InnerRows{job.x + ptrdiff_t{job.top} * In::W * XS}, job, epilogue);
+  static SKIVE_NOINLINE void inner(const Element* x, const Weight* w, const int32_t* bias, Y* y,
+                                   ptrdiff_t pixel, int count, int c, const E& epilogue) {
+    columns<N, R>(InnerRows{x}, Job<Y>{w, bias, y, pixel, kColumn ? count : 1, c}, epilogue);
   }
   template <int N, int R, class Y, class E>
-  static SKIVE_NOINLINE void edge(const Job<Y>& job, const E& epilogue) {
+  static SKIVE_NOINLINE void edge(const Element* x, const Weight* w, const int32_t* bias, Y* y,
+                                  ptrdiff_t pixel, int top, int c, const E& epilogue) {
     EdgeRows<R> source;
     for (int i = 0; i < input_rows(R); ++i) {
-      const int ih = job.top + i * Dilations::H;
+      const int ih = top + i * Dilations::H;
       const bool inside = ih >= 0 && ih < In::H;
-      source.row[i] = inside ? job.x + ptrdiff_t{ih} * In::W * XS : kBorder.pixel;
+      source.row[i] = inside ? x + ptrdiff_t{ih} * In::W * XS : kBorder.pixel;
       source.step[i] = inside ? XS : 0;
     }
-    columns<N, R>(source, job, epilogue);
+    columns<N, R>(source, Job<Y>{w, bias, y, pixel, 1, c}, epilogue);
   }
 
   // Rows G * g to G * g + Count - 1 of one column.
@@ -204,29 +241,21 @@ struct IntegerWindow {
     return s;
   }
 
-  template <int N, int R, class Source, class Y, class E>
-  static SKIVE_INLINE void columns(const Source& rows, const Job<Y>& job, const E& epilogue) {
-    if constexpr (!kSliding) {
-      for (int ow = 0; ow < OW; ++ow) {
-        Sums<N, R> sums = start<N, R>(job.bias);
-        for (int kw = 0; kw < KW; ++kw) {
-          const int iw = ow * Strides::W - Padding::Left + kw * Dilations::W;
-          for (int g = 0; g < kGroups - 1; ++g)
-            add_group(sums, group<N, G>(rows, g, iw), job.w + weights_at(0, kw, g, 0));
-          add_group(sums, group<N, rows_of_group(R, kGroups - 1)>(rows, kGroups - 1, iw),
-                    job.w + weights_at(0, kw, kGroups - 1, 0));
-        }
-        finish(sums, job, ow, epilogue);
-      }
-    } else {
-      using Groups = Indices<kGroups>;
-      constexpr bool held = KW * kGroups * R * kVectors<N> <= Dot::kHeld;
-      decltype(Dot::weights(job.w)) kept[held ? KW * kGroups * R * kVectors<N> : 1];
-      const auto weight_index = [](int v, int kw, int g, int r) {
-        return ((v * KW + kw) * kGroups + g) * R + r;
-      };
-      if constexpr (held) {
-#pragma GCC unroll 2
+  // The weights of a strip: in registers where those suffice.
+  template <int N, int R>
+  struct Taps {
+    static constexpr int kCount = KW * kGroups * R * kVectors<N>;
+    static constexpr bool kHeld = kSliding && kCount <= Dot::kHeld;
+    using Register = decltype(Dot::weights(static_cast<const Weight*>(nullptr)));
+    const Weight* w;
+    Register held[kHeld ? kCount : 1];
+
+    static constexpr int index(int v, int kw, int g, int r) {
+      return ((v * KW + kw) * kGroups + g) * R + r;
+    }
+    explicit SKIVE_INLINE Taps(const Weight* p) : w(p) {
+      if constexpr (kHeld) {
+#pragma GCC unroll 4
         for (int v = 0; v < kVectors<N>; ++v)
 #pragma GCC unroll 25
           for (int kw = 0; kw < KW; ++kw)
@@ -234,35 +263,69 @@ struct IntegerWindow {
             for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
               for (int r = 0; r < R; ++r)
-                kept[weight_index(v, kw, g, r)] = Dot::weights(job.w + weights_at(v, kw, g, r));
+                held[index(v, kw, g, r)] = Dot::weights(w + weights_at(v, kw, g, r));
       }
-      Column window[KW];
+    }
+    SKIVE_INLINE Register at(int v, int kw, int g, int r) const {
+      if constexpr (kHeld) return held[index(v, kw, g, r)];
+      else return Dot::weights(w + weights_at(v, kw, g, r));
+    }
+  };
+
+  template <int N, int R, class Source, class Y, class E>
+  static SKIVE_INLINE void columns(const Source& source, const Job<Y>& job, const E& finisher) {
+    const E epilogue = finisher;  // what lies behind a reference is read again after each store
+    const Taps<N, R> taps(job.w);
+    for (int i = 0; i < job.count; ++i) {
+      const auto& rows = source.strip(i);
+      const Job<Y> strip{job.w, job.bias, job.y + ptrdiff_t{i} * R * OW * YS,
+                         job.pixel + ptrdiff_t{i} * R * OW, 1, job.c};
+      if constexpr (kSliding) sliding<N, R>(rows, strip, taps, epilogue);
+      else tap_by_tap<N, R>(rows, strip, epilogue);
+    }
+  }
+
+  template <int N, int R, class Source, class Y, class E>
+  static SKIVE_INLINE void sliding(const Source& rows, const Job<Y>& job, const Taps<N, R>& taps,
+                                   const E& epilogue) {
+    using Groups = Indices<kGroups>;
+    Column window[KW + kAhead];
 #pragma GCC unroll 25
-      for (int k = 0; k < kKept; ++k)
-        window[k + Strides::W] = column<N, R>(rows, k - Padding::Left, Groups{});
-      for (int ow = 0; ow < OW; ++ow) {
+    for (int k = 0; k < kKept + kAhead; ++k)
+      window[k + Strides::W] = column<N, R>(rows, k - Padding::Left, Groups{});
+    for (int ow = 0; ow < OW; ++ow) {
 #pragma GCC unroll 25
-        for (int k = 0; k < kKept; ++k) window[k] = window[k + Strides::W];
+      for (int k = 0; k < kKept + kAhead; ++k) window[k] = window[k + Strides::W];
 #pragma GCC unroll 25
-        for (int kw = kKept; kw < KW; ++kw)
-          window[kw] = column<N, R>(rows, ow * Strides::W - Padding::Left + kw, Groups{});
-        Sums<N, R> sums = start<N, R>(job.bias);
+      for (int kw = kKept + kAhead; kw < KW + kAhead; ++kw)
+        window[kw] = column<N, R>(rows, ow * Strides::W - Padding::Left + kw, Groups{});
+      Sums<N, R> sums = start<N, R>(job.bias);
 #pragma GCC unroll 25
-        for (int kw = 0; kw < KW; ++kw)
+      for (int kw = 0; kw < KW; ++kw)
 #pragma GCC unroll 25
-          for (int g = 0; g < kGroups; ++g)
+        for (int g = 0; g < kGroups; ++g)
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-              for (int v = 0; v < kVectors<N>; ++v) {
-                if constexpr (held)
-                  sums.a[r][v] = Dot::dot(sums.a[r][v], window[kw].g[g].v[v], kept[weight_index(v, kw, g, r)]);
-                else
-                  sums.a[r][v] = Dot::dot(sums.a[r][v], window[kw].g[g].v[v],
-                                          Dot::weights(job.w + weights_at(v, kw, g, r)));
-              }
-        finish(sums, job, ow, epilogue);
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors<N>; ++v)
+              sums.a[r][v] = Dot::dot(sums.a[r][v], window[kw].g[g].v[v], taps.at(v, kw, g, r));
+      finish(sums, job, ow, epilogue);
+    }
+  }
+
+  // Windows that share no columns or do not fit the registers.
+  template <int N, int R, class Source, class Y, class E>
+  static SKIVE_INLINE void tap_by_tap(const Source& rows, const Job<Y>& job, const E& epilogue) {
+    for (int ow = 0; ow < OW; ++ow) {
+      Sums<N, R> sums = start<N, R>(job.bias);
+      for (int kw = 0; kw < KW; ++kw) {
+        const int iw = ow * Strides::W - Padding::Left + kw * Dilations::W;
+        for (int g = 0; g < kGroups - 1; ++g)
+          add_group(sums, group<N, G>(rows, g, iw), job.w + weights_at(0, kw, g, 0));
+        add_group(sums, group<N, rows_of_group(R, kGroups - 1)>(rows, kGroups - 1, iw),
+                  job.w + weights_at(0, kw, kGroups - 1, 0));
       }
+      finish(sums, job, ow, epilogue);
     }
   }
 
