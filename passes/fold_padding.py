@@ -30,7 +30,7 @@ def _sides(pad: Node) -> tuple[int, int, int, int]:
 def pad_before_window(m: Match) -> Node | Declined | None:
     node, pad = m.root, m.root.inputs[0]
     attrs, own = dict(node.attrs), node.attrs["pad"]
-    neutral = -math.inf if node.op == "max_pool2d" else 0.0
+    neutral = -math.inf if node.op == "max_pool2d" else attrs.get("zero", 0)
     if pad.attrs["value"] != neutral:
         return Declined(f"the padding is {pad.attrs['value']}, not {neutral}")
     if node.op == "avg_pool2d":

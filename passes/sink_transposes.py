@@ -18,7 +18,7 @@ import numpy as np
 from skive import ops
 from skive.ir import Graph, Node, constant
 from skive.pipeline import pass_
-from skive.rewrite import Match, op, rewrite, rule
+from skive.rewrite import Match, Var, op, rewrite, rule
 
 Perm = tuple[int, ...]
 
@@ -323,12 +323,12 @@ def one_reshape(m: Match) -> Node | None:
     return _reshaped(m["r"], m.root.shape)
 
 
-@rule(op("linear", op("reshape", op("transpose", name="t"), name="r"), op("const", name="w")))
+@rule(op("linear", op("reshape", op("transpose", name="t"), name="r"), Var("w")))
 def fold_into_columns(m: Match) -> Node | None:
     return _fold_into_columns(m)
 
 
-@rule(op("linear", op("reshape", op("transpose", name="t"), name="r"), op("const", name="w"), op("const", name="b")))
+@rule(op("linear", op("reshape", op("transpose", name="t"), name="r"), Var("w"), Var("b")))
 def fold_into_columns_with_bias(m: Match) -> Node | None:
     return _fold_into_columns(m)
 
@@ -344,11 +344,22 @@ def _fold_into_columns(m: Match) -> Node | None:
     if size != r.shape[-1] or p[:tail] != tuple(range(tail)):
         return None
     # Axis j of the features of T_p(x) is axis p[tail + j] of x: undo that in each row of w.
-    undo = inverse([a - tail for a in p[tail:]])
-    columns = w.value.reshape((w.shape[0], *t.shape[tail:])).transpose((0, *(1 + i for i in undo)))
+    weights = _columns_moved(w, t.shape[tail:], inverse([a - tail for a in p[tail:]]))
+    if weights is None:
+        return None
     flat = ops.make("reshape", x, shape=r.shape, origin=r.origin)
-    weights = constant(np.ascontiguousarray(columns).reshape(w.shape), name=w.name, origin=w.origin)
-    return ops.make("linear", flat, weights, *m.root.inputs[2:], origin=m.root.origin, label=m.root.name)
+    return ops.make("linear", flat, weights, *m.root.inputs[2:], origin=m.root.origin, label=m.root.name, **m.root.attrs)
+
+
+def _columns_moved(w: Node, features: tuple[int, ...], order: Perm) -> Node | None:
+    """Constant weights, quantized or not, with each row [features] transposed by `order`; None of others."""
+    if w.op == "dequantize" and all(i.is_const and math.prod(i.shape[1:]) == 1 for i in w.inputs[1:]):
+        q = _columns_moved(w.inputs[0], features, order)
+        return None if q is None else ops.make("dequantize", q, *w.inputs[1:], origin=w.origin, label=w.name)
+    if not w.is_const:
+        return None
+    columns = w.value.reshape((w.shape[0], *features)).transpose((0, *(1 + i for i in order)))
+    return constant(np.ascontiguousarray(columns).reshape(w.shape), name=w.name, origin=w.origin)
 
 
 def _contracted(m: Match, axis: int, matrix: Node) -> Node | None:
@@ -358,7 +369,7 @@ def _contracted(m: Match, axis: int, matrix: Node) -> Node | None:
     """
     t = m["t"]
     x, p = t.inputs[0], t.attrs["perm"]
-    if is_free(x.shape, p):
+    if is_free(x.shape, p) or not m.root.dtype.is_float:
         return None
     a, origin = p[axis], m.root.origin
     shape = (*x.shape[:a], matrix.shape[0], *x.shape[a + 1:])
