@@ -71,11 +71,11 @@ def test_into_a_slice(isa: str, tmp_path: Path) -> None:
 def test_transpose(isa: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(22)
     cases = []
-    shapes = [(5,), (3, 7), (33, 17), (64, 64), (2, 40, 3), (1, 3, 19, 5), (2, 17, 33, 3)]
+    shapes = [(5,), (3, 7), (33, 17), (64, 64), (3, 100), (50, 70), (2, 40, 3), (1, 3, 19, 5), (2, 17, 33, 3)]
     for shape in shapes:
         perms = list(itertools.permutations(range(len(shape))))
         for perm in perms if len(perms) < 7 else [perms[k] for k in (1, 5, 9, 16, 20, 23)]:
-            for dtype in (np.float32, np.uint8) if len(shape) < 4 else (np.float32,):
+            for dtype in (np.float32, np.uint8, np.int16)[: 5 - len(shape)]:
                 x = rng.integers(0, 255, shape).astype(dtype)
                 kernel = angle("transpose", CTYPE[np.dtype(dtype)], angle("Shape", *shape), angle("Perm", *perm))
                 cases.append(Case(f"{kernel}::run(y0, x0, part)", [x], [np.ascontiguousarray(x.transpose(perm))]))

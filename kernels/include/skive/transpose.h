@@ -1,10 +1,11 @@
 // General permutation of dimensions. Where the last dimension moves, the two last dimensions (of
 // the input and of the result) are walked in square tiles, so that both sides use whole cache
-// lines.
+// lines; elements of one or two bytes change places in registers.
 #ifndef SKIVE_TRANSPOSE_H
 #define SKIVE_TRANSPOSE_H
 
 #include "skive/shape.h"
+#include "skive/vec.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
@@ -43,15 +44,16 @@ struct transpose {
  private:
   // The last dimension stays: each row is one contiguous copy.
   static SKIVE_INLINE void rows(T* out, const T* in, Part part) {
+    rows_at(Indices<rank>{}, out, in, part);
+  }
+  template <int... D>
+  static SKIVE_INLINE void rows_at(Index<D...>, T* out, const T* in, Part part) {
+    using Result = Shape<out_dim(D)...>;
     constexpr ptrdiff_t inner = S::dim(last), count = S::size / inner;
-    for (ptrdiff_t r = part_begin(count, part), end = part_end(count, part); r < end; ++r) {
-      ptrdiff_t rest = r, offset = 0;
-      for (int d = last - 1; d >= 0; --d) {
-        offset += rest % out_dim(d) * S::stride(P::at(d));
-        rest /= out_dim(d);
-      }
-      __builtin_memcpy(out + r * inner, in + offset, inner * sizeof(T));
-    }
+    for_rows<Result, Result, Strides<S::stride(P::at(D))...>>(
+        part_begin(count, part), part_end(count, part), [&](const Offsets<2>& at) {
+          __builtin_memcpy(out + at.at[0], in + at.at[1], inner * sizeof(T));
+        });
   }
 
   // Matrices of A (the input's last dimension) by B (the result's last dimension), one per index of
@@ -77,12 +79,44 @@ struct transpose {
     }
   }
   static SKIVE_INLINE void band(T* out, const T* in, ptrdiff_t a0, ptrdiff_t a1) {
+    if constexpr (sizeof(T) == 1 && B == 3 && sa == 3) {
+      const uint8_t* const from = reinterpret_cast<const uint8_t*>(in);
+      uint8_t* const to = reinterpret_cast<uint8_t*>(out);
+      ptrdiff_t a = a0;
+      for (; a + kThreePixels <= a1; a += kThreePixels) interleave3(from + a, sb, to + a * sa);
+      scalar(out, in, a, a1, 0, B);
+      return;
+    }
+    if constexpr (sizeof(T) == 1 && A == 3 && sb == 3) {
+      const uint8_t* const from = reinterpret_cast<const uint8_t*>(in);
+      uint8_t* const to = reinterpret_cast<uint8_t*>(out);
+      constexpr ptrdiff_t whole = B / kThreePixels * kThreePixels;
+      for (ptrdiff_t b = 0; b < whole; b += kThreePixels) deinterleave3(from + b * sb, to + b, sa);
+      scalar(out, in, a0, a1, whole, B);
+      return;
+    }
     for (ptrdiff_t b0 = 0; b0 < B; b0 += edge) {
       const ptrdiff_t b1 = b0 + edge < B ? b0 + edge : B;
-      for (ptrdiff_t a = a0; a < a1; ++a)
-        for (ptrdiff_t b = b0; b < b1; ++b) out[a * sa + b] = in[b * sb + a];
+      if constexpr (sizeof(T) <= 2 && A >= square && B >= square) {
+        ptrdiff_t a = a0;
+        for (; a + square <= a1; a += square) {
+          ptrdiff_t b = b0;
+          for (; b + square <= b1; b += square)
+            transpose_square<T>(in + b * sb + a, sb, out + a * sa + b, sa);
+          scalar(out, in, a, a + square, b, b1);
+        }
+        scalar(out, in, a, a1, b0, b1);
+      } else {
+        scalar(out, in, a0, a1, b0, b1);
+      }
     }
   }
+  static SKIVE_INLINE void scalar(T* out, const T* in, ptrdiff_t a0, ptrdiff_t a1, ptrdiff_t b0,
+                                  ptrdiff_t b1) {
+    for (ptrdiff_t a = a0; a < a1; ++a)
+      for (ptrdiff_t b = b0; b < b1; ++b) out[a * sa + b] = in[b * sb + a];
+  }
+  static constexpr ptrdiff_t square = 16 / static_cast<ptrdiff_t>(sizeof(T));
 };
 
 }  // namespace SKIVE_ISA

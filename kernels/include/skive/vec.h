@@ -36,5 +36,6 @@
 //   Packed<T, N>: N integers of 8 or 16 bits, N * sizeof(T) <= kRegisterBytes: load_packed<T, N>,
 //     store, splat_packed, vmax, in_register; load_words_of<N>(bytes), operators + - on words
 //   ByteTable(table).look_up(x, y): kRegisterBytes entries of a table of 256 bytes
+//   transpose_square<T>, interleave3, deinterleave3: movement of bytes and words
 
 #endif  // SKIVE_VEC_H

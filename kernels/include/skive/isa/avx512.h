@@ -449,6 +449,80 @@ struct ByteTable {
 };
 #endif
 
+// out[a * out_stride + b] = in[b * in_stride + a] for a, b < kTransposeEdge<T>, T of 8 or 16 bits.
+// Interleaving row i with row i + half rotates the bits of an element's position by one; after as many
+// rounds as a column has bits, rows and columns have changed places.
+template <class T>
+constexpr int kTransposeEdge = 16 / static_cast<int>(sizeof(T));
+template <class T>
+SKIVE_INLINE void transpose_square(const T* in, ptrdiff_t in_stride, T* out, ptrdiff_t out_stride) {
+  constexpr int n = kTransposeEdge<T>, half = n / 2;
+  __m128i a[n], b[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i)
+    a[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
+#pragma GCC unroll 4
+  for (int bit = 1; bit < n; bit *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      if constexpr (sizeof(T) == 1) {
+        b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + half]);
+        b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + half]);
+      } else {
+        b[2 * i] = _mm_unpacklo_epi16(a[i], a[i + half]);
+        b[2 * i + 1] = _mm_unpackhi_epi16(a[i], a[i + half]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), a[i]);
+}
+
+// Three planes of 16 bytes and 16 pixels of 3: byte k of one is byte Planes ? 3k + s : k of the other.
+template <bool Planes>
+struct ThreeShuffles {
+  alignas(16) int8_t from[3][3][16];  // [result][source][byte]: byte of the source, or -1: none
+};
+template <bool Planes>
+constexpr ThreeShuffles<Planes> three_shuffles() {
+  ThreeShuffles<Planes> s{};
+  for (int r = 0; r < 3; ++r)
+    for (int k = 0; k < 16; ++k)
+      for (int v = 0; v < 3; ++v) {
+        const int at = Planes ? 3 * k + r : 16 * r + k;
+        const int source = Planes ? at / 16 : at % 3, byte = Planes ? at % 16 : at / 3;
+        s.from[r][v][k] = static_cast<int8_t>(source == v ? byte : -1);
+      }
+  return s;
+}
+template <bool Planes>
+SKIVE_INLINE void three(const uint8_t* in, ptrdiff_t in_stride, uint8_t* out, ptrdiff_t out_stride) {
+  static constexpr ThreeShuffles<Planes> s = three_shuffles<Planes>();
+  __m128i x[3];
+#pragma GCC unroll 3
+  for (int v = 0; v < 3; ++v)
+    x[v] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + v * in_stride));
+#pragma GCC unroll 3
+  for (int r = 0; r < 3; ++r) {
+    const auto part = [&](int v) {
+      return _mm_shuffle_epi8(x[v], _mm_load_si128(reinterpret_cast<const __m128i*>(s.from[r][v])));
+    };
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r * out_stride),
+                     _mm_or_si128(_mm_or_si128(part(0), part(1)), part(2)));
+  }
+}
+// out[3 k + s] = in[s * stride + k] for k < 16, and back.
+constexpr int kThreePixels = 16;
+SKIVE_INLINE void interleave3(const uint8_t* in, ptrdiff_t stride, uint8_t* out) {
+  three<false>(in, stride, out, 16);
+}
+SKIVE_INLINE void deinterleave3(const uint8_t* in, uint8_t* out, ptrdiff_t stride) {
+  three<true>(in, 16, out, stride);
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

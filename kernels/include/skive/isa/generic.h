@@ -400,6 +400,25 @@ struct ByteTable {
   const uint8_t* table;
 };
 
+// out[a * out_stride + b] = in[b * in_stride + a] for a, b < kTransposeEdge<T>, T of 8 or 16 bits.
+template <class T>
+constexpr int kTransposeEdge = 16 / static_cast<int>(sizeof(T));
+template <class T>
+SKIVE_INLINE void transpose_square(const T* in, ptrdiff_t in_stride, T* out, ptrdiff_t out_stride) {
+  for (int a = 0; a < kTransposeEdge<T>; ++a)
+    for (int b = 0; b < kTransposeEdge<T>; ++b) out[a * out_stride + b] = in[b * in_stride + a];
+}
+// out[3 k + s] = in[s * stride + k] for k < 16, and back.
+constexpr int kThreePixels = 16;
+SKIVE_INLINE void interleave3(const uint8_t* in, ptrdiff_t stride, uint8_t* out) {
+  for (int k = 0; k < kThreePixels; ++k)
+    for (int s = 0; s < 3; ++s) out[3 * k + s] = in[s * stride + k];
+}
+SKIVE_INLINE void deinterleave3(const uint8_t* in, uint8_t* out, ptrdiff_t stride) {
+  for (int k = 0; k < kThreePixels; ++k)
+    for (int s = 0; s < 3; ++s) out[s * stride + k] = in[3 * k + s];
+}
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 
