@@ -348,7 +348,8 @@ def _fold_into_columns(m: Match) -> Node | None:
     if weights is None:
         return None
     flat = ops.make("reshape", x, shape=r.shape, origin=r.origin)
-    return ops.make("linear", flat, weights, *m.root.inputs[2:], origin=m.root.origin, label=m.root.name, **m.root.attrs)
+    return ops.make("linear", flat, weights, *m.root.inputs[2:], origin=m.root.origin, label=m.root.name,
+                    **m.root.attrs)
 
 
 def _columns_moved(w: Node, features: tuple[int, ...], order: Perm) -> Node | None:

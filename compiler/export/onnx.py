@@ -794,10 +794,10 @@ def max_pool2d(w: Writer, n: Node) -> None:
 
 def averaged(w: Writer, n: Node, image: str, count_pad: bool) -> str:
     attrs = window(n.attrs)
-    if w.opset < 19:
-        if tuple(n.attrs["dilation"]) != (1, 1):
-            raise Inexpressible("an average pool with dilation needs opset 19")
-        del attrs["dilations"]
+    if tuple(attrs["dilations"]) == (1, 1):
+        del attrs["dilations"]  # younger than the operator; onnxruntime's quantized form does not know it
+    elif w.opset < 19:
+        raise Inexpressible("an average pool with dilation needs opset 19")
     return w.emit("AveragePool", image, **attrs, count_include_pad=int(count_pad))
 
 
