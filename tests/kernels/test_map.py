@@ -108,7 +108,9 @@ def test_copies(isa: str, tmp_path: Path) -> None:
             [np.full((4, 5, 6), 9, np.int16)],
         ),
     ]
-    for before, after in [((1, 0, 2), (0, 3, 1)), ((0, 0, 0), (1, 1, 1)), ((3, 4, 5), (3, 4, 5))]:
+    paddings = [((1, 0, 2), (0, 3, 1)), ((0, 0, 0), (1, 1, 1)), ((3, 4, 5), (3, 4, 5))]
+    paddings += [((1, 2, 0), (0, 3, 0)), ((2, 0, 0), (1, 0, 0)), ((0, 0, 0), (0, 0, 0))]  # whole rows
+    for before, after in paddings:
         out = tuple(d + p + q for d, p, q in zip(x.shape, before, after, strict=True))
         for mode in ("constant", "edge", "reflect", "wrap"):
             options = {"constant_values": 42} if mode == "constant" else {}

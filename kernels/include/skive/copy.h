@@ -74,7 +74,9 @@ constexpr ptrdiff_t pad_source(ptrdiff_t i, ptrdiff_t n) {
 template <class T, PadMode Mode, class In, class Out, class Before>
 struct pad {
   static void run(T* out, const T* in, T value, Part part) {
-    if constexpr (Out::size > 0) {
+    if constexpr (merges()) {
+      merged(Indices<In::rank - 1>{}, out, in, value, part);
+    } else if constexpr (Out::size > 0) {
       constexpr ptrdiff_t rows = row_count<Out>(),
                           inner = Out::rank == 0 ? 1 : Out::dim(Out::rank - 1);
       for (ptrdiff_t r = part_begin(rows, part), end = part_end(rows, part); r < end; ++r)
@@ -83,6 +85,21 @@ struct pad {
   }
 
  private:
+  // A last dimension that stays as it is joins the one before it: rows become longer.
+  static constexpr bool merges() {
+    if (Mode != PadMode::constant || In::rank < 2) return false;
+    constexpr int last = In::rank - 1;
+    return In::dim(last) == Out::dim(last) && Before::stride(last) == 0;
+  }
+  static constexpr ptrdiff_t joined(int d, ptrdiff_t extent) {
+    return d == In::rank - 2 ? extent * In::dim(In::rank - 1) : extent;
+  }
+  template <int... D>
+  static SKIVE_INLINE void merged(Index<D...>, T* out, const T* in, T value, Part part) {
+    pad<T, Mode, Shape<joined(D, In::dim(D))...>, Shape<joined(D, Out::dim(D))...>,
+        Strides<joined(D, Before::stride(D))...>>::run(out, in, value, part);
+  }
+
   static SKIVE_INLINE void row(T* out, const T* in, T value, ptrdiff_t r) {
     constexpr int last = In::rank - 1;
     if constexpr (In::rank == 0) {
