@@ -101,3 +101,60 @@ def test_unsigned_weights(zero: int) -> None:
     for seed in range(5):
         x = np.random.default_rng(seed).standard_normal((4, 6)).astype(np.float32)
         np.testing.assert_array_equal(run(graph, x), session(model).run(None, {"x": x})[0])
+
+
+# Scales whose ratios are no simple fractions: what lies exactly between two integers is rounded either way.
+A = {"as": np.float32(0.0503), "az": np.uint8(120)}
+B = {"bs": np.float32(0.0197), "bz": np.uint8(131)}
+Y = {"ys": np.float32(0.0711), "yz": np.uint8(110)}
+K = np.arange(-24, 24, dtype=np.int8).reshape(8, 6)
+
+
+# operator of onnxruntime -> (inputs by name, attributes, shape of the 8-bit operands a and b, constants)
+OWN = {
+    "QLinearAdd": (["a", "as", "az", "b", "bs", "bz", "ys", "yz"], {}, (2, 5, 7), {}),
+    "QLinearMul": (["a", "as", "az", "b", "bs", "bz", "ys", "yz"], {}, (2, 5, 7), {}),
+    "QLinearSigmoid": (["a", "as", "az", "ys", "yz"], {}, (2, 5, 7), {}),
+    "QLinearLeakyRelu": (["a", "as", "az", "ys", "yz"], {"alpha": 0.2}, (2, 5, 7), {}),
+    "QLinearSoftmax": (["a", "as", "az", "h", "o"], {"axis": 1, "opset": 12}, (2, 5, 7),
+                       {"h": np.float32(1 / 256), "o": np.uint8(0)}),
+    "QLinearConcat": (["ys", "yz", "a", "as", "az", "b", "ys", "yz"], {"axis": 1}, (2, 5, 7), {}),
+    "QLinearWhere": (["c", "a", "as", "az", "b", "bs", "bz", "ys", "yz"], {}, (2, 5, 7),
+                     {"c": np.arange(70).reshape(2, 5, 7) % 3 == 0}),
+    "QLinearAveragePool": (["a", "as", "az", "ys", "yz"], {"kernel_shape": [2, 2], "channels_last": 1},
+                           (1, 4, 6, 3), {}),
+    "QLinearGlobalAveragePool": (["a", "as", "az", "ys", "yz"], {"channels_last": 1}, (1, 4, 6, 3), {}),
+    "QGemm": (["a", "as", "az", "k", "ks", "kz", "i", "ys", "yz"], {"alpha": 0.5, "transB": 1}, (3, 6),
+              {"k": K, "ks": np.float32([.01, .02, .03, .04, .05, .06, .07, .08]), "kz": np.zeros(8, np.int8),
+               "i": np.arange(8, dtype=np.int32) * 100}),
+    "QGemm/float": (["a", "as", "az", "k", "ks", "kz", "i"], {"transA": 1, "transB": 1}, (6, 3),
+                    {"k": K, "ks": np.float32(0.01), "kz": np.int8(0), "i": np.arange(8, dtype=np.int32) * 100}),
+    "MatMulIntegerToFloat": (["a", "k", "as", "ks", "az", "kz", "f"], {}, (2, 3, 8),
+                             {"k": K, "ks": np.float32(0.01), "kz": np.int8(0), "f": np.float32([1, 2, 3, 4, 5, 6])}),
+    "DequantizeLinear": (["a", "as", "az"], {}, (2, 5, 7), {}),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_operators_of_onnxruntime(name: str) -> None:
+    inputs, attrs, shape, own = OWN[name]
+    constants = {k: v for k, v in {**A, **B, **Y, **own}.items() if k in inputs}
+    free = [i for i in ("a", "b") if i in inputs]
+    node = helper.make_node(name.partition("/")[0], inputs, ["y"], domain="com.microsoft", **attrs)
+    graph = helper.make_graph([node], "g", [helper.make_tensor_value_info(i, TensorProto.UINT8, shape) for i in free],
+                              [helper.make_empty_tensor_value_info("y")],
+                              [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()])
+    model = helper.make_model(graph, ir_version=8, opset_imports=[
+        helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)])
+    imported = import_onnx(model)
+    engine = session(model)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        values = [rng.integers(0, 256, shape).astype(np.uint8) for _ in free]
+        got = reference.evaluate_graph(imported, values)[0]
+        want = engine.run(None, dict(zip(free, values, strict=True)))[0]
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        if got.dtype == np.float32:
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(got, want)
