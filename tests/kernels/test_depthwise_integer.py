@@ -194,32 +194,40 @@ def case(layer: Layer, isa: str, seed: int, result: type, extremes: bool = False
 
 HEADERS = ["depthwise_integer.h", "math.h"]
 RESULTS = [np.int32, np.uint8, np.float32, np.int8, np.int16]
+# Target avx512vnni has a shorter way to interleave rows where the processor permutes bytes (VBMI).
+VBMI = "avx512vnni vbmi"
 
 
-@pytest.mark.parametrize("isa", cpu_isas(INTEGER_ISA_FLAGS))
-def test_equals_the_sums_in_64_bits(isa: str, tmp_path: Path) -> None:
+def variants() -> list[str]:
+    """The targets that this CPU runs, and avx512vnni with VBMI if it has that."""
+    with_vbmi = " avx512vbmi " in Path("/proc/cpuinfo").read_text()
+    return [*cpu_isas(INTEGER_ISA_FLAGS), *([VBMI] if with_vbmi else [])]
+
+
+def check_variant(cases: list[Case], variant: str, folder: Path) -> None:
+    extra = ("-mavx512vbmi",) if variant == VBMI else ()
+    check(cases, HEADERS, variant.split()[0], folder, flags=("-O2", "-ffp-contract=off", *extra))
+
+
+@pytest.mark.parametrize("variant", variants())
+def test_equals_the_sums_in_64_bits(variant: str, tmp_path: Path) -> None:
     layers = [*LAYERS, *random_layers(24)]
+    isa = variant.split()[0]
     cases = [case(layer, isa, i, RESULTS[i % len(RESULTS)]) for i, layer in enumerate(layers)]
-    check(cases, HEADERS, isa, tmp_path)
+    check_variant(cases, variant, tmp_path)
 
 
-@pytest.mark.parametrize("isa", cpu_isas(INTEGER_ISA_FLAGS))
-def test_extreme_operands_do_not_saturate(isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", variants())
+def test_extreme_operands_do_not_saturate(variant: str, tmp_path: Path) -> None:
+    isa = variant.split()[0]
     chosen = [LAYERS[0], LAYERS[3], LAYERS[13], replace(LAYERS[0], zero=0), replace(LAYERS[1], multiplier=3)]
     cases = [case(layer, isa, i, np.int32, extremes=True) for i, layer in enumerate(chosen)]
-    check(cases, HEADERS, isa, tmp_path)
-
-
-@pytest.mark.parametrize("isa", cpu_isas(INTEGER_ISA_FLAGS))
-def test_largest_products_of_equal_sign(isa: str, tmp_path: Path) -> None:
-    """255 * -128 in every tap: 16-bit intermediate sums would saturate."""
+    # 255 * -128 in every tap: 16-bit intermediate sums would saturate.
     layer = Layer(np.uint8, (1, 8, 8, 48), (3, 3))
-    x = np.full(layer.image, 255, np.uint8)
-    w = np.full((48, 3, 3), -128, np.int8)
-    weights, offsets = packed(layer, w, None, isa)
-    want = np.full((36, 48), 9 * 255 * -128, np.int32)
-    check([Case(f"{layer.cpp()}::run(x0, x1, x2, y0, nullptr, part, {IDENTITY})", [x, weights, offsets], [want])],
-          HEADERS, isa, tmp_path)  # fmt: skip
+    weights, offsets = packed(layer, np.full((48, 3, 3), -128, np.int8), None, isa)
+    x, want = np.full(layer.image, 255, np.uint8), np.full((36, 48), 9 * 255 * -128, np.int32)
+    call = f"{layer.cpp()}::run(x0, x1, x2, y0, nullptr, part, {IDENTITY})"
+    check_variant([*cases, Case(call, [x, weights, offsets], [want])], variant, tmp_path)
 
 
 def test_packing_refuses_a_multiplier_that_does_not_divide() -> None:

@@ -285,31 +285,47 @@ struct IntegerWindow {
     }
   }
 
+  // The window moves to output column `ow`; its sums.
+  template <int N, int R, class Source>
+  static SKIVE_INLINE Sums<N, R> advance(Column (&window)[KW + kAhead], const Source& rows,
+                                         const int32_t* bias, const Taps<N, R>& taps, int ow) {
+#pragma GCC unroll 25
+    for (int k = 0; k < kKept + kAhead; ++k) window[k] = window[k + Strides::W];
+#pragma GCC unroll 25
+    for (int kw = kKept + kAhead; kw < KW + kAhead; ++kw)
+      window[kw] = column<N, R>(rows, ow * Strides::W - Padding::Left + kw, Indices<kGroups>{});
+    Sums<N, R> sums = start<N, R>(bias);
+#pragma GCC unroll 25
+    for (int kw = 0; kw < KW; ++kw)
+#pragma GCC unroll 25
+      for (int g = 0; g < kGroups; ++g)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors<N>; ++v)
+            sums.a[r][v] = Dot::dot(sums.a[r][v], window[kw].g[g].v[v], taps.at(v, kw, g, r));
+    return sums;
+  }
+
   template <int N, int R, class Source, class Y, class E>
   static SKIVE_INLINE void sliding(const Source& rows, const Job<Y>& job, const Taps<N, R>& taps,
                                    const E& epilogue) {
-    using Groups = Indices<kGroups>;
     Column window[KW + kAhead];
 #pragma GCC unroll 25
     for (int k = 0; k < kKept + kAhead; ++k)
-      window[k + Strides::W] = column<N, R>(rows, k - Padding::Left, Groups{});
-    for (int ow = 0; ow < OW; ++ow) {
-#pragma GCC unroll 25
-      for (int k = 0; k < kKept + kAhead; ++k) window[k] = window[k + Strides::W];
-#pragma GCC unroll 25
-      for (int kw = kKept + kAhead; kw < KW + kAhead; ++kw)
-        window[kw] = column<N, R>(rows, ow * Strides::W - Padding::Left + kw, Groups{});
-      Sums<N, R> sums = start<N, R>(job.bias);
-#pragma GCC unroll 25
-      for (int kw = 0; kw < KW; ++kw)
-#pragma GCC unroll 25
-        for (int g = 0; g < kGroups; ++g)
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors<N>; ++v)
-              sums.a[r][v] = Dot::dot(sums.a[r][v], window[kw].g[g].v[v], taps.at(v, kw, g, r));
-      finish(sums, job, ow, epilogue);
+      window[k + Strides::W] = column<N, R>(rows, k - Padding::Left, Indices<kGroups>{});
+    if constexpr (kAhead == 0) {
+      for (int ow = 0; ow < OW; ++ow)
+        finish(advance(window, rows, job.bias, taps, ow), job, ow, epilogue);
+    } else {
+      // One column is finished while the next one is summed: the epilogue's latency is as long.
+      Sums<N, R> sums = advance(window, rows, job.bias, taps, 0);
+      for (int ow = 1; ow < OW; ++ow) {
+        const Sums<N, R> next = advance(window, rows, job.bias, taps, ow);
+        finish(sums, job, ow - 1, epilogue);
+        sums = next;
+      }
+      finish(sums, job, OW - 1, epilogue);
     }
   }
 
