@@ -199,9 +199,10 @@ class Worker:
         self.job, self.process, self.version = job, process, ""
 
     @staticmethod
-    def start(job: Job) -> Worker:
+    def start(job: Job, command: Sequence[str] = ("-m", "skive.bench")) -> Worker:
+        """The worker of `job`; `command` are Python's arguments for a script that adds to ENGINES."""
         environment = {**os.environ, "OMP_NUM_THREADS": str(job.threads)}
-        process = subprocess.Popen([sys.executable, "-m", "skive.bench"], env=environment, text=True,
+        process = subprocess.Popen([sys.executable, *command], env=environment, text=True,
                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         started = Worker(job, process)
         try:
@@ -375,21 +376,47 @@ def _measure(subject: Subject, engines: Sequence[str], seconds: float, folder: P
         for e in ("skive", *engines):
             source = subject.artefact if e == "skive" else str(subject.model)
             workers.append(Worker.start(Job(e, source, str(data), str(folder / f"{e}.npz"), subject.threads)))
-        wanted = int(np.clip(seconds / _TURN_SECONDS, *_ROUNDS))
-        rounds: list[list[Turn]] = []
-        clean = 0
-        while clean < wanted and len(rounds) < _REPEATS * wanted:
-            turns: list[Turn | None] = [None] * len(workers)
-            for k in range(len(workers)):  # nobody is always the first
-                i = (k + len(rounds)) % len(workers)
-                turns[i] = workers[i].turn(seconds / wanted)
-            rounds.append([t for t in turns if t is not None])
-            clean += _is_clean(rounds[-1], subject.threads)
-            progress("measure", 0.5 + 0.5 * max(clean / wanted, len(rounds) / (_REPEATS * wanted)))
+        rounds = take_turns(workers, seconds, lambda done: progress("measure", 0.5 + 0.5 * done))
         return _results(subject, workers, rounds)
     finally:
         for w in workers:
             w.stop()
+
+
+def take_turns(workers: Sequence[Worker], seconds: float, progress: Callable[[float], None] = lambda done: None,
+               ) -> list[list[Turn]]:
+    """Rounds in which each of `workers` has a turn, about `seconds` for each in all; more where some were
+    disturbed."""
+    threads = workers[0].job.threads
+    wanted = int(np.clip(seconds / _TURN_SECONDS, *_ROUNDS))
+    rounds: list[list[Turn]] = []
+    clean = 0
+    while clean < wanted and len(rounds) < _REPEATS * wanted:
+        turns: list[Turn | None] = [None] * len(workers)
+        for k in range(len(workers)):  # nobody is always the first
+            i = (k + len(rounds)) % len(workers)
+            turns[i] = workers[i].turn(seconds / wanted)
+        rounds.append([t for t in turns if t is not None])
+        clean += _is_clean(rounds[-1], threads)
+        progress(max(clean / wanted, len(rounds) / (_REPEATS * wanted)))
+    return rounds
+
+
+def undisturbed(rounds: Sequence[Sequence[Turn]], threads: int) -> tuple[Sequence[Sequence[Turn]], bool]:
+    """(The rounds that count; True if too few were clean and the least disturbed ones stand for them)."""
+    kept = [r for r in rounds if _is_clean(r, threads)]
+    if len(kept) >= _ROUNDS[0]:
+        return kept, False
+    least = sorted(rounds, key=lambda r: -min(t.quiet for t in r))
+    return least[:max(_ROUNDS[0], len(rounds) // _REPEATS)], True
+
+
+def timing(turns: Sequence[Turn]) -> dict[str, Any]:
+    """What the turns of one worker say: median_ms (of their medians), min_ms, spread, runs."""
+    medians = sorted(t.median for t in turns)
+    return {"median_ms": float(np.median(medians)) * 1e3, "min_ms": min(t.min for t in turns) * 1e3,
+            "spread": medians[min(len(medians) - 1, int(0.9 * len(medians)))] / medians[0] - 1,
+            "runs": sum(t.calls for t in turns)}
 
 
 def _is_clean(turns: Sequence[Turn], threads: int) -> bool:
@@ -399,10 +426,7 @@ def _is_clean(turns: Sequence[Turn], threads: int) -> bool:
 def _results(subject: Subject, workers: Sequence[Worker], rounds: Sequence[Sequence[Turn]],
              ) -> tuple[list[dict[str, Any]], dict[str, float | None]]:
     """The rows and the ratios of one subject."""
-    kept = [r for r in rounds if _is_clean(r, subject.threads)]
-    disturbed = len(kept) < _ROUNDS[0]
-    if disturbed:  # the least disturbed ones, and the rows are marked
-        kept = sorted(rounds, key=lambda r: -min(t.quiet for t in r))[:max(_ROUNDS[0], len(rounds) // _REPEATS)]
+    kept, disturbed = undisturbed(rounds, subject.threads)
     reference = workers[1].outputs() if len(workers) > 1 else None
     errors = [None if reference is None else _difference(w.outputs(), reference) for w in workers]
     limit = _AGREEMENT
@@ -413,11 +437,8 @@ def _results(subject: Subject, workers: Sequence[Worker], rounds: Sequence[Seque
         limit = max(limit, 2 * check.allowed_difference(subject.graph(), subject.inputs))
     rows = []
     for w, error, turns in zip(workers, errors, zip(*kept, strict=True), strict=True):
-        medians = sorted(t.median for t in turns)
         rows.append({"model": subject.name, "engine": w.job.engine, "version": w.version, "threads": subject.threads,
-                     "median_ms": float(np.median(medians)) * 1e3, "min_ms": min(t.min for t in turns) * 1e3,
-                     "spread": medians[min(len(medians) - 1, int(0.9 * len(medians)))] / medians[0] - 1,
-                     "runs": sum(t.calls for t in turns), "disturbed": disturbed,
+                     **timing(turns), "disturbed": disturbed,
                      "agrees": None if error is None else error <= limit, "max_relative_error": error})
     ratio: dict[str, float | None] = {}
     for i, row in enumerate(rows[1:], 1):
