@@ -142,6 +142,62 @@ struct group_norm {
   }
 };
 
+// floor(sqrt(v)), one bit of the result at a time.
+SKIVE_INLINE uint32_t integer_sqrt(uint64_t v) {
+  uint64_t root = 0;
+  for (uint64_t bit = uint64_t{1} << 62; bit != 0; bit >>= 2) {
+    const bool fits = v >= root + bit;
+    if (fits) v -= root + bit;
+    root = (root >> 1) + (fits ? bit : 0);
+  }
+  return static_cast<uint32_t>(root);
+}
+
+// Layer normalisation of quantized values, 8 or 16 bits, without a float instruction. With s and q
+// the sums of x and of x^2 in a row:
+//   d = N x - s and v = N q - s^2 + eps        N (x - mean) and N^2 variance, exact in 64 bits
+//   root = floor(sqrt(v 4^t)), t the largest with v 4^t < 2^62; r = floor(2^61 / root)
+//   z = (d r + 2^(45 - t)) >> (46 - t)         (x - mean) / sqrt(variance) with 15 fraction bits
+//   y = saturate(((z scale + (bias << (shift - 15)) + 2^(shift - 1)) >> shift) + zero)
+// eps counts in units of N^2 times the square of x's scale and is at least 1; scale [N] is
+// 2^(shift - 15) gamma / scale of y, bias [N] is 2^15 beta / scale of y; 16 <= shift <= 46. The zero
+// point of x does not matter. N < 2^15, so that nothing overflows.
+template <class T, class Y, ptrdiff_t Rows, ptrdiff_t N>
+struct integer_layer_norm {
+  static_assert(N < (1 << 15), "sums of squares times N stay below 2^61");
+
+  static void run(const T* x, const int32_t* scale, const int32_t* bias, Y* y, Part part,
+                  int64_t eps, int shift, int32_t zero) {
+    if constexpr (N > 0) {
+      for (ptrdiff_t r = part_begin(Rows, part), end = part_end(Rows, part); r < end; ++r)
+        row(x + r * N, scale, bias, y + r * N, eps, shift, zero);
+    }
+  }
+
+ private:
+  static SKIVE_INLINE void row(const T* x, const int32_t* scale, const int32_t* bias, Y* y,
+                               int64_t eps, int shift, int32_t zero) {
+    int64_t sum = 0, squares = 0;
+    for (ptrdiff_t i = 0; i < N; ++i) {
+      const int64_t v = x[i];
+      sum += v;
+      squares += v * v;
+    }
+    uint64_t variance = static_cast<uint64_t>(N * squares - sum * sum + eps);
+    int t = 0;
+    for (; variance < uint64_t{1} << 60; variance <<= 2) ++t;
+    const int64_t inverse = (int64_t{1} << 61) / integer_sqrt(variance);
+    const int64_t half = int64_t{1} << (45 - t);
+    for (ptrdiff_t i = 0; i < N; ++i) {
+      const int64_t z = ((N * x[i] - sum) * inverse + half) >> (46 - t);
+      const int64_t wide = z * scale[i] + bias[i] * (int64_t{1} << (shift - 15));
+      const int64_t v = ((wide + (int64_t{1} << (shift - 1))) >> shift) + zero;
+      constexpr int32_t low = limits<Y>::lowest, high = limits<Y>::highest;
+      y[i] = static_cast<Y>(v < low ? low : v > high ? high : v);
+    }
+  }
+};
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 

@@ -83,6 +83,52 @@ struct softmax {
 template <ptrdiff_t Outer, ptrdiff_t N, ptrdiff_t Inner>
 using log_softmax = softmax<Outer, N, Inner, true>;
 
+// Softmax of quantized values without a float instruction.
+//   e_n = exponentials[min(max x - x_n, Entries - 1)], the caller's table of round(2^F exp(-k scale))
+//   r = floor(levels 2^32 / sum of e), y_n = saturate(((e_n r + 2^31) >> 32) + zero)
+// levels is 1 / scale of y. Rounding r down costs e_n / 2^32 of a step at most. Entries: 256 serves
+// any 8-bit x; for 16 bits as many as are not zero, and one.
+template <class T, class Y, ptrdiff_t Outer, ptrdiff_t N, ptrdiff_t Inner, ptrdiff_t Entries = 256>
+struct integer_softmax {
+  static void run(const T* x, const uint32_t* exponentials, Y* y, Part part, uint32_t levels,
+                  int32_t zero) {
+    if constexpr (Outer * N * Inner > 0) {
+      for (ptrdiff_t r = part_begin(Outer * Inner, part), end = part_end(Outer * Inner, part);
+           r < end; ++r) {
+        const ptrdiff_t at = r / Inner * N * Inner + r % Inner;
+        row(x + at, exponentials, y + at, levels, zero);
+      }
+    }
+  }
+
+ private:
+  static SKIVE_INLINE ptrdiff_t entry(T top, T x) {
+    const ptrdiff_t k = ptrdiff_t{top} - ptrdiff_t{x};
+    return k < Entries ? k : Entries - 1;
+  }
+  static SKIVE_INLINE Y level(uint32_t e, uint64_t r, int32_t zero) {
+    const int64_t v = static_cast<int64_t>((e * r + (uint64_t{1} << 31)) >> 32) + zero;
+    constexpr int32_t low = limits<Y>::lowest, high = limits<Y>::highest;
+    return static_cast<Y>(v < low ? low : v > high ? high : v);
+  }
+  static SKIVE_INLINE void row(const T* x, const uint32_t* exponentials, Y* y, uint32_t levels,
+                               int32_t zero) {
+    T top = x[0];
+    for (ptrdiff_t i = 1; i < N; ++i) top = x[i * Inner] > top ? x[i * Inner] : top;
+    uint64_t sum = 0;
+    for (ptrdiff_t i = 0; i < N; ++i) sum += exponentials[entry(top, x[i * Inner])];
+    const uint64_t r = (static_cast<uint64_t>(levels) << 32) / sum;
+    if constexpr (Entries <= 256 && N >= 4 * Entries) {  // a long row: each result once
+      Y results[Entries];
+      for (ptrdiff_t k = 0; k < Entries; ++k) results[k] = level(exponentials[k], r, zero);
+      for (ptrdiff_t i = 0; i < N; ++i) y[i * Inner] = results[entry(top, x[i * Inner])];
+    } else {
+      for (ptrdiff_t i = 0; i < N; ++i)
+        y[i * Inner] = level(exponentials[entry(top, x[i * Inner])], r, zero);
+    }
+  }
+};
+
 }  // namespace SKIVE_ISA
 }  // namespace skive
 
