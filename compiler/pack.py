@@ -71,16 +71,21 @@ def pack_depthwise(weights: Floats, bias: Floats | None, multiplier: int = 1) ->
     return np.ascontiguousarray(blocks), full_bias
 
 
-def conv2d_block(out_channels: int, isa: str, pixels: int | None = None) -> int:
+def conv2d_block(
+    out_channels: int, isa: str, pixels: int | None = None, *, element_size: int = 4, depth: int | None = None
+) -> int:
     """Output channels per packed block (NB of `conv2d`): a multiple of 4 that suits the registers.
 
     Two registers of channels make the squarest tile that fits the register file; three where that
     leaves no narrow block over. With one or two output `pixels` only more channels can keep the
-    multiply-adds busy.
+    multiply-adds busy. Results of 8 bits are stored best from one, two or four full registers;
+    with few multiply-adds per output (`depth`) that counts more than the tile.
     """
     lanes = _BLOCK_VECTORS[isa]
     if pixels is not None and pixels <= 2:
         return min(_round_up(out_channels, _CHANNEL_QUANTUM), _FEW_PIXELS_BLOCK[isa])
+    if element_size == 1 and isa == "avx512vnni" and depth is not None and depth <= 256 and out_channels >= 4 * lanes:
+        return 4 * lanes
     for vectors in (2, 3):
         if out_channels <= vectors * lanes:
             return _round_up(out_channels, _CHANNEL_QUANTUM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,24 @@ from test_conv import CASES, Case, Transposed, reference
 
 from skive import pack
 
+# What the epilogue returns. `offset` and `factor` are per channel, `shift` per pixel: it sees both
+# coordinates.
+_PLAIN = "acc + load<L>(offset + channel) + splat<L>(shift[pixel])"
+_CLIPPED = "vmax(splat<L>({low}), vmin(splat<L>({high}), {plain}))"
+_ROUNDED = "rounded<{out}, {bounded}>(to_float({plain}) * load<L>(factor + channel), {out_zero})"
+
 
 @dataclass(frozen=True)
 class Kind:
-    """Element types of an integer convolution."""
+    """Element types of an integer convolution, and its epilogue."""
 
     element: type
     weight: type
-    out: type  # of y; the epilogue keeps the low bits
+    out: type  # of y
     zero: int
+    epilogue: str = _PLAIN
+    bounded: bool = False
+    out_zero: int = 0
 
     @property
     def size(self) -> int:
@@ -30,9 +40,16 @@ class Kind:
 
 
 U8 = Kind(np.uint8, np.int8, np.int32, 131)
-U8_TO_U8 = Kind(np.uint8, np.int8, np.uint8, 0)
-I16 = Kind(np.int16, np.int16, np.int32, 0)
-I16_TO_I16 = Kind(np.int16, np.int16, np.int16, -3)
+I16 = Kind(np.int16, np.int16, np.int32, -3)
+NARROW = [
+    Kind(np.uint8, np.int8, np.uint8, 3, _CLIPPED),
+    Kind(np.uint8, np.int8, np.uint8, 0, _ROUNDED, bounded=True, out_zero=7),
+    Kind(np.uint8, np.int8, np.int8, 255, _ROUNDED, out_zero=-128),
+    Kind(np.uint8, np.int8, np.uint8, 128, _ROUNDED),
+    Kind(np.int16, np.int16, np.int16, 0, _ROUNDED, bounded=True),
+    Kind(np.int16, np.int16, np.int16, 0, _ROUNDED, out_zero=5),
+    Kind(np.int16, np.int16, np.uint8, 0, _ROUNDED, out_zero=255),
+]
 CTYPE = {np.uint8: "uint8_t", np.int16: "int16_t", np.int32: "int32_t", np.int8: "int8_t"}
 
 # Runs shorter than four bytes and runs that end within them; joined taps of a wider pixel; blocks
@@ -59,8 +76,12 @@ _SMALL = [
     Transposed((1, 4, 5, 3), (5, 3, 3), stride=(2, 2), pad=(1, 1, 1, 1), extra=(1, 1)),
     Transposed((1, 1, 9, 1), (10, 1, 4), stride=(1, 2), pad=(0, 1, 0, 1)),
 ]
-JOBS = [(case, kind) for case in CASES + _SMALL for kind in (U8, I16)]
-JOBS += [(case, kind) for case in (CASES + _SMALL)[::2] for kind in (U8_TO_U8, I16_TO_I16)]
+ALL = CASES + _SMALL
+JOBS = [(case, U8) for case in ALL] + [(case, I16) for case in ALL[::2]]
+JOBS += [(case, NARROW[i % len(NARROW)]) for i, case in enumerate(ALL[1::2] + _SMALL)]
+# Every way to store full registers side by side, with pixels left over.
+_FULL = [Case((1, 3, 13, 9), (lanes * n, 1, 1), block=lanes * n) for lanes in (4, 8, 16) for n in (1, 2, 4)]
+JOBS += [(case, kind) for i, case in enumerate(_FULL) for kind in NARROW[i % 2 : 4 : 2]]
 
 _SOURCE = """
 #include "skive/conv.h"
@@ -69,19 +90,44 @@ namespace skive { inline namespace SKIVE_ISA {
 } }
 """
 
-# The epilogue adds a value per channel and one per pixel: it sees both coordinates.
 _CASE = """
 using Case%(i)d = %(type)s;
 extern "C" long scratch_%(i)d(int parts) { return static_cast<long>(Case%(i)d::scratch_bytes(parts)); }
 extern "C" void run_%(i)d(const %(element)s* x, const %(weight)s* w, const int32_t* bias, %(out)s* y,
-                          void* scratch, int part, int parts, const int32_t* offset, const int32_t* shift) {
+                          void* scratch, int part, int parts, const int32_t* offset,
+                          const int32_t* shift, [[maybe_unused]] const float* factor) {
   Case%(i)d::run(x, w, bias, y, scratch, Part{part, parts},
                  [=](auto acc, ptrdiff_t pixel, int channel) {
-                   return acc + load<decltype(acc)::lanes>(offset + channel) +
-                          splat<decltype(acc)::lanes>(shift[pixel]);
+                   constexpr int L = decltype(acc)::lanes;
+                   return %(epilogue)s;
                  });
 }
 """
+
+
+def source(i: int, case: Case, kind: Kind, isa: str) -> str:
+    """The C++ text of job `i`."""
+    limits = np.iinfo(kind.out)
+    epilogue = kind.epilogue.format(
+        plain=_PLAIN, low=limits.min, high=limits.max, out=CTYPE[kind.out], out_zero=kind.out_zero,
+        bounded=str(kind.bounded).lower(),
+    )  # fmt: skip
+    types = {name: CTYPE[getattr(kind, name)] for name in ("element", "weight", "out")}
+    return _CASE % {"i": i, "type": text(case, kind, isa), "epilogue": epilogue, **types}
+
+
+def epilogue_result(
+    kind: Kind, sums: NDArray[np.int64], offset: NDArray, shift: NDArray, factor: NDArray
+) -> NDArray[np.generic]:
+    """What is stored for exact `sums` [pixels, channels]; int32 arithmetic wraps."""
+    plain = wrapped(sums + offset + shift[:, None], np.int32)
+    if kind.epilogue == _PLAIN:
+        return plain
+    limits = np.iinfo(kind.out)
+    if kind.epilogue == _ROUNDED:
+        scaled = np.clip(plain.astype(np.float32) * factor, -1e9, 1e9)
+        plain = np.rint(scaled).astype(np.int64) + kind.out_zero
+    return np.clip(plain, limits.min, limits.max).astype(kind.out)
 
 
 def text(case: Case, kind: Kind, isa: str) -> str:
@@ -156,8 +202,15 @@ def check_case(lib: ctypes.CDLL, index: int, case: Case, kind: Kind, isa: str, w
     # float64 holds these sums exactly: their magnitude is below 2^53.
     centred = x.astype(np.float64) - kind.zero
     sums = reference(case, centred, w.astype(np.float64), bias.astype(np.float64))
-    expected = sums.astype(np.int64) + offset + shift.reshape(n, oh, ow, 1)
-    expected = wrapped(expected, kind.out).reshape(-1, oc)
+    sums = sums.astype(np.int64).reshape(-1, oc)
+    # Most results inside the range, some at ties, some far outside unless Bounded forbids it.
+    limits = np.iinfo(kind.out)
+    spread = (limits.max - limits.min) / max(1.0, 2 * float(np.abs(sums).max()))
+    factor = placed(np.exp2(np.round(np.log2(spread) + rng.uniform(-3, 3, oc))).astype(np.float32), 0)
+    factor[::3] *= np.float32(1.1)
+    if not kind.bounded:
+        factor[-1] = 1e25
+    expected = epilogue_result(kind, sums, offset, shift, factor)
 
     for parts in (1, 3):
         window = case.kernel[1:]
@@ -175,25 +228,26 @@ def check_case(lib: ctypes.CDLL, index: int, case: Case, kind: Kind, isa: str, w
         for part in range(parts):
             getattr(lib, f"run_{index}")(
                 pointer(source), pointer(weights), pointer(biases), pointer(y), pointer(scratch),
-                part, parts, pointer(offset), pointer(shift),
+                part, parts, pointer(offset), pointer(shift), pointer(factor),
             )  # fmt: skip
         assert (y[:, oc:] == 77).all(), "wrote between the pixels"
         np.testing.assert_array_equal(y[:, :oc], expected)
 
 
+def build(
+    jobs: list[tuple[Case, Kind]], isa: str, folder: Path, flags: tuple[str, ...]
+) -> ctypes.CDLL:
+    """A library that runs each of `jobs`; skips where the CPU lacks `isa`."""
+    if isa not in cpu_isas(INTEGER_ISA_FLAGS):
+        pytest.skip(f"this CPU has no {isa}")
+    body = "".join(source(i, case, kind, isa) for i, (case, kind) in enumerate(jobs))
+    return compile_library(_SOURCE % body, isa, folder, flags=(*flags, "-ffp-contract=off"))
+
+
 @pytest.fixture(scope="module", params=list(INTEGER_ISA_FLAGS))
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
     isa = request.param
-    if isa not in cpu_isas(INTEGER_ISA_FLAGS):
-        pytest.skip(f"this CPU has no {isa}")
-    body = "".join(
-        _CASE
-        % {"i": i, "type": text(case, kind, isa), "element": CTYPE[kind.element],
-           "weight": CTYPE[kind.weight], "out": CTYPE[kind.out]}  # fmt: skip
-        for i, (case, kind) in enumerate(JOBS)
-    )
-    folder: Path = tmp_path_factory.mktemp(isa)
-    return isa, compile_library(_SOURCE % body, isa, folder, flags=("-O1",))
+    return isa, build(JOBS, isa, tmp_path_factory.mktemp(isa), ("-O1",))
 
 
 @pytest.mark.parametrize("index", range(len(JOBS)))
@@ -202,3 +256,39 @@ def test_equals_exact_sums(library: tuple[str, ctypes.CDLL], index: int) -> None
     case, kind = JOBS[index]
     for worst in (False, True):
         check_case(lib, index, case, kind, isa, worst)
+
+
+def random_job(rng: np.random.Generator) -> tuple[Case, Kind]:
+    """Any convolution, grouped or transposed ones among them, of at most 3 million multiply-adds."""
+    kinds = [U8, U8, I16, *NARROW]
+    while True:
+        groups = int(rng.choice([1, 1, 1, 2, 3, 5]))
+        channels = groups * int(rng.choice([1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 130]))
+        outputs = groups * int(rng.choice([1, 2, 4, 7, 8, 15, 16, 17, 32, 33, 48, 64, 70, 130]))
+        two = {
+            name: tuple(int(v) for v in rng.choice(values, 2))
+            for name, values in (("size", range(1, 24)), ("window", [1, 1, 2, 3, 3, 5]),
+                                 ("stride", [1, 1, 1, 2, 3]), ("dilation", [1, 1, 1, 2, 3]))
+        }  # fmt: skip
+        pad = tuple(int(v) for v in rng.choice([0, 0, 1, 2, 3], 4)) if rng.random() < 0.6 else (0, 0, 0, 0)
+        block = int(rng.choice([4, 8, 12, 16, 24, 32, 36, 48, 64])) if rng.random() < 0.5 else None
+        kind = Transposed if rng.random() < 0.2 else Case
+        case = kind(
+            (int(rng.integers(1, 3)), *two["size"], channels), (outputs, *two["window"]), two["stride"],
+            pad, two["dilation"], groups, int(rng.choice([0, 0, 1, 5])), int(rng.choice([0, 0, 1, 9])), block,
+        )  # fmt: skip
+        work = math.prod(case.image) * outputs // groups * math.prod(two["window"])
+        if min(case.output) > 0 and 0 < work < 3_000_000:
+            return case, kinds[rng.integers(len(kinds))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(10))
+@pytest.mark.parametrize("isa", INTEGER_ISA_FLAGS)
+def test_random_shapes(isa: str, chunk: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(chunk)
+    jobs = [random_job(rng) for _ in range(52)]
+    lib = build(jobs, isa, tmp_path, (f"-O{chunk % 4}",))
+    for index, (case, kind) in enumerate(jobs):
+        for worst in (False, True):
+            check_case(lib, index, case, kind, isa, worst)

@@ -251,10 +251,15 @@ struct DenseConv {
         w += div_up(kRun, kStep) * T::kRow;
       }
     }
-    T::finish(acc, [&](int p, int c, auto value) __attribute__((always_inline)) {
-      const ptrdiff_t at = pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
-      store(y + at * YS + channel + c, epilogue(value, at, channel + c));
-    }, typename T::EachRegister{});
+    const auto at = [=](int p) __attribute__((always_inline)) {
+      return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
+    };
+    T::finish(
+        acc,
+        [&](int p, int c, auto value) __attribute__((always_inline)) {
+          return epilogue(value, at(p), channel + c);
+        },
+        [&](int p) __attribute__((always_inline)) { return y + at(p) * YS + channel; });
   }
 
   // One strip: Rows output rows from `pixel`, one block of channels.

@@ -42,6 +42,29 @@ struct Slot {
 template <int I, class T>
 SKIVE_INLINE T& slot(Slot<I, T>& s) { return s.value; }
 
+// `Rounded<T, N>`: N values saturate(round_even(v) + zero) of the 8- or 16-bit type T that are about to be
+// stored; what their stores do anyway, such as saturating, is left to these. The cheapest last
+// step of an epilogue: rounded<T>(to_float(sum) * factor, zero) is requantize, rounded<T>(x / scale, zero)
+// quantize. With Bounded the caller vouches for |v| < 2^30 (or NaN, which gives the lowest value).
+//   rounded<T, Bounded = false>(Vec<N> v, int32_t zero) -> Rounded<T, N>
+//   store(T*, Rounded<T, N>)
+
+// Four full registers of results may make one store (kJoins<T>):
+//   store_joined(T* p [, T* q [, T* r, T* s]], a, b, c, d)   as one pixel, as two or as four
+
+// Stores neighbouring vectors of one pixel.
+template <class Y, class R, class... Rest>
+SKIVE_INLINE void store_row(Y* to, R first, Rest... rest) {
+  store(to, first);
+  if constexpr (sizeof...(Rest) > 0) store_row(to + kLanes, rest...);
+}
+template <class P>
+struct pointed;
+template <class T>
+struct pointed<T*> {
+  using type = T;
+};
+
 // The policy of an input element type.
 template <class Element>
 struct tile_policy;
@@ -103,7 +126,7 @@ struct Tile {
                                       Index<V...>) {
     const Element* const p = x + Offsets::template at<P>();
     // A broadcast of its own pays from two full registers of channels on.
-    if constexpr (kChannels <= kLanes * 3 / 2) {
+    if constexpr (Policy::kEmbeds && kChannels <= kLanes * 3 / 2) {
       ((slot<P * kVectors + V>(acc) =
             Policy::multiply_add_broadcast(slot<P * kVectors + V>(acc), p, slot<V>(w))),
        ...);
@@ -154,15 +177,39 @@ struct Tile {
     }
   }
 
-  template <int I, class Emit>
-  static SKIVE_INLINE void emit_one(Accumulators& acc, const Emit& emit) {
-    constexpr int v = I % kVectors;
-    emit(I / kVectors, v * kLanes, Policy::template finish<channels(v)>(slot<I>(acc)));
+  template <int P, int V, class Apply>
+  static SKIVE_INLINE auto result(Accumulators& acc, const Apply& apply) {
+    return apply(P, V * kLanes,
+                 Policy::template finish<channels(V)>(slot<P * kVectors + V>(acc)));
   }
-  // Calls emit(pixel, first channel, Vec or IVec) for every finished vector.
-  template <class Emit, int... I>
-  static SKIVE_INLINE void finish(Accumulators& acc, const Emit& emit, Index<I...>) {
-    (emit_one<I>(acc, emit), ...);
+  // The pixels from P.
+  template <int P, class Apply, class At, int... V>
+  static SKIVE_INLINE void finish_from(Accumulators& acc, const Apply& apply, const At& at,
+                                       Index<V...> each) {
+    constexpr bool kFull = Channels == kLanes || Channels == 2 * kLanes || Channels == 4 * kLanes;
+    constexpr int kTogether = kFull && kJoins<typename pointed<decltype(at(0))>::type> ? 4 / kVectors : 0;
+    if constexpr (P >= Pixels) {
+      return;
+    } else if constexpr (kTogether == 0 || P + kTogether > Pixels) {
+      store_row(at(P), result<P, V>(acc, apply)...);
+      finish_from<P + 1>(acc, apply, at, each);
+    } else {
+      if constexpr (kTogether == 1) {
+        store_joined(at(P), result<P, V>(acc, apply)...);
+      } else if constexpr (kTogether == 2) {
+        store_joined(at(P), at(P + 1), result<P, V>(acc, apply)..., result<P + 1, V>(acc, apply)...);
+      } else {
+        store_joined(at(P), at(P + 1), at(P + 2), at(P + 3), result<P, V>(acc, apply)...,
+                     result<P + 1, V>(acc, apply)..., result<P + 2, V>(acc, apply)...,
+                     result<P + 3, V>(acc, apply)...);
+      }
+      finish_from<P + kTogether>(acc, apply, at, each);
+    }
+  }
+  // Stores apply(pixel, first channel, Vec or IVec) of every finished vector; a pixel's at at(pixel).
+  template <class Apply, class At>
+  static SKIVE_INLINE void finish(Accumulators& acc, const Apply& apply, const At& at) {
+    finish_from<0>(acc, apply, at, EachVector{});
   }
 };
 

@@ -238,9 +238,9 @@ struct winograd2d {
     typename T::Accumulators acc;
     T::start(acc, kZeros, typename T::EachRegister{});
     T::template run<IC>(acc, in, w);
-    T::finish(acc, [&](int p, int c, auto value) __attribute__((always_inline)) {
-      store(out + p * kOutRow + c, value);
-    }, typename T::EachRegister{});
+    T::finish(
+        acc, [](int, int, auto value) __attribute__((always_inline)) { return value; },
+        [=](int p) __attribute__((always_inline)) { return out + p * kOutRow; });
   }
 
   template <int Channels, class E>

@@ -18,6 +18,7 @@ struct F32Tile {
   using Weight = float;
   using Sum = float;
   static constexpr int kStep = 1;
+  static constexpr bool kEmbeds = true;  // multiply_add_broadcast saves a load
   static constexpr int kRegisters = 16;
   static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
   // Independent multiply-adds that hide the latency of one (4 cycles, 2 per cycle).
@@ -94,6 +95,7 @@ struct IntegerTile {
   using Weight = W;
   using Sum = int32_t;
   static constexpr int kStep = 4 / sizeof(E);
+  static constexpr bool kEmbeds = false;
   static constexpr int kRegisters = 16;
   static constexpr int kInFlight = 4;  // an addition of one cycle ends each step
 
@@ -126,11 +128,20 @@ struct IntegerTile {
     if constexpr (L == From) return a;
     else return {_mm256_castsi256_si128(a.v)};
   }
-  // acc + the sum of the two products of 16-bit pairs, which wraps.
+  // acc + the sum of the two products of 16-bit pairs, which wraps. g++ gets the addition as an
+  // instruction: it would otherwise add the products of several steps first, all of which it then holds.
   template <int L>
   static SKIVE_INLINE Lanes<L> add_pairs(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
-    if constexpr (L == 8) return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(x.v, w.v))};
-    else return {_mm_add_epi32(acc.v, _mm_madd_epi16(x.v, w.v))};
+    Lanes<L> p;
+    if constexpr (L == 8) p.v = _mm256_madd_epi16(x.v, w.v);
+    else p.v = _mm_madd_epi16(x.v, w.v);
+#if defined(SKIVE_FMA_ASSEMBLY)
+    __asm__("vpaddd %1, %0, %0" : "+x"(acc.v) : "x"(p.v));
+    return acc;
+#else
+    if constexpr (L == 8) return {_mm256_add_epi32(acc.v, p.v)};
+    else return {_mm_add_epi32(acc.v, p.v)};
+#endif
   }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
@@ -170,10 +181,6 @@ struct U8Tile : IntegerTile<uint8_t, int8_t> {
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Pairs<L> x, Weights<L> w) {
     return add_pairs<L>(add_pairs<L>(acc, x.even, w.even), x.odd, w.odd);
   }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const uint8_t* x, Weights<L> w) {
-    return multiply_add(acc, broadcast<L>(x), w);
-  }
 };
 
 struct I16Tile : IntegerTile<int16_t, int16_t> {
@@ -188,11 +195,80 @@ struct I16Tile : IntegerTile<int16_t, int16_t> {
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
     return add_pairs<L>(acc, x, w);
   }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const int16_t* x, Weights<L> w) {
-    return multiply_add(acc, broadcast<L>(x), w);
-  }
 };
+
+template <class T> constexpr bool kSigned = T(-1) < T(0);
+
+// See tile.h. `v` is rounded; of 8 bits without the zero point, which 16-bit lanes add with saturation.
+template <class T, int N>
+struct Rounded {
+  static constexpr int lanes = N;
+  __m256i v;
+  int32_t zero;
+};
+// NaN and what lies below the range of int32 converts to its lowest value, but so does what lies above.
+template <class T, bool Bounded = false, int N>
+SKIVE_INLINE Rounded<T, N> rounded(Vec<N> v, int32_t zero) {
+  __m256 x = v.v;
+  if constexpr (!Bounded) x = _mm256_min_ps(_mm256_set1_ps(0x1p30f), x);
+  if constexpr (sizeof(T) == 1) return {_mm256_cvtps_epi32(x), zero};
+  x = _mm256_max_ps(x, _mm256_set1_ps(-0x1p30f));
+  return {_mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_set1_epi32(zero)), 0};
+}
+template <class T>
+SKIVE_INLINE __m256i narrow_two(Rounded<T, 8> a, Rounded<T, 8> b) {
+  const __m256i words = _mm256_packs_epi32(a.v, b.v);
+  if (a.zero == 0) return words;
+  return _mm256_adds_epi16(words, _mm256_set1_epi16(static_cast<short>(a.zero)));
+}
+template <class T, int N>
+SKIVE_INLINE void store(T* p, Rounded<T, N> a) {
+  const Rounded<T, 8> full{a.v, a.zero};
+  __m256i v = narrow_two(full, full);
+  if constexpr (sizeof(T) == 1) v = kSigned<T> ? _mm256_packs_epi16(v, v) : _mm256_packus_epi16(v, v);
+  // The low half of each half of the register.
+  T out[8];
+  if constexpr (sizeof(T) == 1) {
+    const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(N == 8 ? p : out), bytes);
+  } else {
+    const __m128i words = _mm_unpacklo_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(N == 8 ? p : out), words);
+  }
+  if constexpr (N < 8) __builtin_memcpy(p, out, N * sizeof(T));
+}
+
+// Four full registers of results of 8 bits make one of bytes, stored as one, two or four pixels. The
+// packing instructions saturate, and work within halves of a register: a last step puts these
+// together.
+template <class T> constexpr bool kJoins = sizeof(T) == 1;
+SKIVE_INLINE __m256i narrow_two(IVec<8> a, IVec<8> b) { return _mm256_packs_epi32(a.v, b.v); }
+template <class T, class R>
+SKIVE_INLINE __m256i narrow_four(R a, R b, R c, R d) {
+  const __m256i ab = narrow_two(a, b), cd = narrow_two(c, d);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm256_permutevar8x32_epi32(kSigned<T> ? _mm256_packs_epi16(ab, cd) : _mm256_packus_epi16(ab, cd),
+                                     order);
+}
+template <class T, class R>
+SKIVE_INLINE void store_joined(T* p, R a, R b, R c, R d) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_four<T>(a, b, c, d));
+}
+template <class T, class R>
+SKIVE_INLINE void store_joined(T* p, T* q, R a, R b, R c, R d) {
+  const __m256i v = narrow_four<T>(a, b, c, d);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm256_extracti128_si256(v, 1));
+}
+template <class T, class R>
+SKIVE_INLINE void store_joined(T* p, T* q, T* r, T* s, R a, R b, R c, R d) {
+  const __m256i v = narrow_four<T>(a, b, c, d);
+  const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(q), _mm_unpackhi_epi64(low, low));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(r), high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(s), _mm_unpackhi_epi64(high, high));
+}
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

@@ -18,6 +18,7 @@ struct F32Tile {
   using Weight = float;
   using Sum = float;
   static constexpr int kStep = 1;
+  static constexpr bool kEmbeds = true;  // multiply_add_broadcast saves a load
   static constexpr int kRegisters = 32;
   static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
   // Independent multiply-adds that must be in flight to hide the latency of one (4 cycles, 1 per
@@ -112,6 +113,7 @@ struct IntegerTile {
   using Weight = W;
   using Sum = int32_t;
   static constexpr int kStep = 4 / sizeof(E);
+  static constexpr bool kEmbeds = false;
   static constexpr int kRegisters = 32;
   static constexpr int kInFlight = 5;
 
@@ -151,12 +153,22 @@ struct IntegerTile {
     else if constexpr (L == 8) return {_mm512_castsi512_si256(a.v)};
     else return {_mm512_castsi512_si128(a.v)};
   }
-  // acc + the sum of the two products of 16-bit pairs, which wraps.
+  // acc + the sum of the two products of 16-bit pairs, which wraps. g++ gets the addition as an
+  // instruction: it would otherwise add the products of several steps first, all of which it then holds.
   template <int L>
   static SKIVE_INLINE Lanes<L> add_pairs(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
-    if constexpr (L > 8) return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(x.v, w.v))};
-    else if constexpr (L == 8) return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(x.v, w.v))};
-    else return {_mm_add_epi32(acc.v, _mm_madd_epi16(x.v, w.v))};
+    Lanes<L> p;
+    if constexpr (L > 8) p.v = _mm512_madd_epi16(x.v, w.v);
+    else if constexpr (L == 8) p.v = _mm256_madd_epi16(x.v, w.v);
+    else p.v = _mm_madd_epi16(x.v, w.v);
+#if defined(SKIVE_FMA_ASSEMBLY)
+    __asm__("vpaddd %1, %0, %0" : "+v"(acc.v) : "v"(p.v));
+    return acc;
+#else
+    if constexpr (L > 8) return {_mm512_add_epi32(acc.v, p.v)};
+    else if constexpr (L == 8) return {_mm256_add_epi32(acc.v, p.v)};
+    else return {_mm_add_epi32(acc.v, p.v)};
+#endif
   }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
@@ -189,10 +201,6 @@ struct U8Tile : IntegerTile<uint8_t, int8_t> {
     else return {_mm_dpbusd_epi32(acc.v, x.v, w.v)};
 #endif
   }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const uint8_t* x, Weights<L> w) {
-    return multiply_add(acc, broadcast<L>(x), w);
-  }
 };
 
 struct I16Tile : IntegerTile<int16_t, int16_t> {
@@ -213,10 +221,6 @@ struct I16Tile : IntegerTile<int16_t, int16_t> {
     else if constexpr (L == 8) return {_mm256_dpwssd_epi32(acc.v, x.v, w.v)};
     else return {_mm_dpwssd_epi32(acc.v, x.v, w.v)};
 #endif
-  }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const int16_t* x, Weights<L> w) {
-    return multiply_add(acc, broadcast<L>(x), w);
   }
 };
 
@@ -254,10 +258,6 @@ struct U8Tile : IntegerTile<uint8_t, int8_t> {
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Pairs<L> x, Weights<L> w) {
     return add_pairs<L>(add_pairs<L>(acc, x.even, w.even), x.odd, w.odd);
   }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const uint8_t* x, Weights<L> w) {
-    return multiply_add(acc, broadcast<L>(x), w);
-  }
 };
 
 struct I16Tile : IntegerTile<int16_t, int16_t> {
@@ -271,13 +271,80 @@ struct I16Tile : IntegerTile<int16_t, int16_t> {
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
     return add_pairs<L>(acc, x, w);
   }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const int16_t* x, Weights<L> w) {
-    return multiply_add(acc, broadcast<L>(x), w);
-  }
 };
 
 #endif
+
+template <class T> constexpr bool kSigned = T(-1) < T(0);
+
+// See tile.h. `v` is rounded; of 8 bits without the zero point, which 16-bit lanes add with saturation.
+template <class T, int N>
+struct Rounded {
+  static constexpr int lanes = N;
+  __m512i v;
+  int32_t zero;
+};
+// NaN and what lies below the range of int32 converts to its lowest value, but so does what lies above.
+template <class T, bool Bounded = false, int N>
+SKIVE_INLINE Rounded<T, N> rounded(Vec<N> v, int32_t zero) {
+  __m512 x = v.v;
+  if constexpr (!Bounded) x = _mm512_min_ps(_mm512_set1_ps(0x1p30f), x);
+  if constexpr (sizeof(T) == 1) return {_mm512_cvtps_epi32(x), zero};
+  x = _mm512_max_ps(x, _mm512_set1_ps(-0x1p30f));
+  return {_mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(zero)), 0};
+}
+template <int N>
+SKIVE_INLINE void store(int16_t* p, Rounded<int16_t, N> a) {
+  const __m256i words = _mm512_cvtsepi32_epi16(a.v);
+  if constexpr (N == kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words);
+  else _mm256_mask_storeu_epi16(p, active<N>(), words);
+}
+template <class T, int N>
+SKIVE_INLINE void store(T* p, Rounded<T, N> a) {
+  __m256i words = _mm512_cvtsepi32_epi16(a.v);
+  if (a.zero != 0) words = _mm256_adds_epi16(words, _mm256_set1_epi16(static_cast<short>(a.zero)));
+  const __m128i bytes = kSigned<T> ? _mm256_cvtsepi16_epi8(words)
+                                   : _mm256_cvtusepi16_epi8(_mm256_max_epi16(words, _mm256_setzero_si256()));
+  if constexpr (N == kLanes) _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  else _mm_mask_storeu_epi8(p, active<N>(), bytes);
+}
+
+// Four full registers of results of 8 bits make one of bytes, stored as one, two or four pixels. The
+// packing instructions saturate, and work within quarters of a register: a last step puts these
+// together.
+template <class T> constexpr bool kJoins = sizeof(T) == 1;
+SKIVE_INLINE __m512i narrow_two(IVec<16> a, IVec<16> b) { return _mm512_packs_epi32(a.v, b.v); }
+template <class T>
+SKIVE_INLINE __m512i narrow_two(Rounded<T, 16> a, Rounded<T, 16> b) {
+  const __m512i words = _mm512_packs_epi32(a.v, b.v);
+  if (a.zero == 0) return words;
+  return _mm512_adds_epi16(words, _mm512_set1_epi16(static_cast<short>(a.zero)));
+}
+template <class T, class R>
+SKIVE_INLINE __m512i narrow_four(R a, R b, R c, R d) {
+  const __m512i ab = narrow_two(a, b), cd = narrow_two(c, d);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order,
+                                  kSigned<T> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd));
+}
+template <class T, class R>
+SKIVE_INLINE void store_joined(T* p, R a, R b, R c, R d) {
+  _mm512_storeu_si512(p, narrow_four<T>(a, b, c, d));
+}
+template <class T, class R>
+SKIVE_INLINE void store_joined(T* p, T* q, R a, R b, R c, R d) {
+  const __m512i v = narrow_four<T>(a, b, c, d);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(q), _mm512_extracti64x4_epi64(v, 1));
+}
+template <class T, class R>
+SKIVE_INLINE void store_joined(T* p, T* q, T* r, T* s, R a, R b, R c, R d) {
+  const __m512i v = narrow_four<T>(a, b, c, d);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_castsi512_si128(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(q), _mm512_extracti32x4_epi32(v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(r), _mm512_extracti32x4_epi32(v, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(s), _mm512_extracti32x4_epi32(v, 3));
+}
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

@@ -12,6 +12,7 @@ struct F32Tile {
   using Weight = float;
   using Sum = float;
   static constexpr int kStep = 1;
+  static constexpr bool kEmbeds = true;  // multiply_add_broadcast saves a load
   // What baseline x86-64 and 32-bit Arm have; more registers only widen the tile.
   static constexpr int kRegisters = 16;
   static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
@@ -75,6 +76,7 @@ struct IntegerTile {
   using Weight = W;
   using Sum = int32_t;
   static constexpr int kStep = 4 / sizeof(E);
+  static constexpr bool kEmbeds = false;
   static constexpr int kRegisters = 16;
   static constexpr int kInputRegisters = 2, kWeightRegisters = kStep;
   static constexpr int kInFlight = 4;
@@ -123,10 +125,6 @@ struct IntegerTile {
     for (int k = 0; k < kStep; ++k) acc.v += wide(x.p[k]) * w.k[k];
     return acc;
   }
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add_broadcast(Lanes<L> acc, const E* x, Weights<L> w) {
-    return multiply_add(acc, Input{x}, w);
-  }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
     IVec<N> r;
@@ -136,6 +134,32 @@ struct IntegerTile {
 };
 using U8Tile = IntegerTile<uint8_t, int8_t>;
 using I16Tile = IntegerTile<int16_t, int16_t>;
+
+// See tile.h. `v` is what is stored.
+template <class T, int N>
+struct Rounded {
+  static constexpr int lanes = N;
+  T v[N];
+};
+template <class T, bool Bounded = false, int N>
+SKIVE_INLINE Rounded<T, N> rounded(Vec<N> v, int32_t zero) {
+  constexpr int32_t bits = 8 * sizeof(T), low = T(-1) < T(0) ? -(1 << (bits - 1)) : 0;
+  constexpr int32_t high = low + (1 << bits) - 1;
+  Rounded<T, N> r;
+  for (int i = 0; i < N; ++i) {
+    // Not inside the range of int32, or NaN: the end of the range that is meant.
+    const float x = __builtin_rintf(v.v[i]);
+    const int32_t q = x >= 0x1p30f ? 1 << 30 : x > -0x1p30f ? static_cast<int32_t>(x) : -(1 << 30);
+    const int32_t y = q + zero;
+    r.v[i] = static_cast<T>(y < low ? low : y > high ? high : y);
+  }
+  return r;
+}
+template <class T, int N>
+SKIVE_INLINE void store(T* p, Rounded<T, N> a) {
+  for (int i = 0; i < N; ++i) p[i] = a.v[i];
+}
+template <class T> constexpr bool kJoins = false;
 
 }  // namespace SKIVE_ISA
 }  // namespace skive
