@@ -22,7 +22,8 @@ from onnx import helper, numpy_helper
 
 from skive import expr as expressions
 from skive import ops
-from skive.errors import InvalidModelError, UnsupportedOpError
+from skive.errors import InvalidModelError, ShapeError, UnsupportedOpError
+from skive.frontend.onnx.batch import check_separable
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.sink_transposes import composed, inverse, is_free, through_reshape
 from skive.types import DType
@@ -62,18 +63,19 @@ def row(*names: str) -> Callable[[Row], Row]:
 def export_onnx(graph: Graph, path: str | Path | None = None, *, opset: int | None = None) -> onnx.ModelProto:
     """`graph` as an ONNX model of standard operators, written to `path` unless that is None.
 
-    Inputs and outputs keep their names, shapes and element types; a graph with an open batch is
-    written for one sample. Quantized values become QuantizeLinear and DequantizeLinear, sums of
-    integers ConvInteger, MatMulInteger or QLinearConv. The opset is 20, or 21 where 16-bit values are
-    quantized. Raises UnsupportedOpError with every node that has no equivalent, InvalidModelError for
-    an opset other than 18 to 23.
+    Inputs and outputs keep their names, shapes and element types; an open batch is a symbolic
+    dimension, unless some operation needs to know its size: then one sample is written. Quantized
+    values become QuantizeLinear and DequantizeLinear, sums of integers ConvInteger, MatMulInteger or
+    QLinearConv. The opset is 20, or 21 where 16-bit values are quantized. Raises UnsupportedOpError
+    with every node that has no equivalent, InvalidModelError for an opset other than 18 to 23.
     """
     if opset is None:
         # onnxruntime 1.31 moves quantizations of opset 21 about without correcting their output type.
         opset = 21 if any(n.dtype in WIDE for n in graph.nodes) else 20
     if opset not in OPSETS:
         raise InvalidModelError(f"opset {opset}: {OPSETS.start} to {OPSETS.stop - 1} can be written")
-    model = Writer(columns_as_stored(unfused(graph)), opset).model()
+    plain_graph = columns_as_stored(unfused(graph))
+    model = Writer(plain_graph, opset, graph.batch_max is not None and takes_any_batch(plain_graph)).model()
     if path is not None:
         big = model.ByteSize() > LARGEST
         onnx.save(model, str(path), save_as_external_data=big, location=f"{Path(path).name}.data" if big else None)
@@ -154,6 +156,29 @@ def columns_as_stored(graph: Graph) -> Graph:
     return graph.with_nodes(new)
 
 
+def takes_any_batch(graph: Graph) -> bool:
+    """Whether the graph is the same for every batch once each reshape leaves its first axis open: it is rebuilt
+    for two samples that way, and compared with itself."""
+    new: dict[Node, Node] = {}
+    try:
+        for n in graph.nodes:
+            inputs, attrs = [new[i] for i in n.inputs], dict(n.attrs)
+            if n.op == "input":
+                attrs["shape"] = (2 * n.shape[0], *n.shape[1:])
+            elif n.op == "reshape":
+                attrs["shape"] = (n.shape[0] * (inputs[0].type.size // n.inputs[0].type.size), *n.shape[1:])
+            elif n.op == "expand":
+                attrs["shape"] = ops.broadcast_shapes(inputs[0].shape, n.shape)
+            elif n.op == "slice":
+                attrs["size"] = tuple(after if size == before else size for size, before, after in zip(
+                    n.attrs["size"], n.inputs[0].shape, inputs[0].shape, strict=True))
+            new[n] = n if n.is_const else ops.make(n.op, *inputs, label=n.name, origin=n.origin, **attrs)
+        check_separable(graph, graph.with_nodes(new))
+    except (ShapeError, IndexError, ZeroDivisionError):
+        return False
+    return True
+
+
 def is_quantized_constant(node: Node) -> bool:
     return node.op == "dequantize" and all(i.is_const for i in node.inputs)
 
@@ -167,6 +192,7 @@ class Writer:
 
     graph: Graph
     opset: int
+    any_batch: bool = False
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: dict[str, onnx.TensorProto] = field(default_factory=dict)
     tensors: dict[tuple[Node, Order], str] = field(default_factory=dict)
@@ -197,7 +223,7 @@ class Writer:
         if problems:
             raise UnsupportedOpError(problems)
         self.name_outputs()
-        infos = [[helper.make_tensor_value_info(name, ELEM_TYPES[n.dtype], n.shape) for name, n in ports] for ports in (
+        infos = [[self.port(name, n) for name, n in ports] for ports in (
             [(n.name, n) for n in graph.inputs], zip(graph.output_names, graph.outputs, strict=True))]
         used = {i for n in self.nodes for i in n.input}
         proto = helper.make_graph(self.nodes, graph.name, infos[0], infos[1],
@@ -206,6 +232,16 @@ class Writer:
         result = helper.make_model(proto, opset_imports=opsets, producer_name="skive")
         result.ir_version = helper.find_min_ir_version_for(opsets)
         return result
+
+    def port(self, name: str, n: Node) -> onnx.ValueInfoProto:
+        shape = ("batch", *n.shape[1:]) if self.any_batch else n.shape
+        return helper.make_tensor_value_info(name, ELEM_TYPES[n.dtype], shape)
+
+    def reshape(self, tensor: str, shape: Sequence[int]) -> str:
+        """A Reshape, its first axis left open where the batch is."""
+        if self.any_batch and shape and 0 not in shape:
+            shape = (-1, *shape[1:])
+        return self.emit("Reshape", tensor, integers(*shape), **({"allowzero": 1} if 0 in shape else {}))
 
     def written_by_users(self) -> set[Node]:
         """Nodes that their users spell themselves: sums of a convolution that one `requantize` reads."""
@@ -302,8 +338,8 @@ class Writer:
             return dequantize(self, x, order)
         r = self.orders[x]
         perm = tuple(r.index(a) for a in order)
-        if is_free([x.shape[a] for a in r], perm):
-            return self.emit("Reshape", self.tensors[x, r], np.array([x.shape[a] for a in order], np.int64))
+        if is_free([x.shape[a] for a in r], perm) and (perm[0] == 0 or not self.any_batch):
+            return self.reshape(self.tensors[x, r], [x.shape[a] for a in order])
         return self.emit("Transpose", self.tensors[x, r], perm=perm)
 
     def common_order(self, operands: Sequence[Node], shape: tuple[int, ...]) -> Order:
@@ -585,14 +621,15 @@ def reshape(w: Writer, n: Node) -> None:
     """A reshape that keeps axes together keeps the order they have."""
     x = n.inputs[0]
     r = w.order(x)
-    if r is not None and 0 not in x.shape:
+    if r and 0 not in x.shape and (r[0] == 0 or not w.any_batch):
         shape = [x.shape[a] for a in r]
         split = through_reshape(shape, inverse(r), n.shape)
         if split is not None and split[0] == tuple(range(len(shape))):
             _, middle, back = split
-            w.put(n, w.emit("Reshape", w.get(x, r), integers(*middle)), inverse(back))
-            return
-    w.put(n, w.emit("Reshape", w.get(x), integers(*n.shape), allowzero=int(0 in n.shape)))
+            if back[:1] == (0,) or not w.any_batch:
+                w.put(n, w.reshape(w.get(x, r), middle), inverse(back))
+                return
+    w.put(n, w.reshape(w.get(x), n.shape))
 
 
 def any_order(w: Writer, x: Node) -> Order:
@@ -858,8 +895,8 @@ def resize2d(w: Writer, n: Node) -> None:
     for attrs in RESIZES:
         own = [dense(*resize_tables(attrs, x.shape[1 + i], n.shape[1 + i]), x.shape[1 + i]) for i in range(2)]
         if all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(own, wanted, strict=True)):
-            sizes = integers(n.shape[0], n.shape[3], n.shape[1], n.shape[2])
-            w.put(n, w.emit("Resize", w.get(x, IMAGE), "", "", sizes, **attrs), IMAGE)
+            y = w.emit("Resize", w.get(x, IMAGE), "", "", integers(*n.shape[1:3]), axes=[2, 3], **attrs)
+            w.put(n, y, IMAGE)
             return
     y = w.get(x, IMAGE)
     for i, matrix in enumerate(wanted):
@@ -946,18 +983,18 @@ def recurrent(w: Writer, n: Node, op: str, outputs: int, **attrs: Any) -> list[s
 def gru(w: Writer, n: Node) -> None:
     attrs = {"linear_before_reset": int(n.attrs["reset_after"])} if n.op == "gru" else {}
     y = recurrent(w, n, n.op.upper(), 1, **attrs)[0]  # [T, 1, N, H]
-    w.put(n, w.emit("Reshape", y, integers(*n.shape)))
+    w.put(n, w.emit("Reshape", y, integers(n.shape[0], -1, n.shape[2])))
 
 
 @row("lstm")
 def lstm(w: Writer, n: Node) -> None:
     """ONNX gives h of every step but c of the last one only: the others must not be read."""
-    steps, _, batch, hidden = n.shape
+    steps, _, _, hidden = n.shape
     if not reads_last_cell(w.graph, n, steps):
         raise Inexpressible("an LSTM of which the cell state of an inner step is read")
     y, _, c = recurrent(w, n, "LSTM", 3)
-    states = w.emit("Reshape", c, integers(1, 1, batch, hidden))
-    states = w.emit("Expand", states, integers(steps, 1, batch, hidden)) if steps > 1 else states
+    states = w.emit("Reshape", c, integers(1, 1, -1, hidden))
+    states = w.emit("Expand", states, integers(steps, 1, 1, 1)) if steps > 1 else states
     w.put(n, w.emit("Concat", y, states, axis=1))
 
 

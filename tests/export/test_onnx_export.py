@@ -206,6 +206,23 @@ def test_real_model(path: Path) -> None:
     check_model(path)
 
 
+def test_open_batch() -> None:
+    """The batch stays symbolic where samples are independent of its size in the written graph, too."""
+    source = float_model("network")
+    source.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    source.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "N"
+    graph = canonical(import_onnx(source, batch_max=8), check="never")[0]
+    model = export_onnx(graph)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    x = np.concatenate(samples(3, 2))
+    np.testing.assert_allclose(run(model, x)[0], session(source).run(None, {"x": x})[0], rtol=1e-5, atol=1e-5)
+
+    mixed = value("x", 1, 6)
+    turned = ops.make("reshape", ops.make("transpose", mixed, perm=(1, 0)), shape=(1, 6))
+    fixed = export_onnx(Graph("g", (mixed,), (turned,), ("y",), batch_max=8))
+    assert fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+
+
 def test_written_file(tmp_path: Path) -> None:
     graph = simple(float_model("network"))
     export_onnx(graph, tmp_path / "m.onnx")

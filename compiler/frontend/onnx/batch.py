@@ -305,7 +305,7 @@ def _conv(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> 
     return 0
 
 
-@rule("max_pool2d", "avg_pool2d")
+@rule("max_pool2d", "avg_pool2d", "sum_pool2d")
 def _pool(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     need(same(a, b) and axes[0] in (0, 3), f"{b.op} across samples")
     return axes[0]
