@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,7 @@ BINS = 4096  # of a histogram over [-limit, limit]
 SUBSAMPLE = 32768  # elements of one value of one sample that enter its histogram and channel sums
 SAVE_EVERY = 16  # samples between two saved states
 STATE_FORMAT = 1
+MOST_WORKERS = 8  # samples computed at the same time: each holds all its values
 
 Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -50,7 +52,7 @@ class Observation:
     channel_low: np.ndarray  # [C] float32
     channel_high: np.ndarray  # [C] float32
     channel_sum: np.ndarray  # [C] float64
-    square_sum: float
+    channel_squares: np.ndarray  # [C] float64
     counted: int
 
     @classmethod
@@ -64,7 +66,7 @@ class Observation:
             np.full(channels, np.inf, np.float32),
             np.full(channels, -np.inf, np.float32),
             np.zeros(channels, np.float64),
-            0.0,
+            np.zeros(channels, np.float64),
             0,
         )
 
@@ -75,7 +77,12 @@ class Observation:
 
     @property
     def mean_square(self) -> float:
-        return self.square_sum / max(1, self.counted * len(self.channel_sum))
+        return float(self.channel_squares.sum()) / max(1, self.counted * len(self.channel_sum))
+
+    @property
+    def channel_magnitude(self) -> np.ndarray:
+        """[C] the largest |x| seen in each channel."""
+        return np.maximum(np.abs(self.channel_low), np.abs(self.channel_high))
 
     @property
     def magnitude(self) -> float:
@@ -100,7 +107,7 @@ class Observation:
             channel_low=low.astype(np.float32),
             channel_high=high.astype(np.float32),
             channel_sum=self.channel_sum * factors,
-            square_sum=self.square_sum * stretch * stretch,
+            channel_squares=self.channel_squares * factors**2,
         )
 
     def add(self, value: np.ndarray, turn: int) -> None:
@@ -118,7 +125,7 @@ class Observation:
         stride = max(1, rows.size // SUBSAMPLE) | 1
         part = rows[(turn * 7919) % min(stride, len(rows)) :: stride]
         self.channel_sum += part.sum(0, dtype=np.float64)
-        self.square_sum += float(np.vdot(part, part))
+        self.channel_squares += np.einsum("ij,ij->j", part, part, dtype=np.float64)
         self.counted += len(part)
         self._reserve(self.magnitude)
         if self.limit:
@@ -168,6 +175,15 @@ class Statistics:
     def __getitem__(self, node: Node) -> Observation:
         return self.observed[node]
 
+    def add(self, arrays: Sequence[np.ndarray]) -> None:
+        """Takes in the values of one sample, in the order of `values`."""
+        for value, array in zip(self.values, arrays, strict=True):
+            try:
+                self.observed[value].add(array, self.samples)
+            except QuantizationError as e:
+                raise QuantizationError(f"{value.label()}: {e}") from None
+        self.samples += 1
+
     def save(self, path: str | Path) -> None:
         """Writes everything seen so far to `path` (.npz), whole or not at all."""
         path = Path(path)
@@ -177,9 +193,11 @@ class Statistics:
         }
         for i, v in enumerate(self.values):
             o = self.observed[v]
-            arrays[f"numbers{i}"] = np.array([o.low, o.high, o.limit, o.square_sum, o.counted], np.float64)
+            arrays[f"numbers{i}"] = np.array([o.low, o.high, o.limit, o.counted], np.float64)
             arrays[f"histogram{i}"] = o.histogram
-            arrays[f"channels{i}"] = np.stack([o.channel_low, o.channel_high, o.channel_sum]).astype(np.float64)
+            arrays[f"channels{i}"] = np.stack(
+                [o.channel_low, o.channel_high, o.channel_sum, o.channel_squares], dtype=np.float64
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as f:
             np.savez(f, **arrays)  # type: ignore[arg-type]
@@ -194,7 +212,7 @@ class Statistics:
                     return False
                 loaded = {}
                 for i, v in enumerate(self.values):
-                    low, high, limit, squares, counted = a[f"numbers{i}"].tolist()
+                    low, high, limit, counted = a[f"numbers{i}"].tolist()
                     channels = a[f"channels{i}"]
                     loaded[v] = Observation(
                         low,
@@ -204,7 +222,7 @@ class Statistics:
                         channels[0].astype(np.float32),
                         channels[1].astype(np.float32),
                         channels[2].copy(),
-                        squares,
+                        channels[3].copy(),
                         int(counted),
                     )
         except Exception as e:  # noqa: BLE001 - numpy's reader raises whatever the damage leads to
@@ -267,57 +285,43 @@ def observe(
     values: Sequence[Node],
     samples: Iterable[Sequence[np.ndarray]],
     *,
-    threads: int | None = None,
     target: str = "host",
     state: str | Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Statistics:
     """Statistics of `values` of the float graph `graph` over `samples`.
 
-    One sample is computed while the one before is summarised. `state`: a file to continue from and to
-    save to. `progress(done)` is called after each sample. QuantizationError if there is no sample or
+    As many samples are computed at once as there are cores, one thread each: an image of its own needs
+    no barrier between layers. They are summarised in their order. `state`: a file to continue from and
+    to save to. `progress(done)` is called after each sample. QuantizationError if there is no sample or
     a value is not finite.
     """
     statistics = Statistics(graph, values)
     if state is not None and Path(state).exists():
         statistics.load(state)
     done = statistics.samples
-    cores = len(os.sched_getaffinity(0))
-    run = runner(graph, statistics.values, threads=threads or max(1, min(cores, 8)), target=target)
-    workers = max(1, min(cores, 4))
-
-    def summarise(turn: int, arrays: Sequence[np.ndarray], which: range) -> None:
-        for i in which:
-            value = statistics.values[i]
-            try:
-                statistics.observed[value].add(arrays[i], turn)
-            except QuantizationError as e:
-                raise QuantizationError(f"{value.label()}: {e}") from None
-
+    run = runner(graph, statistics.values, target=target)
+    workers = max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS))
     with ThreadPoolExecutor(workers) as pool:
-        pending: list[object] = []
-        for sample in itertools.islice(iter(samples), done, None):
-            arrays = run(sample)
-            _wait(pending)
-            parts = [range(k, len(arrays), workers) for k in range(workers)]
-            pending = [pool.submit(summarise, statistics.samples, arrays, p) for p in parts]
-            statistics.samples += 1
+        pending: deque[Future[Sequence[np.ndarray]]] = deque()
+
+        def finish_one() -> None:
+            statistics.add(pending.popleft().result())
             if state is not None and statistics.samples % SAVE_EVERY == 0:
-                _wait(pending)
                 statistics.save(state)
             progress(statistics.samples)
-        _wait(pending)
+
+        for sample in itertools.islice(iter(samples), done, None):
+            pending.append(pool.submit(run, sample))
+            if len(pending) > workers:
+                finish_one()
+        while pending:
+            finish_one()
     if not statistics.samples:
         raise QuantizationError("the calibration data holds no sample")
     if state is not None and statistics.samples != done:
         statistics.save(state)
     return statistics
-
-
-def _wait(pending: list[object]) -> None:
-    for p in pending:
-        p.result()  # type: ignore[attr-defined]
-    pending.clear()
 
 
 # ----------------------------------------------------------------------------------------- ranges

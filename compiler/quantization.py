@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import logging
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from skive import explanation
 from skive.errors import QuantizationError, UnsupportedOpError
 from skive.ir import Graph, Node
 
 if TYPE_CHECKING:
-    from skive.calibration import Statistics
-    from skive.passes.quantize import Quantizer
+    from skive.calibration import Observation
+    from skive.passes.quantize import Quantizer, Storage
     from skive.targets.base import Target
 
 log = logging.getLogger("skive.quantization")
@@ -33,6 +33,7 @@ log = logging.getLogger("skive.quantization")
 DTYPES = ("int8", "int16", "auto")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 ROUNDINGS = ("nearest", "adaround")
+REPORTED = ("per_channel", "integer_only", "bias_correction", "equalise", "rounding", "smooth")
 MEASURED = 8  # samples on which the quantized network is compared with the float one
 
 Sample = tuple[np.ndarray, ...]  # one array per graph input, of its shape and element type
@@ -51,9 +52,9 @@ class Quantize:
     observed; `percentile` belongs to the method of that name. `per_channel`: one weight scale per output
     channel. `keep`: patterns of layer names that stay float32. `bias_correction`, `equalise` and
     `rounding` (Nagel et al., Data-Free Quantization, 2019, and Up or Down?, 2020), `smooth`, the
-    migration strength for transformers (Xiao et al., SmoothQuant, 2023; 0 switches it off): see the
-    passes of these names. `seconds`: what the search for roundings may take. `state`: a file that
-    holds what was observed, so that calibration continues where it was interrupted.
+    migration strength behind normalisations (Xiao et al., SmoothQuant, 2023; None: found for each of
+    them, 0: none): see the passes of these names. `seconds`: what the search for roundings may take.
+    `state`: a file that holds what was observed, so that calibration continues where it was interrupted.
     """
 
     dtype: str = "int8"
@@ -66,7 +67,7 @@ class Quantize:
     bias_correction: bool = True
     equalise: bool = True
     rounding: str = "nearest"
-    smooth: float = 0.5
+    smooth: float | None = None
     samples: int = 256
     seconds: float = 60.0
     state: str | Path | None = None
@@ -77,7 +78,7 @@ class Quantize:
                 raise QuantizationError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"percentile is {self.percentile!r}, not above 50 and at most 100")
-        if not 0 <= self.smooth <= 1:
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise QuantizationError(f"smooth is {self.smooth!r}, not 0 to 1")
         if not isinstance(self.samples, int) or self.samples < 1:
             raise QuantizationError(f"samples is {self.samples!r}, not a positive number")
@@ -337,7 +338,7 @@ def apply(
     progress: Progress = lambda step, fraction: None,
     *,
     target: Target | str = "host",
-    threads: int = 1,
+    threads: int = 1,  # of the artefact to come; calibration takes all cores
     measure: bool = True,
 ) -> tuple[Graph, dict[str, Any]]:
     """(the canonical float `graph` in fixed point, the `quantization` of report.json).
@@ -363,38 +364,96 @@ def apply(
         progress("calibrate", 0.1 + 0.1 * count / total)
 
     statistics = calibration.observe(
-        graph, values, samples, threads=threads, target=name, state=options.state, progress=done
+        graph, values, samples, target=name, state=options.state, progress=done
     )
+    observed, room = statistics.observed, {}
+    if options.equalise or options.smooth != 0:
+        graph, observed, room = _equalised(graph, storage, observed, options)
+        storage = Storage(graph, options.keeps)
+    values = storage.sources
     levels = 256 if options.dtype == "int8" else 65536
-    ranges = {
-        v: calibration.value_range(statistics[v], options.method, percentile=options.percentile, levels=levels)
-        for v in values
-    }
+    ranges = {}
+    for v in values:
+        lo, hi = calibration.value_range(observed[v], options.method, percentile=options.percentile, levels=levels)
+        ranges[v] = lo * room.get(v, 1.0), hi * room.get(v, 1.0)
     scheme = Scheme(
         ranges,
         options.dtype,
         options.per_channel,
         options.keeps,
-        {v: statistics[v].mean_square for v in values},
+        {v: observed[v].mean_square for v in values},
     )
+    if options.bias_correction:
+        scheme.biases = _corrected_biases(Quantizer(graph, scheme, storage), observed)
     quantizer = Quantizer(graph, scheme, storage)
     quantized = quantizer.build()
     progress("quantized", 0.2)
     details: dict[str, Any] = {"dtype": options.dtype, "method": options.method, "samples": statistics.samples}
+    details["options"] = {k: getattr(options, k) for k in REPORTED}
     details["sqnr_db"] = None
     measured: dict[Node, float] = {}
     if measure:
         chosen = list(itertools.islice(iter(samples), MEASURED))
         try:
-            measured, details["sqnr_db"] = _signal_to_noise(graph, quantized, quantizer, chosen, name, threads)
+            measured, details["sqnr_db"] = _signal_to_noise(graph, quantized, quantizer, chosen, name)
         except UnsupportedOpError as e:
             log.warning("%s: signal-to-noise ratios are not measured: %s", graph.name, e)
-    details["layers"] = _layers(graph, quantizer, statistics, measured)
+    details["layers"] = explanation.layers(graph, quantizer, observed, measured, options.keep)
     return quantized, details
 
 
+def _equalised(
+    graph: Graph, storage: Storage, observed: Mapping[Node, Observation], options: Quantize
+) -> tuple[Graph, dict[Node, Observation], dict[Node, float]]:
+    """`graph` with balanced channels, what was observed in terms of its values, and by how much the ranges of
+    balanced values are widened."""
+    from skive.passes.equalise import HEADROOM, STRENGTHS, Channels, equalised
+
+    bytes_ = 1 if options.dtype == "int8" else 2
+    channels = {
+        v: Channels(o.channel_magnitude, o.channel_squares / max(1, o.counted))
+        for v, o in observed.items()
+        if v.op != "input"
+    }
+    result = equalised(
+        graph,
+        storage,
+        channels,
+        norms=STRENGTHS if options.smooth is None else (options.smooth,) if options.smooth else (),
+        convolutions=options.equalise,
+        bytes_=bytes_,
+    )
+    moved, room = {}, {}
+    for v, o in observed.items():
+        moved[result.node[v]] = o.scaled(result.factors[v]) if v in result.factors else o
+        if v in result.factors:
+            room[result.node[v]] = HEADROOM[bytes_]
+    log.info("%s: channels of %d of %d values balanced", graph.name, len(room), len(observed))
+    return result.graph, moved, room
+
+
+def _corrected_biases(quantizer: Quantizer, observed: Mapping[Node, Observation]) -> dict[Node, np.ndarray]:
+    """The bias of each layer less what rounding its weights adds to the mean of its sums.
+
+    Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, 2019, with the
+    means of the inputs observed instead of derived.
+    """
+    found: dict[Node, np.ndarray] = {}
+    for node, layer in quantizer.layers.items():
+        o = observed.get(layer.source)
+        groups = node.attrs.get("groups", 1)
+        if o is None or len(o.channel_sum) != node.inputs[1].shape[-1] * groups:
+            continue  # a concatenation, or moves that rearrange channels
+        error = layer.real_weights.astype(np.float64) - node.inputs[1].value
+        taps = error.reshape(groups, error.shape[0] // groups, -1, error.shape[-1]).sum(2)  # [G, OC/G, IC/G]
+        shift = np.einsum("goi,gi->go", taps, o.channel_mean.reshape(groups, -1)).reshape(-1)
+        bias = node.inputs[2].value if len(node.inputs) > 2 else np.zeros(error.shape[0])
+        found[node] = (bias - shift).astype(np.float32)
+    return found
+
+
 def _signal_to_noise(
-    graph: Graph, quantized: Graph, quantizer: Quantizer, samples: Sequence[Sample], target: str, threads: int
+    graph: Graph, quantized: Graph, quantizer: Quantizer, samples: Sequence[Sample], target: str
 ) -> tuple[dict[Node, float], float | None]:
     """(dB of each stored value of `graph` in the quantized network, the smallest dB of the outputs)."""
     from skive import calibration
@@ -402,9 +461,9 @@ def _signal_to_noise(
     stored = [v for v in quantizer.integers if v.op != "input"]
     wanted = [o for o in graph.outputs if o.dtype.is_float and o.type.size]
     pairs = [(o, q) for o, q in zip(graph.outputs, quantized.outputs, strict=True) if o in wanted]
-    float_run = calibration.runner(graph, [*stored, *(o for o, _ in pairs)], threads=threads, target=target)
+    float_run = calibration.runner(graph, [*stored, *(o for o, _ in pairs)], target=target)
     fixed_run = calibration.runner(
-        quantized, [*(quantizer.integers[v] for v in stored), *(q for _, q in pairs)], threads=threads, target=target
+        quantized, [*(quantizer.integers[v] for v in stored), *(q for _, q in pairs)], target=target
     )
     signal, noise = np.zeros(len(stored) + len(pairs)), np.zeros(len(stored) + len(pairs))
     for sample in samples:
@@ -417,46 +476,5 @@ def _signal_to_noise(
             flat = w.reshape(-1)
             signal[i] += float(np.vdot(flat, flat))
             noise[i] += float(np.vdot(difference, difference))
-    decibels = [_decibels(s, n) for s, n in zip(signal, noise, strict=True)]
+    decibels = [explanation.decibels(s, n) for s, n in zip(signal, noise, strict=True)]
     return dict(zip(stored, decibels)), min(decibels[len(stored) :], default=None)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    """Signal-to-noise ratio; 300 where there is no noise to speak of."""
-    if noise <= 0 or signal <= 0:
-        return 300.0 if noise <= 0 else 0.0
-    return round(min(300.0, 10 * math.log10(signal / noise)), 2)
-
-
-def _layers(
-    graph: Graph, quantizer: Quantizer, statistics: Statistics, measured: Mapping[Node, float]
-) -> list[dict[str, Any]]:
-    """One entry for each stored value and each contraction, in execution order."""
-    from skive import ops
-
-    found: list[dict[str, Any]] = []
-    for node in graph.nodes:
-        layer = quantizer.layers.get(node)
-        stored = node in quantizer.integers
-        if layer is None and not stored and not ops.macs(node):
-            continue
-        entry: dict[str, Any] = {"name": node.label(), "op": node.op, "dtype": "float32", "sqnr_db": None}
-        if layer is not None:
-            x = quantizer.format_of(node.inputs[0])
-            entry["dtype"] = "int8" if x.dtype.bytes == 1 else "int16"
-            entry["bits"] = {"activations": x.bits, "weights": layer.weight_bits}
-            w = node.inputs[1].value
-            entry["weight_sqnr_db"] = _decibels(
-                float(np.square(w, dtype=np.float64).sum()),
-                float(np.square(layer.real_weights - w, dtype=np.float64).sum()),
-            )
-        if stored:
-            form = quantizer.format_of(node)
-            entry |= {"stored": form.dtype.value, "scale": form.scale, "zero": form.zero}
-            entry["sqnr_db"] = measured.get(node)
-            if node in statistics.observed:
-                o = statistics[node]
-                entry["range"] = [o.low, o.high]
-                entry["kept"] = list(form.range)
-        found.append(entry)
-    return found

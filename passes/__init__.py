@@ -6,6 +6,7 @@ from skive.ir import Graph
 from skive.passes.eliminate_common import eliminate_common
 from skive.passes.eliminate_dead import eliminate_dead
 from skive.passes.eliminate_identity import eliminate_identity
+from skive.passes.equalise import equalise
 from skive.passes.fold_batchnorm import fold_batchnorm
 from skive.passes.fold_constants import fold_constants
 from skive.passes.fold_padding import fold_padding
@@ -20,7 +21,7 @@ from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
-           "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "merge_linear",
+           "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "merge_linear",
            "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
