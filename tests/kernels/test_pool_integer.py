@@ -94,7 +94,7 @@ def test_whole_images(isa: str, tmp_path: Path) -> None:
     cases = []
     images = [
         (1, 7, 7, 1280), (2, 19, 28, 33), (1, 40, 40, 3), (1, 5, 5, 100), (3, 1, 257, 17), (1, 16, 16, 64),
-        (1, 2, 1, 130),
+        (1, 2, 1, 130), (5, 1, 77, 1),
     ]  # fmt: skip
     for i, image in enumerate(images):
         for k, dtype in enumerate(TYPES):

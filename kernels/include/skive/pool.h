@@ -278,6 +278,10 @@ struct GlobalSum {
     constexpr ptrdiff_t items = ptrdiff_t{In::N} * kGroups;
     const ptrdiff_t end = part_end(items, part);
     for (ptrdiff_t i = part_begin(items, part); i < end; ++i) {
+      if constexpr (In::C == 1 && XS == 1) {
+        store(y + i, epilogue(splat<1>(row(x + i * kPixels)) - zeros<1>(), i, 0));
+        continue;
+      }
       const ptrdiff_t n = i / kGroups;
       const int c = static_cast<int>(i % kGroups) * kChannels;
       const T* px = x + n * kPixels * XS + c;
@@ -294,6 +298,19 @@ struct GlobalSum {
   }
 
  private:
+  template <int N>
+  static SKIVE_INLINE IVec<N> zeros() {
+    return splat<N>(kPixels) * splat<N>(Zero);
+  }
+  // The sum of one channel, whose pixels are neighbours.
+  static SKIVE_INLINE int32_t row(const T* x) {
+    constexpr int rest = kPixels % kLanes;
+    IVec<kLanes> sum = splat<kLanes>(0);
+    for (int i = 0; i + kLanes <= kPixels; i += kLanes) sum = sum + load<kLanes>(x + i);
+    IVec<1> total = splat<1>(hsum(sum));
+    if constexpr (rest != 0) total = total + splat<1>(hsum(load<rest>(x + kPixels - rest)));
+    return hsum(total);
+  }
   template <int N>
   static SKIVE_INLINE auto widened(const T* x) {
     if constexpr (kWords) return load_words_of<N>(x);
@@ -339,7 +356,7 @@ struct GlobalSum {
     }
     each_vector<(G - 1) * L + N>([&](ptrdiff_t i, auto lanes) {
       constexpr int l = decltype(lanes)::count;
-      const auto sum = load<l>(sums + i) - splat<l>(kPixels) * splat<l>(Zero);
+      const auto sum = load<l>(sums + i) - zeros<l>();
       store(y + i, epilogue(sum, n, c + static_cast<int>(i)));
     });
   }
