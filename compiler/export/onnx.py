@@ -275,9 +275,9 @@ class Writer:
         self.taken.add(name)
         return name
 
-    def emit(self, op: str, *inputs: str | np.ndarray, outputs: int = 1, **attrs: Any) -> str:
-        """The (first) result of an ONNX node; arrays among the inputs become initializers."""
-        return self.emit_all(op, inputs, outputs, **attrs)[0]
+    def emit(self, op: str, *inputs: str | np.ndarray, **attrs: Any) -> str:
+        """The result of an ONNX node; arrays among the inputs become initializers."""
+        return self.emit_all(op, inputs, 1, **attrs)[0]
 
     def emit_all(self, op: str, inputs: Sequence[str | np.ndarray], outputs: int, **attrs: Any) -> list[str]:
         if SINCE.get(op, 0) > self.opset:
@@ -589,9 +589,9 @@ def requantize(w: Writer, n: Node) -> None:
     order = w.common_order(n.inputs[:1], n.shape)
     if not zero.is_const or (zero.value != zero.value.flat[0]).any():
         raise Inexpressible("requantize with several zero points")
-    x = w.broadcast(total, n.type.rank, order)
-    x = x if total.dtype is F32 else w.emit("Cast", x, to=ELEM_TYPES[F32])
-    scaled = w.emit("Mul", x, w.broadcast(factor, n.type.rank, order))
+    real = w.broadcast(total, n.type.rank, order)
+    real = real if total.dtype is F32 else w.emit("Cast", real, to=ELEM_TYPES[F32])
+    scaled = w.emit("Mul", real, w.broadcast(factor, n.type.rank, order))
     w.put(n, w.emit("QuantizeLinear", scaled, one, scalar(int(zero.value.flat[0]), n.dtype)), order)
 
 

@@ -179,8 +179,8 @@ def pad(c: Call) -> Node:
     if pads is None:
         pads = c.required("paddings")
     value = c.get(2)
-    constant_fill = value is not None and is_known(value)
-    fill = c.known(value, "value").reshape(-1)[0].item() if constant_fill else float(c.attr("value", 0.0))
+    fixed = value is None or is_known(value)
+    fill = float(c.attr("value", 0.0)) if value is None or not fixed else c.known(value, "value").reshape(-1)[0].item()
     rank = x.type.rank
     axes = [checked_axis(a, rank) for a in c.ints(3, "axes")] if c.has(3) else list(range(rank))
     if len(pads) != 2 * len(axes):
@@ -198,7 +198,7 @@ def pad(c: Call) -> Node:
     if not any(before) and not any(after):
         return x
     mode = c.choice("mode", "constant", "reflect", "edge", "wrap")
-    if mode == "constant" and value is not None and not constant_fill:
+    if mode == "constant" and value is not None and not fixed:
         mask = c.make("pad", c.lit(np.ones(x.shape, np.bool_)), before=tuple(before), after=tuple(after), value=0)
         padded = c.make("pad", x, before=tuple(before), after=tuple(after), value=0)
         return c.make("where", mask, padded, c.reshape(value, ()))

@@ -130,13 +130,17 @@ def dequantize_linear(c: Call) -> Node:
 
 @onnx_op("DynamicQuantizeLinear")
 def dynamic_quantize_linear(c: Call) -> list[Node]:
-    x = c[0]
+    return list(dynamically_quantized(c, c[0]))
+
+
+def dynamically_quantized(c: Call, x: Node) -> tuple[Node, Node, Node]:
+    """`x` in u8 with the scale and zero point of its own range, and these."""
     axes = tuple(range(x.type.rank))
     low = c.make("min", c.make("reduce_min", x, axes=axes, keep=False), 0.0)
     high = c.make("max", c.make("reduce_max", x, axes=axes, keep=False), 0.0)
     scale = c.make("div", c.make("sub", high, low), 255.0)
     zero = saturated(c, c.make("neg", c.make("div", low, scale)), None, DType.u8)
-    return [saturated(c, c.make("div", x, scale), zero, DType.u8), scale, zero]
+    return saturated(c, c.make("div", x, scale), zero, DType.u8), scale, zero
 
 
 # --------------------------------------------------------------------------- integer contractions
@@ -287,7 +291,7 @@ def matmul_integer_to_float(c: Call) -> Node:
 
 @onnx_op("DynamicQuantizeMatMul", domain=MICROSOFT)
 def dynamic_quantize_matmul(c: Call) -> Node:
-    a, a_scale, a_zero = dynamic_quantize_linear(c)
+    a, a_scale, a_zero = dynamically_quantized(c, c[0])
     return scaled_product(c, a, a_scale, a_zero, c[1], c[2], c.get(3), c.get(4))
 
 
