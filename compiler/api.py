@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import _native, build, check, quantization
+from skive import _native, build, check, explanation, quantization
 from skive.artifact import write_folder
 from skive.emit import cxx
 from skive.errors import InvalidModelError, ShapeError, SkiveError, VerificationError
@@ -188,7 +188,8 @@ def compile(
             code_bytes,
             time.perf_counter() - started,
         )
-        report.update(found)
+        if check.has_roundings(optimised):
+            report["quantization"] = _explained(found.get("quantization"), optimised, wanted.keep if wanted else ())
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if export_onnx is not None:
             from skive.export import onnx as exporter
@@ -458,10 +459,19 @@ def _report(
         },
         "layers": [
             {"name": c.origin, "op": c.op, "kernel": c.kernel, "macs": c.macs, "bytes": c.bytes}
+            | explanation.kernel_types(c)
             for c in plan.calls
         ],
         "verification": dataclasses.asdict(verdict) if verdict else None,
     }
+
+
+def _explained(details: dict[str, Any] | None, optimised: Graph, kept: Sequence[str]) -> dict[str, Any]:
+    """The `quantization` of report.json: what quantization found (None: the model came quantized), where the
+    final graph leaves the integers, and what to try."""
+    result = details or explanation.of_quantized_model(optimised)
+    result |= explanation.conversions(optimised, kept)
+    return result | {"advice": explanation.advice(result)}
 
 
 def _write_report(folder: Path, report: dict[str, Any], imported: Graph, optimised: Graph, timed: bool) -> None:
