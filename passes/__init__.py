@@ -21,8 +21,9 @@ from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
-           "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "merge_linear",
-           "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "transpose_free_attention"]
+           "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic",
+           "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes",
+           "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
