@@ -62,7 +62,13 @@ def composed(c: Call) -> Node:
         return c.make("sqrt", total(c.make("mul", x, x)))
     if c.op_type == "ReduceLogSum":
         return c.make("log", total(x))
-    return c.make("log", total(c.make("exp", x)))
+    if not x.dtype.is_float or not axes or any(x.shape[a] == 0 for a in axes):
+        return c.make("log", total(c.make("exp", x)))
+    # exp of a large x overflows: the largest one is taken out, where it is finite.
+    top = c.make("reduce_max", x, axes=axes, keep=True)
+    top = c.make("where", c.make("less", c.make("abs", top), float("inf")), top, 0.0)
+    rest = c.make("log", total(c.make("exp", c.make("sub", x, top))))
+    return c.make("add", rest, c.reshape(top, rest.shape))
 
 
 @onnx_op("ArgMax", "ArgMin")
