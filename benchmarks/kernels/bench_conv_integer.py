@@ -4,6 +4,8 @@
 
 The epilogue requantizes to the input's type with a factor per channel, as a compiled network does.
 The peak is that of a few accumulators with the target's own multiply-add: one instruction with VNNI.
+Without VNNI it is several, and how well a loop spreads them over the processor's ports decides: there a
+kernel may exceed the loop that is called the peak.
 """
 
 from __future__ import annotations

@@ -128,20 +128,15 @@ struct IntegerTile {
     if constexpr (L == From) return a;
     else return {_mm256_castsi256_si128(a.v)};
   }
-  // acc + the sum of the two products of 16-bit pairs, which wraps. g++ gets the addition as an
-  // instruction: it would otherwise add the products of several steps first, all of which it then holds.
+  // acc + the sum of the two products of 16-bit pairs, which wraps. The addition is the
+  // instruction itself: g++ would add the products of several steps first, all of which it then holds.
   template <int L>
   static SKIVE_INLINE Lanes<L> add_pairs(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
     Lanes<L> p;
     if constexpr (L == 8) p.v = _mm256_madd_epi16(x.v, w.v);
     else p.v = _mm_madd_epi16(x.v, w.v);
-#if defined(SKIVE_FMA_ASSEMBLY)
     __asm__("vpaddd %1, %0, %0" : "+x"(acc.v) : "x"(p.v));
     return acc;
-#else
-    if constexpr (L == 8) return {_mm256_add_epi32(acc.v, p.v)};
-    else return {_mm_add_epi32(acc.v, p.v)};
-#endif
   }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {

@@ -153,22 +153,16 @@ struct IntegerTile {
     else if constexpr (L == 8) return {_mm512_castsi512_si256(a.v)};
     else return {_mm512_castsi512_si128(a.v)};
   }
-  // acc + the sum of the two products of 16-bit pairs, which wraps. g++ gets the addition as an
-  // instruction: it would otherwise add the products of several steps first, all of which it then holds.
+  // acc + the sum of the two products of 16-bit pairs, which wraps. The addition is the
+  // instruction itself: g++ would add the products of several steps first, all of which it then holds.
   template <int L>
   static SKIVE_INLINE Lanes<L> add_pairs(Lanes<L> acc, Lanes<L> x, Lanes<L> w) {
     Lanes<L> p;
     if constexpr (L > 8) p.v = _mm512_madd_epi16(x.v, w.v);
     else if constexpr (L == 8) p.v = _mm256_madd_epi16(x.v, w.v);
     else p.v = _mm_madd_epi16(x.v, w.v);
-#if defined(SKIVE_FMA_ASSEMBLY)
     __asm__("vpaddd %1, %0, %0" : "+v"(acc.v) : "v"(p.v));
     return acc;
-#else
-    if constexpr (L > 8) return {_mm512_add_epi32(acc.v, p.v)};
-    else if constexpr (L == 8) return {_mm256_add_epi32(acc.v, p.v)};
-    else return {_mm_add_epi32(acc.v, p.v)};
-#endif
   }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
@@ -180,8 +174,8 @@ struct IntegerTile {
 
 #if defined(SKIVE_TARGET_AVX512VNNI)
 
-// As the float32 tile, g++ gets the instruction that overwrites its accumulator: its intrinsic
-// copies the accumulator before each one.
+// The instructions themselves: for their intrinsics g++ copies the accumulator before each one, and
+// clang takes vpdpwssd apart into a multiplication and an addition.
 struct U8Tile : IntegerTile<uint8_t, int8_t> {
   static constexpr int kInputRegisters = 1, kWeightRegisters = 1;
   template <int L> using Weights = Lanes<L>;
@@ -192,14 +186,8 @@ struct U8Tile : IntegerTile<uint8_t, int8_t> {
   // acc + the sum of the four products.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
-#if defined(SKIVE_FMA_ASSEMBLY)
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
     return acc;
-#else
-    if constexpr (L > 8) return {_mm512_dpbusd_epi32(acc.v, x.v, w.v)};
-    else if constexpr (L == 8) return {_mm256_dpbusd_epi32(acc.v, x.v, w.v)};
-    else return {_mm_dpbusd_epi32(acc.v, x.v, w.v)};
-#endif
   }
 };
 
@@ -213,14 +201,8 @@ struct I16Tile : IntegerTile<int16_t, int16_t> {
   // acc + the sum of the two products.
   template <int L>
   static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
-#if defined(SKIVE_FMA_ASSEMBLY)
     __asm__("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(x.v), "v"(w.v));
     return acc;
-#else
-    if constexpr (L > 8) return {_mm512_dpwssd_epi32(acc.v, x.v, w.v)};
-    else if constexpr (L == 8) return {_mm256_dpwssd_epi32(acc.v, x.v, w.v)};
-    else return {_mm_dpwssd_epi32(acc.v, x.v, w.v)};
-#endif
   }
 };
 
