@@ -460,7 +460,7 @@ def _transpose_phases(
 def _pack_transpose_steps(
     weights_ohwi: np.ndarray, attrs: Mapping[str, Any], output: Sequence[int], block: int, dtype: type
 ) -> np.ndarray:
-    packed = [np.zeros(0, dtype)]
+    packed: list[np.ndarray] = [np.zeros(0, dtype)]
     for taps, dilation in _transpose_phases(weights_ohwi, attrs, output):
         if taps.size:
             groups = np.split(taps, attrs.get("groups", 1))
