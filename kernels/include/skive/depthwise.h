@@ -63,8 +63,8 @@ struct depthwise2d {
       window_count(In::W, Padding::Left, Padding::Right, Filter::KW, Strides::W, Dilations::W);
 
   // x [N, H, W, C] -> y [N, OH, OW, OC]; epilogue(acc, pixel, channel) finishes each vector.
-  template <class E>
-  static void run(const float* x, const float* w, const float* bias, float* y, void*, Part part,
+  template <class Y, class E>
+  static void run(const float* x, const float* w, const float* bias, Y* y, void*, Part part,
                   const E& epilogue) {
     if constexpr (M != 1) {
       multiplied(x, w, bias, y, part, epilogue);
@@ -81,8 +81,8 @@ struct depthwise2d {
 
  private:
   // Each input channel feeds M neighbouring output channels: vectors run over those.
-  template <class E>
-  static void multiplied(const float* x, const float* w, const float* bias, float* y, Part part,
+  template <class Y, class E>
+  static void multiplied(const float* x, const float* w, const float* bias, Y* y, Part part,
                          const E& epilogue) {
     constexpr ptrdiff_t pixels = ptrdiff_t{In::N} * OH * OW;
     const ptrdiff_t end = part_end(pixels, part);
@@ -100,8 +100,8 @@ struct depthwise2d {
     }
   }
 
-  template <int N, class E>
-  static SKIVE_INLINE void lanes(const float* x, const float* w, const float* bias, float* y,
+  template <int N, class Y, class E>
+  static SKIVE_INLINE void lanes(const float* x, const float* w, const float* bias, Y* y,
                                  ptrdiff_t pixel, int oh, int ow, int oc, const E& epilogue) {
     Vec<N> acc = load<N>(bias + oc);
     for (int kh = 0; kh < Filter::KH; ++kh) {

@@ -94,8 +94,8 @@ struct matmul {
     return static_cast<size_t>(kSlice) * sizeof(float) * static_cast<size_t>(parts);
   }
 
-  template <class E>
-  static void run(const float* a, const float* b, float* y, void* scratch, Part part,
+  template <class Y, class E>
+  static void run(const float* a, const float* b, Y* y, void* scratch, Part part,
                   const E& epilogue) {
     if constexpr (Batch::size > 0 && M > 0 && N > 0) {
       if constexpr (K == 0) {
@@ -112,8 +112,8 @@ struct matmul {
   }
 
  private:
-  template <class E>
-  static SKIVE_INLINE void items(const float* a, const float* b, float* y, void* scratch, Part part,
+  template <class Y, class E>
+  static SKIVE_INLINE void items(const float* a, const float* b, Y* y, void* scratch, Part part,
                                  const E& epilogue) {
     float* const panel = static_cast<float*>(scratch) + part.index * kSlice;
     float* const zeros = panel + kPanelFloats;
@@ -135,7 +135,7 @@ struct matmul {
       for (ptrdiff_t p = p0; p < p1; ++p) {
         const ptrdiff_t column = p * kColumns;
         const float* right = b + at_b + column * kColumnStride;
-        float* to = y + matrix * M * N + column;
+        Y* to = y + matrix * M * N + column;
         const auto fn = [&](auto acc, ptrdiff_t row, int c) __attribute__((always_inline)) {
           return epilogue(acc, matrix * M + row, static_cast<int>(column) + c);
         };
@@ -147,8 +147,8 @@ struct matmul {
       ++matrix;
     });
   }
-  template <int Columns, class E>
-  static SKIVE_INLINE void one(const float* a, const float* b, float* y, float* panel,
+  template <int Columns, class Y, class E>
+  static SKIVE_INLINE void one(const float* a, const float* b, Y* y, float* panel,
                                const float* zeros, const E& fn) {
     if constexpr (!kDirect) {
       pack_panel<K, Columns, NB, kRowStride, kColumnStride>::run(b, panel);
@@ -180,8 +180,8 @@ struct matmul {
     }
   }
   // One row of y, eight vectors of columns at a time.
-  template <int Columns, ptrdiff_t AStep, class E>
-  static SKIVE_INLINE void row_times_matrix(const float* a, const float* b, float* y, int m,
+  template <int Columns, ptrdiff_t AStep, class Y, class E>
+  static SKIVE_INLINE void row_times_matrix(const float* a, const float* b, Y* y, int m,
                                             const E& fn) {
     constexpr int kWide = 8, kStep = kWide * kLanes;
     int c = 0;
@@ -199,8 +199,8 @@ struct matmul {
       });
     }
   }
-  template <ptrdiff_t AStep, class E, int... I>
-  static SKIVE_INLINE void wide(const float* a, const float* b, float* y, int m, int c, const E& fn,
+  template <ptrdiff_t AStep, class Y, class E, int... I>
+  static SKIVE_INLINE void wide(const float* a, const float* b, Y* y, int m, int c, const E& fn,
                                 Index<I...>) {
     struct Accumulators : Slot<I, Vec<kLanes>>... {
     } acc;

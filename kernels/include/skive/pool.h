@@ -169,8 +169,8 @@ struct avg_pool2d {
   static constexpr int OH = Nest::OH, OW = Nest::OW;
 
   // x [N, H, W, C] -> y [N, OH, OW, C]; epilogue(value, pixel, channel) finishes each vector.
-  template <class E>
-  static void run(const float* x, float* y, void*, Part part, const E& epilogue) {
+  template <class Y, class E>
+  static void run(const float* x, Y* y, void*, Part part, const E& epilogue) {
     Nest::run(x, y, part,
               AverageTaps<In, Filter, Strides, Padding, Dilations, Counted>{}, epilogue);
   }

@@ -128,8 +128,8 @@ struct winograd2d {
     return static_cast<size_t>(kWorkerFloats) * sizeof(float) * static_cast<size_t>(parts);
   }
 
-  template <class E>
-  static void run(const float* x, const float* w, const float* bias, float* y, void* scratch,
+  template <class Y, class E>
+  static void run(const float* x, const float* w, const float* bias, Y* y, void* scratch,
                   Part part, const E& epilogue) {
     // Workers share out groups of tiles, or blocks of channels where that is the more even split.
     const Part whole;
@@ -212,8 +212,8 @@ struct winograd2d {
     }
   }
 
-  template <int Channels, class E>
-  static SKIVE_INLINE void compute_block(const float* in, const float* w, const float* bias, float* y,
+  template <int Channels, class Y, class E>
+  static SKIVE_INLINE void compute_block(const float* in, const float* w, const float* bias, Y* y,
                                          float* out, int groups, int first, int tiles, int channel,
                                          const E& epilogue) {
     constexpr int kRow = round_up(Channels, kChannelQuantum);
@@ -243,8 +243,8 @@ struct winograd2d {
         [=](int p) __attribute__((always_inline)) { return out + p * kOutRow; });
   }
 
-  template <int Channels, class E>
-  static SKIVE_NOINLINE void transform_output(const float* m, const float* bias, float* y, int tile,
+  template <int Channels, class Y, class E>
+  static SKIVE_NOINLINE void transform_output(const float* m, const float* bias, Y* y, int tile,
                                               int channel, const E& epilogue) {
     const Place at = place(tile);
     const int rows = OH - at.h < kOut ? OH - at.h : kOut;
@@ -257,8 +257,8 @@ struct winograd2d {
       output_vector<Channels % kLanes>(m + c, bias + c, y, pixel, rows, columns, channel + c, epilogue);
   }
 
-  template <int N, class E>
-  static SKIVE_INLINE void output_vector(const float* m, const float* bias, float* y, ptrdiff_t pixel,
+  template <int N, class Y, class E>
+  static SKIVE_INLINE void output_vector(const float* m, const float* bias, Y* y, ptrdiff_t pixel,
                                          int rows, int columns, int channel, const E& epilogue) {
     Vec<N> v[kIn][kIn];
 #pragma GCC unroll 6
