@@ -18,10 +18,6 @@ from timing import aligned, build, pointer, print_rows, seconds
 from skive import pack
 
 MORE = [
-    square("mobilenetv2", 56, 144, 3, 1),
-    square("mobilenetv2", 56, 144, 3, 2),
-    square("mobilenetv2", 28, 192, 3, 1),
-    square("mobilenetv2", 28, 192, 3, 2),
     square("mobilenetv2", 14, 576, 3, 1),
     square("vww", 48, 16, 3, 2),
     square("vww", 24, 32, 3, 1),
