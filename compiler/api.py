@@ -268,24 +268,13 @@ def _cache_key(
         target.name,
         str(_data_sha256(data)),
         skive.__version__,
-        _own_hash(),
+        build.sources_hash(),
         build.headers_hash(),
     ]
     if not options.emit_only:
         parts += [*build.compiler(), build.compiler_version(build.compiler()), *build.user_flags()]
     for p in parts:
         h.update(p.encode() + b"\0")
-    return h.hexdigest()
-
-
-def _own_hash() -> str:
-    """SHA-256 of skive's Python sources: an edited compiler never answers from its past."""
-    h = hashlib.sha256()
-    root = Path(__file__).resolve().parent
-    folders = [root, *(Path(p) for p in __import__("skive.passes").passes.__path__)]
-    for folder in folders:
-        for p in sorted(folder.rglob("*.py")):
-            h.update(p.read_bytes())
     return h.hexdigest()
 
 

@@ -82,6 +82,17 @@ def headers_hash() -> str:
     return h.hexdigest()
 
 
+@lru_cache(maxsize=1)
+def sources_hash() -> str:
+    """SHA-256 of skive's Python sources: an edited compiler never answers from its past."""
+    h = hashlib.sha256()
+    folders = [Path(__file__).resolve().parent, *(Path(p) for p in __import__("skive.passes").passes.__path__)]
+    for folder in folders:
+        for p in sorted(folder.rglob("*.py")):
+            h.update(p.read_bytes())
+    return h.hexdigest()
+
+
 def header_closure(names: Sequence[str]) -> list[str]:
     """`names` and every kernel header they include, as paths below `skive/`."""
     root = kernels.include_dir() / "skive"

@@ -37,8 +37,10 @@ from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedO
 
 if TYPE_CHECKING:
     from skive.frontend import Source
+    from skive.ir import Graph
     from skive.quantization import Quantize
     from skive.runtime import Module, TensorInfo
+    from skive.speed import Forecast
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # `skive run --json` prints the values of an output of at most this many elements.
@@ -362,12 +364,30 @@ def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tu
     if compiled["code_bytes"]:
         lines.append(("code", bytes_text(compiled["code_bytes"])))
     if fixed := report.get("quantization"):
-        counts = Counter(layer["dtype"] for layer in fixed["layers"])
-        ratio = f", SQNR {fixed['sqnr_db']:.1f} dB against float32" if fixed.get("sqnr_db") is not None else ""
-        lines.append(("quantized", ", ".join(f"{n} x {t}" for t, n in counts.most_common()) + ratio))
+        lines += _quantization_lines(fixed)
     lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
               ("verified", _verdict_text(report["verification"])),
               ("compiled in", f"{compiled['seconds'] if seconds is None else seconds:.1f} s")]
+    return lines
+
+
+def _quantization_lines(fixed: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many layers are computed in what, and those that add most noise."""
+    from skive import explanation
+
+    counts = Counter(layer["dtype"] for layer in fixed["layers"] if layer["op"] != "input")
+    ratio = f", SQNR {fixed['sqnr_db']:.1f} dB against float32" if fixed.get("sqnr_db") is not None else ""
+    lines = [("quantized", ", ".join(f"{n} x {t}" for t, n in counts.most_common()) + ratio)]
+    worst = explanation.worst(fixed["layers"])
+    for key, layer in zip(["most noise", *[""] * len(worst)], worst, strict=False):
+        before = layer.get("input_sqnr_db")
+        lines.append((key, f"{layer['name']} ({layer['op']}): "
+                      + (f"{before:.1f} -> " if before is not None else "") + f"{layer['sqnr_db']:.1f} dB"))
+    islands = [i for i in fixed.get("islands", ()) if i["bytes"]]
+    if islands:
+        kinds = Counter(op for i in islands for op in i["ops"])
+        lines.append(("in float32", ", ".join(f"{n} x {op}" if n > 1 else op for op, n in kinds.most_common())
+                      + " (report.html says why)"))
     return lines
 
 
@@ -438,6 +458,11 @@ def run(artefact: str, input_file: str, output: str | None, as_json: bool) -> No
                + (f", written to {printable(output)}" if output else ""))
 
 
+def _types(layer: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a kernel computes in, reads and writes; artefacts of an earlier skive do not say."""
+    return layer.get("dtype", "-"), ", ".join(layer.get("reads", ())) or "-", layer.get("writes") or "-"
+
+
 def _statistics(name: str, a: np.ndarray) -> dict[str, Any]:
     numbers = a[np.isfinite(a)].astype(np.float64) if a.dtype.kind == "f" else a.astype(np.float64)
     some = numbers.size > 0
@@ -486,28 +511,39 @@ def verify(artefact: str, against: str, data: str | None, as_json: bool) -> int:
 @click.argument("subject", metavar="MODEL|ARTEFACT")
 @_shape_options
 @click.option("--html", metavar="FILE", help="Write the report as one self-contained page.")
+@click.option("--predict", is_flag=True,
+              help="Forecast the time of each layer in float32, int8 and int16 on this processor.")
+@click.option("--threads", type=_THREADS, default=1, show_default=True, help="Threads of the forecast.")
 @_CONFIG
 @_JSON
 def inspect(subject: str, inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
-            example: str | None, html: str | None, as_json: bool) -> None:
+            example: str | None, html: str | None, predict: bool, threads: int, as_json: bool) -> None:
     """Show what a model needs, or what an artefact holds.
 
     For a model: inputs, outputs, operations, MACs, weights, and what is not supported. For an
     artefact: its compile report.
 
+    --predict needs no calibration data: the kernels that the model would be lowered to are compiled and
+    timed once for each processor; afterwards the forecast comes from the cache. What does not fit into
+    three quarters of a minute is interpolated; the same command measures more of it the next time.
+
     \b
     Examples:
       skive inspect resnet50.onnx
+      skive inspect resnet50.onnx --predict
       skive inspect kws/ --json
       skive inspect kws.onnx --html kws.html
     """
     if Path(subject).is_dir():
+        if predict:
+            raise click.UsageError("--predict is for models; `skive profile` measures an artefact")
         _inspect_artefact(Path(subject), html, as_json)
     else:
-        _inspect_model(subject, _requested(inputs, batch_max, example), html, as_json)
+        _inspect_model(subject, _requested(inputs, batch_max, example), html, as_json, threads if predict else 0)
 
 
-def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_json: bool) -> None:
+def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_json: bool, predicted: int = 0) -> None:
+    """`predicted`: threads of the forecast, 0 for none."""
     from skive import ops
     from skive.pipeline import operations, total_macs, weight_bytes
 
@@ -545,6 +581,9 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
         page = report.render({"skive": skive.__version__, "model": facts["model"],
                               "passes": [r.to_json() for r in records]}, graph, after)
         write_file(html, lambda path: path.write_text(page, encoding="utf-8"))
+    forecast = _forecast(graph, predicted) if predicted else None
+    if forecast:
+        facts["prediction"] = forecast.to_json()
     if as_json:
         print_json(facts)
         return
@@ -553,6 +592,36 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
     _print_ports(sides)
     print_table(["operation", ">count", ">MACs"],
                 [[o["op"], str(o["count"]), count_text(o["macs"]) if o["macs"] else "-"] for o in facts["operations"]])
+    if forecast:
+        _print_forecast(forecast)
+
+
+def _forecast(graph: Graph, threads: int) -> Forecast:
+    from skive import passes, speed
+
+    canonical, _ = passes.canonical(graph, check="never")
+    with progress_bar() as progress:
+        return speed.predict(canonical, threads=threads, progress=progress)
+
+
+def _print_forecast(forecast: Forecast) -> None:
+    """Microseconds by layer and element type, the totals, and which layers lose by int8."""
+    dtypes = list(forecast.measured)
+    click.echo(f"\nforecast for this processor, {forecast.threads} thread{'s' * (forecast.threads > 1)}")
+    rows = [[layer.name, layer.op, *(f"{layer.us[d]:.2f}" for d in dtypes)] for layer in forecast.layers]
+    totals = forecast.total_us
+    rows.append(["total", "", *(f"{totals[d]:.2f}" for d in dtypes)])
+    print_table(["layer", "op", *(f">{d} us" for d in dtypes)], rows)
+    for d in dtypes:
+        if forecast.measured[d] < 1:
+            click.echo(f"{d}: {100 * (1 - forecast.measured[d]):.0f} % of the time is interpolated from similar shapes")
+    losing = [layer for layer in forecast.layers if layer.loses]
+    for layer in losing:
+        factor = layer.us["int8"] / layer.us["float32"] if layer.us["float32"] else 0
+        by = f"{factor:.2f} x its float32 time" if factor else f"{layer.us['int8']:.2f} us that float32 does not need"
+        click.echo(printable(f"{layer.name} loses by int8 ({by}): {layer.loses}"))
+    if "int8" in totals and not losing:
+        click.echo("no layer loses by int8")
 
 
 def _print_ports(sides: Mapping[str, Sequence[TensorInfo]]) -> None:
@@ -590,6 +659,11 @@ def _inspect_artefact(folder: Path, html: str | None, as_json: bool) -> None:
     click.echo(printable(title))
     _print_ports(sides)
     _print_lines(summary)
+    if any("dtype" in layer for layer in report["layers"]):
+        print_table([">#", "layer", "kernel", "computes in", "reads", "writes", ">MACs"],
+                    [[str(i), layer["name"] or layer["op"], layer["kernel"], *_types(layer),
+                      count_text(layer["macs"]) if layer["macs"] else "-"] for i, layer in enumerate(report["layers"])])
+        click.echo()
     print_table(["file", ">bytes"], [[name, f"{size:,}"] for name, size in files.items()])
 
 
@@ -654,8 +728,8 @@ def profile(artefact: str, rounds: int | None, html: str | None, as_json: bool) 
     if as_json:
         print_json(result)
         return
-    print_table([">#", "layer", "kernel", ">us", ">share", ">GMAC/s", ">GB/s"],
-                [[str(i), layer["name"] or layer["op"], layer["kernel"], f"{layer['us']:.2f}",
+    print_table([">#", "layer", "kernel", "computes in", "reads", "writes", ">us", ">share", ">GMAC/s", ">GB/s"],
+                [[str(i), layer["name"] or layer["op"], layer["kernel"], *_types(layer), f"{layer['us']:.2f}",
                   f"{100 * layer['share']:.1f} %",
                   f"{layer['gmac_per_s']:.1f}" if layer["macs"] else "-", f"{layer['gb_per_s']:.1f}"]
                  for i, layer in enumerate(result["layers"])])
