@@ -322,8 +322,9 @@ def _diagnosis(layer: Mapping[str, Any], quantization: Mapping[str, Any]) -> tup
         if beyond > 0.02 * (top - bottom):
             return (f"values reach {low:.4g} to {high:.4g}, of which {bottom:.4g} to {top:.4g} is kept",
                     f"wider ranges ({_wider(quantization)}), or {keep}")
-        return ("it amplifies the noise of what it reads: its own result is small beside its terms",
-                f"{keep}, or more bits where its operands are made")
+        before = "" if layer.get("input_sqnr_db") is None else f"what it reads is at {layer['input_sqnr_db']:.1f} dB, "
+        return (f"{before}its result at {layer['sqnr_db']:.1f} dB, more than its own rounding explains: terms cancel",
+                f"{keep} and the layer it reads, or --quantize int16")
     if sources["weights"] >= sources["step"]:
         bits = (layer.get("bits") or {}).get("weights", 8)
         if not options.get("per_channel", True):

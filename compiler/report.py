@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from skive import ops
+from skive import explanation, ops
 from skive.errors import InvalidModelError
 from skive.ir import Graph, Node
 
@@ -233,6 +233,7 @@ class Bar:
     title: str
     fractions: tuple[float, ...]
     texts: tuple[str, ...]
+    starts: tuple[float, ...] = ()  # where each bar begins, as a fraction; at 0 if not given
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,33 @@ def plot(layers: Sequence[Mapping[str, Any]], profile: Mapping[str, Any] | None)
     return Plot(tuple(name for name, _, _ in quantities), tuple(bars))
 
 
+_PLOTTED_DB = 60.0  # a bar of the full width
+
+
+def quantization_plot(layers: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Signal-to-noise ratio, share of the added noise, and range of each layer; None if nothing was measured."""
+    shown = [layer for layer in layers if layer.get("sqnr_db") is not None or layer.get("range")]
+    if not shown:
+        return None
+    noise = [explanation.added_noise(layer) for layer in shown]
+    total, most = sum(noise) or 1.0, max(noise) or 1.0
+    low = min([layer["range"][0] for layer in shown if layer.get("range")], default=0.0)
+    high = max([layer["range"][1] for layer in shown if layer.get("range")], default=0.0)
+    low, width = min(0.0, low), (max(0.0, high) - min(0.0, low)) or 1.0
+    bars = []
+    for layer, added in zip(shown, noise, strict=True):
+        db, seen = layer.get("sqnr_db"), layer.get("range")
+        values = [("", 0.0, 0.0) if db is None else (f"{db:.1f} dB", 0.0, min(1.0, max(0.0, db / _PLOTTED_DB))),
+                  (f"{100 * added / total:.0f} %", 0.0, added / most) if added else ("", 0.0, 0.0),
+                  (f"{seen[0]:.3g} … {seen[1]:.3g}", (seen[0] - low) / width, (seen[1] - seen[0]) / width)
+                  if seen else ("", 0.0, 0.0)]
+        texts, starts, fractions = zip(*values, strict=True)
+        bars.append(Bar(f"{_cut(layer['name'] or layer['op'], 26)} {layer['dtype']}",
+                        f"{clean(layer['name'])} ({clean(layer['op'])}), {layer['dtype']}",
+                        tuple(round(f, 4) for f in fractions), texts, tuple(round(f, 4) for f in starts)))
+    return Plot(("signal to noise", "share of the added noise", "range"), tuple(bars))
+
+
 # ------------------------------------------------------------------------------------------- text
 
 
@@ -284,6 +312,24 @@ def size(n: float) -> str:
     return f"{n / 1024:.3g} GB"
 
 
+def span(limits: Sequence[float] | None) -> str:
+    """An interval to three digits; nothing if there is none."""
+    return f"{limits[0]:.3g} … {limits[1]:.3g}" if limits else ""
+
+
+def types(layer: Mapping[str, Any]) -> str:
+    """What a kernel reads and writes: `u8 → f32`, or one type for both."""
+    if "dtype" not in layer:
+        return ""
+    reads, writes = ", ".join(layer["reads"]) or "constants", layer["writes"]
+    return writes if reads == writes else f"{reads} → {writes}"
+
+
+def ratio(db: float | None) -> str:
+    """Decibels to one digit behind the point; nothing if not measured."""
+    return "" if db is None else f"{db:.1f}"
+
+
 def microseconds(us: float) -> str:
     """A duration to three digits in the unit that suits it."""
     return f"{us:.3g} µs" if us < 999.5 else f"{us / 1e3:.3g} ms" if us < 999.5e3 else f"{us / 1e6:.3g} s"
@@ -296,7 +342,8 @@ def microseconds(us: float) -> str:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    environment.filters |= {"clean": clean, "decimal": decimal, "size": size, "microseconds": microseconds}
+    environment.filters |= {"clean": clean, "decimal": decimal, "size": size, "microseconds": microseconds,
+                            "span": span, "ratio": ratio, "types": types}
     return environment.from_string((Path(__file__).parent / "report.html").read_text(encoding="utf-8"))
 
 
@@ -316,6 +363,7 @@ def _from_data(text: str) -> dict[str, tuple[Drawn, ...]]:
 def _page(report: Mapping[str, Any], graphs: Mapping[str, Sequence[Drawn]],
           profile: Mapping[str, Any] | None) -> str:
     layers = report.get("layers") or []
+    fixed = report.get("quantization")
     views: list[dict[str, Any]] = []
     for key, title in (("before", "As imported"), ("after", "As compiled")):
         picture = draw(graphs[key]) if len(graphs[key]) <= DRAWN_NODES else None
@@ -329,7 +377,9 @@ def _page(report: Mapping[str, Any], graphs: Mapping[str, Sequence[Drawn]],
         compiled=report.get("compiled"), passes=report.get("passes") or [], layers=layers,
         verification=report.get("verification"), verified="verification" in report, profile=profile,
         title=clean(Path(str(path)).name or "model"), views=views, wide=wide, room=_ROW if wide else _COLUMN,
-        plot=plot(layers, profile) if layers else None, data=Markup(_as_data(graphs)))
+        plot=plot(layers, profile) if layers else None, quantization=fixed,
+        quantization_plot=quantization_plot(fixed["layers"]) if fixed else None, good_db=explanation.GOOD_DB,
+        data=Markup(_as_data(graphs)))
 
 
 def render(report: Mapping[str, Any], before: Graph, after: Graph, profile: Mapping[str, Any] | None = None) -> str:

@@ -56,6 +56,26 @@ def facts(name: str = "conv1") -> dict[str, Any]:
                          "sqnr_db": 120.0, "passed": True, "worst_node": None}}
 
 
+def fixed(name: str = "conv1") -> dict[str, Any]:
+    """`facts` of a quantized network: one integer layer, one float32 one."""
+    report = facts(name)
+    for layer in report["layers"]:
+        layer |= {"dtype": "int8", "reads": ["u8"], "writes": "f32"}
+    report["quantization"] = {
+        "dtype": "int8", "method": "minmax", "samples": 77, "sqnr_db": 31.25,
+        "layers": [
+            {"name": name, "op": "conv2d", "dtype": "int8", "sqnr_db": 28.5, "input_sqnr_db": 36.5, "bytes": 1024,
+             "weight_bytes": 2048, "stored": "u8", "range": [-1.5, 2.5], "kept": [-1.25, 2.25],
+             "bits": {"activations": 8, "weights": 7}, "weight_sqnr_db": 44.5},
+            {"name": f"{name}/softmax", "op": "softmax", "dtype": "float32", "sqnr_db": None,
+             "reason": f"because {name}"}],
+        "islands": [{"names": [f"{name}/softmax"], "ops": ["softmax"], "macs": 0, "bytes": 48,
+                     "reason": f"island {name}"}],
+        "boundaries": [{"name": name, "op": "map", "to": "u8", "bytes": 4, "reason": f"boundary {name}"}],
+        "advice": [{"layer": name, "share": 1.0, "finding": "adds 100 % of the noise", "action": f"--keep {name}"}]}
+    return report
+
+
 def times(*us: float) -> dict[str, Any]:
     return {"rounds": 9, "run_us": sum(us), "layers_us": sum(us), "layers": [
         {"us": u, "share": u / sum(us), "gmac_per_s": 1.0, "gb_per_s": 2.0} for u in us]}
@@ -96,6 +116,21 @@ def test_the_page_holds_the_figures() -> None:
         assert figure in words, figure
 
 
+def test_the_page_explains_quantization() -> None:
+    words = " ".join(" ".join(Page(report.render(fixed(), block(), chain(2))).text).split())
+    for figure in ("int8, ranges by minmax from 77 samples", "31.2 dB", "36.5 → 28.5", "44.5", "-1.5 … 2.5",
+                   "-1.25 … 2.25", "8 × 7", "1 KB + 2 KB", "because conv1", "island conv1", "boundary conv1",
+                   "--keep conv1", "u8 → f32", "100 %"):
+        assert figure in words, figure
+    assert "Quantization" not in " ".join(Page(report.render(facts(), block(), chain(2))).text)
+    imported = fixed()
+    imported["quantization"] = {"dtype": "int8", "sqnr_db": None, "imported": True, "advice": [], "islands": [],
+                                "boundaries": [], "layers": [{"name": "a", "op": "conv2d", "dtype": "int8",
+                                                              "sqnr_db": None, "bytes": 4, "weight_bytes": 4}]}
+    words = " ".join(" ".join(Page(report.render(imported, block(), chain(2))).text).split())
+    assert "came quantized" in words and "No kernel computes in float32" in words
+
+
 def test_the_page_needs_nothing_else_and_runs_nothing() -> None:
     text = report.render(facts(), block(), block())
     for tag, attributes in Page(text).tags:
@@ -113,8 +148,8 @@ def test_the_same_report_gives_the_same_bytes() -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_names_are_only_ever_text(name: str) -> None:
-    plain = Page(report.render(facts(), chain(3), chain(2)))
-    text = report.render(facts(name), chain(3, name=name), chain(2, name=name))
+    plain = Page(report.render(fixed(), chain(3), chain(2)))
+    text = report.render(fixed(name), chain(3, name=name), chain(2, name=name))
     page = Page(text)
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
     assert "\u202e" not in text and "\x00" not in text

@@ -1,0 +1,142 @@
+"""What the report says of a quantized network: types of kernels, float32 left over, and advice by figures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import skive
+from skive import explanation, ops, passes, quantization
+from skive.ir import Graph, Node, constant
+from skive.lower import lower
+from skive.targets.base import TARGETS
+from skive.types import DType
+
+RNG = np.random.default_rng(5)
+
+
+def weights(*shape: int) -> Node:
+    return constant((RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32))
+
+
+def network() -> Graph:
+    """conv + relu, softmax over channels, 1x1 conv, mean: a float32 operation between two integer ones."""
+    x = ops.make("input", shape=(1, 8, 8, 4), dtype=DType.f32, label="x")
+    y = ops.make("relu", ops.make("conv2d", x, weights(8, 3, 3, 4), weights(8), pad=(1, 1, 1, 1), origin="first"))
+    y = ops.make("softmax", y, origin="middle")
+    y = ops.make("conv2d", y, weights(6, 1, 1, 8), origin="second")
+    y = ops.make("reduce_mean", y, axes=(1, 2), keep=False, origin="mean")
+    return Graph("network", (x,), (y,), ("y",))
+
+
+def quantized(dtype: str, **options: Any) -> tuple[Graph, dict[str, Any]]:
+    """(the fused fixed-point network, its `quantization`)."""
+    canonical, _ = passes.canonical(network(), check="never")
+    data = RNG.standard_normal((16, 8, 8, 4)).astype(np.float32)
+    wanted = skive.Quantize(dtype, calibration=data, **options)
+    graph, details = quantization.apply(canonical, wanted, target="generic")
+    fused, _ = passes.PassManager().run(graph, passes.FUSED, check="never")
+    return fused, details | explanation.conversions(fused, wanted.keep)
+
+
+@pytest.mark.parametrize(("dtype", "stored", "db"), [("int8", "u8", 20), ("int16", "i16", 55)])
+def test_layers_tell_types_ranges_and_noise(dtype: str, stored: str, db: float) -> None:
+    _, details = quantized(dtype)
+    layers = {layer["name"]: layer for layer in details["layers"]}
+    assert list(layers) == ["x", "first", "middle", "second", "mean"]
+    for name in ("first", "second"):
+        assert layers[name]["dtype"] == dtype and layers[name]["weight_sqnr_db"] > db
+        assert set(layers[name]["bits"]) == {"activations", "weights"}
+    size = 1 if dtype == "int8" else 2
+    assert layers["x"]["stored"] == stored and layers["x"]["bytes"] == 8 * 8 * 4 * size
+    assert layers["first"]["weight_bytes"] == 8 * 9 * 4 * size
+    middle = layers["middle"]
+    assert middle["dtype"] == "float32" and middle["reason"] == "softmax has no integer form"
+    assert middle["sqnr_db"] > db and middle["range"][0] >= 0 and middle["range"][1] <= 1
+    # What the step of the stored value costs bounds the measured ratio from above, but for chance.
+    assert middle["sqnr_db"] < middle["rounding_sqnr_db"] + 3
+
+
+def test_a_kept_layer_says_by_which_pattern() -> None:
+    fused, details = quantized("int8", keep=("sec*",))
+    second = next(layer for layer in details["layers"] if layer["name"] == "second")
+    assert (second["dtype"], second["reason"]) == ("float32", "kept by the pattern 'sec*'")
+    assert any("second" in island["names"] and "'sec*'" in island["reason"] for island in details["islands"])
+
+
+def test_islands_and_boundaries_are_those_of_the_final_graph() -> None:
+    _, details = quantized("int8")
+    (island,) = details["islands"]
+    assert island["names"] == ["middle"] and island["reason"] == "softmax has no integer form"
+    told = {(b["name"], b["to"]): b["reason"] for b in details["boundaries"]}
+    assert told["x", "u8"] == "the network's input is float32"
+    assert told["first", "f32"] == "middle (softmax) reads float32"
+    assert any(to == "u8" and reason == "middle (softmax) gives float32" for (_, to), reason in told.items())
+    assert any(to == "f32" and reason == "the network's output is float32" for (_, to), reason in told.items())
+
+
+def test_a_float_network_has_neither() -> None:
+    fused, _ = passes.optimize(network(), check="never")
+    assert explanation.conversions(fused) == {"islands": [], "boundaries": []}
+    kinds = {explanation.kernel_types(c)["dtype"] for c in lower(fused, TARGETS["generic"]).calls}
+    assert kinds == {"float32"}
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("int8", "u8"), ("int16", "i16")])
+def test_kernels_tell_what_they_compute_in(dtype: str, stored: str) -> None:
+    fused, _ = quantized(dtype)
+    by_op = {c.op: explanation.kernel_types(c) for c in lower(fused, TARGETS["generic"]).calls}
+    assert by_op["softmax"] == {"dtype": "float32", "reads": ["f32"], "writes": "f32"}
+    assert by_op["conv2d"]["dtype"] == dtype and by_op["conv2d"]["reads"] == [stored]
+    assert by_op["sum_pool2d"]["dtype"] == dtype
+
+
+def layer(name: str, sqnr: float | None, before: float | None = None, **more: Any) -> dict[str, Any]:
+    return {"name": name, "op": "conv2d", "dtype": "int8", "sqnr_db": sqnr, "input_sqnr_db": before, **more}
+
+
+def advised(*layers: dict[str, Any], sqnr: float = 15.0, **more: Any) -> list[dict[str, Any]]:
+    return explanation.advice({"dtype": "int8", "method": "minmax", "samples": 100, "sqnr_db": sqnr,
+                               "layers": list(layers), **more})
+
+
+def test_a_good_network_needs_no_advice() -> None:
+    assert advised(layer("a", 45.0), layer("b", 38.0, 45.0), sqnr=36.0) == []
+    assert advised(layer("a", None), sqnr=12.0) == []
+
+
+def test_the_worst_layers_are_those_that_add_noise_not_those_that_inherit_it() -> None:
+    layers = [layer("a", 20.0), layer("b", 20.0, 20.0), layer("c", 19.9, 20.0), layer("d", 40.0, 19.9)]
+    assert [w["name"] for w in explanation.worst(layers)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(("figures", "more", "action"), [
+    ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {}, "--rounding adaround"),
+    ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {"options": {"per_channel": False}}, "per_channel=True"),
+    ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {"options": {"rounding": "adaround"}}, "--keep 'bad'"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0}, {}, "--ranges mse"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0}, {"method": "mse"}, "--keep 'bad'"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "channel_spread": 50.0}, {"options": {"equalise": False}},
+     "equalise=True"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 40.0, "range": [-9.0, 9.0], "kept": [-3.0, 3.0]},
+     {"method": "percentile"}, "--ranges minmax"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 40.0}, {}, "the layer it reads")])
+def test_the_advice_follows_the_largest_cause(figures: dict[str, Any], more: dict[str, Any], action: str) -> None:
+    first = advised(layer("good", 35.0), layer("bad", 17.0, 35.0, **figures), **more)[0]
+    assert first["layer"] == "bad" and first["share"] > 0.9
+    assert action in first["action"], first
+
+
+def test_noise_that_is_spread_calls_for_more_bits_and_concentrated_noise_for_floats() -> None:
+    ladder = [layer(f"l{i}", 30.0 - i, 31.0 - i if i else None) for i in range(15)]
+    assert any(a["layer"] is None and "int16" in a["action"] for a in advised(*ladder[:14], *(
+        layer(f"m{i}", 14.0, 14.2) for i in range(9))))
+    whole = [a for a in advised(layer("a", 35.0), layer("b", 15.0, 35.0)) if a["layer"] is None]
+    assert len(whole) == 1 and "--keep 'b'" in whole[0]["action"]
+
+
+def test_few_samples_are_pointed_out() -> None:
+    assert any("8 samples" in a["finding"] for a in advised(layer("a", 15.0), samples=8))
+    assert not any("samples" in a["finding"] for a in advised(layer("a", 15.0), samples=200))
