@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,32 +40,27 @@ def _pointers(arrays: Sequence[np.ndarray]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * max(1, len(arrays)))(*(a.ctypes.data for a in arrays))
 
 
-def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
-    """What each kernel call of `module` costs: medians over `rounds` passes through the network, or
-    over as many as take about `seconds`.
+def time_layers(library_path: Path, name: str, input_ports: Sequence[TensorInfo], output_ports: Sequence[TensorInfo],
+                arena_bytes: int, count: int, *, rounds: int | None = None, seconds: float = 1.0,
+                ) -> tuple[np.ndarray, np.ndarray, float]:
+    """(nanoseconds of whole runs [rounds], of each layer [rounds, count], cost of one call from Python).
 
-    Keys: `rounds`; `run_us`, one call of the whole network; `layers_us`, the sum over the layers;
-    `layers[]` in the order of execution, each with name, op, kernel, macs, bytes, the types of
-    the report, us, share of the sum, gmac_per_s, gb_per_s. Times are in microseconds, without the
-    cost of the call from Python (that of a call that is refused). A layer runs right after the one
-    before it, as in the network, so its operands are as warm as there.
+    `count` layers of the library of an artefact called `name`, on inputs by `sample_arrays`.
     """
-    name = module.manifest["name"]
-    described = module.report["layers"]
-    # `module` holds the library open and its threads started; this is the same copy of it.
-    library = ctypes.CDLL(str((module.folder / f"lib{name}.so").resolve()))
+    # Where a Module holds the library open with its threads started, this is the same copy of it.
+    library = ctypes.CDLL(str(library_path))
     try:
         run, run_layer = library[f"{name}_run"], library[f"{name}_run_layer"]
     except AttributeError:
-        raise InvalidModelError(f"{module.folder}: the library has no {name}_run_layer; "
+        raise InvalidModelError(f"{library_path.parent}: the library has no {name}_run_layer; "
                                 "compile the model again") from None
     pointer = ctypes.POINTER(ctypes.c_void_p)
     run.argtypes = [pointer, pointer, ctypes.c_void_p]
     run_layer.argtypes = [ctypes.c_int, pointer, pointer, ctypes.c_void_p]
 
-    inputs = sample_arrays(module.inputs)
-    outputs = [np.zeros([max(d, 1) if d < 0 else d for d in p.shape], p.dtype) for p in module.outputs]
-    arena = aligned_bytes(module.manifest["arena_bytes"])
+    inputs = sample_arrays(input_ports)
+    outputs = [np.zeros([max(d, 1) if d < 0 else d for d in p.shape], p.dtype) for p in output_ports]
+    arena = aligned_bytes(arena_bytes)
     arguments = (_pointers(inputs), _pointers(outputs), ctypes.c_void_p(arena.ctypes.data))
     clock = time.perf_counter_ns
 
@@ -72,7 +68,7 @@ def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) 
         if error:
             text = library[f"{name}_error"]
             text.restype = ctypes.c_char_p
-            raise InvalidModelError(f"{module.folder}: {text(error).decode(errors='replace')}")
+            raise InvalidModelError(f"{library_path.parent}: {text(error).decode(errors='replace')}")
 
     check(run(*arguments))
     start = clock()
@@ -82,12 +78,12 @@ def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) 
         rounds = int(np.clip(seconds * 1e9 / (2 * max(1, clock() - start)), *_ROUNDS))
     whole = np.empty(rounds)
     refused = np.empty((rounds, 3))
-    single = np.empty((rounds, len(described)))
+    single = np.empty((rounds, count))
     for r in range(rounds):
         start = clock()
         run(*arguments)
         whole[r] = clock() - start
-        for i in range(len(described)):
+        for i in range(count):
             start = clock()
             error = run_layer(i, *arguments)
             single[r, i] = clock() - start
@@ -98,6 +94,25 @@ def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) 
             run_layer(-1, *arguments)
             refused[r, k] = clock() - start
     overhead = float(np.median(refused[:, -1]))  # the last of them: as warm as the calls of layers
+    return whole, single, overhead
+
+
+def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
+    """What each kernel call of `module` costs: medians over `rounds` passes through the network, or
+    over as many as take about `seconds`.
+
+    Keys: `rounds`; `run_us`, one call of the whole network; `layers_us`, the sum over the layers;
+    `layers[]` in the order of execution, each with name, op, kernel, macs, bytes, the types of
+    the report, us, share of the sum, gmac_per_s, gb_per_s. Times are in microseconds, without the
+    cost of the call from Python (that of a call that is refused). A layer runs right after the one
+    before it, as in the network, so its operands are as warm as there.
+    """
+    name, described = module.manifest["name"], module.report["layers"]
+    library = (module.folder / f"lib{name}.so").resolve()
+    whole, single, overhead = time_layers(
+        library, name, module.inputs, module.outputs, module.manifest["arena_bytes"], len(described),
+        rounds=rounds, seconds=seconds)
+    rounds = len(whole)
     us = np.maximum(np.median(single, axis=0) - overhead, 1.0) / 1e3 if described else np.zeros(0)
     total = float(us.sum())
     layers = [{"name": d["name"], "op": d["op"], "kernel": d["kernel"], "macs": d["macs"], "bytes": d["bytes"],
