@@ -105,7 +105,7 @@ def _onnxruntime(job: Job) -> Loaded:
             lambda: [v.numpy() for v in outputs])
 
 
-def _openvino(job: Job) -> Loaded:
+def _openvino(job: Job, **properties: str) -> Loaded:
     import openvino as ov
 
     core = ov.Core()
@@ -115,7 +115,7 @@ def _openvino(job: Job) -> Loaded:
         model.reshape({i: a.shape for i, a in enumerate(arrays)})
     compiled = core.compile_model(model, "CPU", {
         "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": job.threads, "NUM_STREAMS": 1})
+        "INFERENCE_NUM_THREADS": job.threads, "NUM_STREAMS": 1, **properties})
     request = compiled.create_infer_request()
     for i, a in enumerate(arrays):
         request.set_input_tensor(i, ov.Tensor(a, shared_memory=True))
