@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import numpy as np
 
 import skive
 from skive import _native, build, check, explanation, quantization
+from skive.agreement import Agreement
 from skive.artifact import write_folder
 from skive.emit import cxx
 from skive.errors import InvalidModelError, ShapeError, SkiveError, VerificationError
@@ -479,8 +480,20 @@ def _write_report(folder: Path, report: dict[str, Any], imported: Graph, optimis
     (folder / "report.html").write_text(pages.render(report, imported, optimised, measured), encoding="utf-8")
 
 
-def verdict_against(module: Module, model: Any, data: Sequence[np.ndarray] | None = None) -> check.Verdict:
-    """How far `module` is from `model` (`skive verify`), on `data` or random inputs of the reference."""
+def verdict_against(
+    module: Module,
+    model: Any,
+    calls: Iterable[Sequence[np.ndarray]] | None = None,
+    labels: np.ndarray | None = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> tuple[check.Verdict, Agreement]:
+    """How far `module` is from the numpy reference of `model` (`skive verify`), over all `calls` (inputs
+    by position) or one of random inputs; `labels`: the right class of each sample.
+
+    A float32 artefact passes if every call is within check.TOLERANCE of the output's range. One that
+    computes in integers is held to that, or to equal roundings, only where the model rounds as well:
+    what it lost against a float32 model is reported, and passes.
+    """
     from skive import frontend
     from skive.reference import evaluate_graph
 
@@ -494,14 +507,39 @@ def verdict_against(module: Module, model: Any, data: Sequence[np.ndarray] | Non
             raise ShapeError(
                 f"the model's {what} are not those of {module.folder}: it was compiled from another model"
             )
-    inputs = (
-        list(data)
-        if data is not None
-        else (check.sample_inputs(graph) if graph.inputs else random_inputs(graph))
-    )
-    got = module(*inputs)
-    return check.compare(
-        list(zip(got if isinstance(got, tuple) else (got,), evaluate_graph(graph, inputs), strict=True)),
-        "numpy",
-        1,
+    if calls is None:
+        calls = [check.sample_inputs(graph) if graph.inputs else random_inputs(graph)]
+    rounds = check.has_roundings(graph)
+    fixed = any(layer.get("dtype") in ("int8", "int16") for layer in module.report["layers"])
+    agreement = Agreement([p.name for p in module.outputs])
+    worst: check.Verdict | None = None
+    at = 0
+    for done, inputs in enumerate(calls, 1):
+        got = module(*inputs)
+        got = got if isinstance(got, tuple) else (got,)
+        pairs = list(zip(got, evaluate_graph(graph, inputs), strict=True))
+        verdict = check.compare(pairs, "numpy", 1)
+        if not verdict.passed and fixed and (not rounds or check.rounds_alike(pairs)):
+            finite = all(np.isfinite(g).all() or not np.isfinite(w).all() for g, w in pairs if w.dtype.kind == "f")
+            verdict = dataclasses.replace(verdict, passed=finite)
+        before = agreement.samples
+        count = len(inputs[0]) if labels is not None else 0
+        agreement.add(got, [w for _, w in pairs], labels[at : at + count] if labels is not None else None)
+        at += agreement.samples - before
+        worst = _worse(worst, verdict)
+        progress(done)
+    assert worst is not None
+    ratios = [o.sqnr_db for o, p in zip(agreement.outputs, module.outputs, strict=True) if p.dtype.startswith("float")]
+    return dataclasses.replace(worst, samples=agreement.samples, sqnr_db=min(ratios, default=None)), agreement
+
+
+def _worse(a: check.Verdict | None, b: check.Verdict) -> check.Verdict:
+    """One verdict for both."""
+    if a is None:
+        return b
+    return dataclasses.replace(
+        a,
+        max_abs_error=max(a.max_abs_error, b.max_abs_error),
+        relative_error=-1.0 if min(a.relative_error, b.relative_error) < 0 else max(a.relative_error, b.relative_error),
+        passed=a.passed and b.passed,
     )
