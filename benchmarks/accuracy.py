@@ -98,10 +98,10 @@ class Tally:
     signal: float = 0.0
     noise: float = 0.0
     n: int = 0
-    right: int = 0
     gained: int = 0
     lost: int = 0
     agreed: int = 0
+    hits: list[bool] = field(default_factory=list)  # top-1 right or wrong, of every sample
     decisions: list[bool] = field(default_factory=list)
     psnr: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -118,7 +118,7 @@ class Tally:
                 self.decisions.append(same)
             if model.kind == "top1" and fold.expected is not None:
                 right, before = int(np.argmax(g)) == fold.expected[i], int(np.argmax(w)) == fold.expected[i]
-                self.right += bool(right)
+                self.hits.append(bool(right))
                 self.gained += bool(right and not before)
                 self.lost += bool(before and not right)
             if model.kind == "psnr" and fold.expected is not None:
@@ -130,10 +130,10 @@ class Tally:
         row: dict[str, Any] = {"samples": self.n, "sqnr_db": 10 * math.log10(self.signal / noise),
                                "prepare_s": self.seconds, "agreement": 100 * self.agreed / self.n}
         if model.kind == "top1":
-            row |= {"top1": 100 * self.right / self.n, "interval": wilson(self.right, self.n),
+            row |= {"top1": 100 * sum(self.hits) / self.n, "interval": wilson(sum(self.hits), self.n),
                     "difference": 100 * (self.gained - self.lost) / self.n,
                     "difference_interval": paired(self.gained, self.lost, self.n),
-                    "gained": self.gained, "lost": self.lost}
+                    "gained": self.gained, "lost": self.lost, "hits": self.hits}
         if model.kind == "psnr":
             row |= {"psnr_db": float(np.mean(list(self.psnr.values()))), "photos": self.psnr}
         if model.kind == "sqnr" and self.decisions:
@@ -176,7 +176,7 @@ def evaluate(model: RealModel, data: Path, engines: Sequence[str], options: dict
 
 def verdict(rows: Sequence[dict[str, Any]], engine: str, eight: bool) -> list[str]:
     """What `engine` misses on one model: the loss it may have, its SQNR, the photos; with `eight` also every peer
-    that is better."""
+    that is better, in top-1 by more than chance."""
     by_engine = {r["engine"]: r for r in rows}
     row, reference = by_engine.get(engine), by_engine[REFERENCE]
     if row is None or "error" in row:
@@ -196,9 +196,15 @@ def verdict(rows: Sequence[dict[str, Any]], engine: str, eight: bool) -> list[st
         found.append(f"{name}: SQNR {row['sqnr_db']:.1f} dB")
     for p in PEERS if eight else ():
         peer = by_engine.get(p, {})
-        if peer.get(key, -math.inf) > row[key]:
+        if peer.get(key, -math.inf) > row[key] and not (row["kind"] == "top1" and _by_chance(peer, row)):
             found.append(f"{name}: {p} has {peer[key]:.2f} {unit}, skive {row[key]:.2f}")
     return found
+
+
+def _by_chance(better: dict[str, Any], row: dict[str, Any]) -> bool:
+    """True if the 95 % interval of the difference in top-1 of two engines, on the same samples, reaches zero."""
+    pairs = list(zip(better["hits"], row["hits"], strict=True))
+    return paired(pairs.count((True, False)), pairs.count((False, True)), len(pairs))[0] <= 0
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -271,6 +277,8 @@ def main() -> int:
         for e in engines:
             if e.startswith("skive"):
                 misses += verdict(new, e, eight=e in ("skive-int8", "skive-auto"))
+        for r in new:
+            r.pop("hits", None)
         document["misses"] = misses
         if a.json:
             Path(a.json).write_text(json.dumps(document, indent=1) + "\n")
