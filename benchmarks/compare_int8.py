@@ -68,18 +68,19 @@ class Network:
         return int(self.inputs[0].shape[0])
 
 
-def network(path: Path, threads: int, modules: str | None) -> Network:
-    """The model at `path` with NAME.npy or random numbers as its inputs; it has one input."""
+def network(path: Path, threads: int, modules: str | None, count: int = SAMPLES) -> Network:
+    """The model at `path` with NAME.npy or random numbers as its inputs, and `count` batches like them to calibrate
+    with; it has one input."""
     graph = frontend.open_model(str(path), input_shapes=open_batches(path)).graph()
     typical = path.with_suffix(".npy")
     if typical.exists():
         x = np.ascontiguousarray(np.load(typical))
         rng = np.random.default_rng(0)
-        rolled = [np.roll(x, [int(rng.integers(0, d)) for d in x.shape[1:]], range(1, x.ndim)) for _ in range(SAMPLES)]
+        rolled = [np.roll(x, [int(rng.integers(0, d)) for d in x.shape[1:]], range(1, x.ndim)) for _ in range(count)]
         return Network(path, (x,), np.concatenate(rolled), threads, modules)
     inputs = tuple(check.sample_inputs(graph))
     rng = np.random.default_rng(0)
-    shape = (SAMPLES * inputs[0].shape[0], *inputs[0].shape[1:])
+    shape = (count * inputs[0].shape[0], *inputs[0].shape[1:])
     return Network(path, inputs, rng.standard_normal(shape).astype(inputs[0].dtype), threads, modules)
 
 
