@@ -31,6 +31,8 @@ FEW = 32  # calibration samples
 
 _NARROW = frozenset((DType.i8, DType.u8, DType.i16, DType.u16))
 _ROUNDING = frozenset(("quantize", "dequantize", "requantize", "requantize_fixed"))
+# Steps after which a value is an integer or stays one: no arithmetic on floats.
+_INTEGER_STEPS = _ROUNDING | {"clip", "relu", "min", "max", "cast"}
 _BITS = {1: "int8", 2: "int16"}
 _CTYPES = {t.ctype: t for t in DType}
 
@@ -201,11 +203,10 @@ def _computes_in_float(node: Node) -> bool:
     """True if the kernel's own work, not only its rounding, is on float32."""
     if ops.macs(node) or node.op in ("sum_pool2d", "max_pool2d"):
         return node.inputs[0].dtype is DType.f32
-    text = node.attrs.get("fn", "")
-    if node.op == "map":
-        steps = expr.parse(text).steps
-        return any(s.op in ("dequantize", "requantize") for s in steps) and {s.op for s in steps} - _ROUNDING != set() \
-            or all(i.dtype is DType.f32 for i in (*node.inputs[:1], node)) and bool({s.op for s in steps} - _ROUNDING)
+    if node.op == "map" and not (node.dtype is DType.f32 and node.inputs[0].dtype is DType.f32):
+        steps = {s.op for s in expr.parse(node.attrs["fn"]).steps}
+        touches = "dequantize" in steps or any(i.dtype is DType.f32 for i in node.inputs if not i.is_const)
+        return touches and bool(steps - _INTEGER_STEPS)
     if node.op in _ROUNDING:
         return False
     return node.dtype is DType.f32 or any(i.dtype is DType.f32 for i in node.inputs if not i.is_const)
@@ -239,12 +240,13 @@ def kernel_types(call: Call) -> dict[str, Any]:
     writes = [_CTYPES[a.ctype].value for a in tensors if not a.const]
     first = next((a.ctype for a in call.args if a.const and a.ctype in _CTYPES), writes[-1] if writes else "float")
     operand = _CTYPES.get(first, DType.f32)
-    steps = {s.name.partition("<")[0] for s in call.fn.steps} if call.fn else set()
-    elementwise = ops.op_of(call.op).kind == "elementwise" if call.op in ops.OPS else call.op == "map"
-    if operand in _NARROW and not (elementwise and "dequantize" in steps and steps - _ROUNDING):
+    steps = {s.name.partition("<")[0].rstrip("_") for s in call.fn.steps} if call.fn else set()
+    elementwise = call.op == "map" or call.op in ops.OPS and ops.op_of(call.op).kind == "elementwise"
+    written = DType(writes[-1]) if writes else DType.f32
+    if elementwise and steps <= _INTEGER_STEPS and {operand, written} & _NARROW:
+        dtype = _BITS[(written if written in _NARROW else operand).bytes]
+    elif operand in _NARROW and not (elementwise and "dequantize" in steps):
         dtype = _BITS[operand.bytes]
-    elif elementwise and not steps - _ROUNDING and writes and DType(writes[0]) in _NARROW:
-        dtype = _BITS[DType(writes[0]).bytes]
     else:
         dtype = "float32" if operand in _NARROW or operand is DType.f32 else operand.numpy.name
     return {"dtype": dtype, "reads": reads, "writes": writes[-1] if writes else ""}

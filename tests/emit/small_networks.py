@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from fixed_point import fixed_point
 from onnx import TensorProto, helper, numpy_helper
 
 from skive import ops
@@ -202,7 +203,9 @@ def other_types(net: Net) -> None:
                ops.make("conv_transpose2d", img, net.weights(3, 2, 2, 4, dtype=DType.i8), stride=(2, 2)),
                ops.make("max_pool2d", img, kernel=(2, 2), stride=(2, 2)),
                ops.make("matmul", a, b, trans_b=True), ops.make("cumsum", b, axis=0),
-               ops.make("concat", ops.make("neg", a), ops.make("abs", a), axis=2))
+               ops.make("concat", ops.make("neg", a), ops.make("abs", a), axis=2),
+               ops.make("concat", ops.make("neg", d), ops.make("abs", d), axis=1),
+               ops.make("max_pool2d", net.input(1, 4, 4, 3, dtype=DType.i32), kernel=(2, 2)))
 
 
 @network
@@ -212,6 +215,49 @@ def weights_as_inputs(net: Net) -> None:
     net.output(y, ops.make("conv_transpose2d", y, net.input(3, 2, 2, 8)))
     h, seq = net.input(1, 4), net.input(3, 1, 5)
     net.output(ops.make("rnn", seq, net.input(4, 5), net.input(4, 4), net.input(2, 4), h))
+
+
+def integer_windows(net: Net) -> None:
+    """Convolutions of every kind, a residual sum, and what moves or sums stored values between them."""
+    x = net.input(1, 9, 11, 3)
+    same = {"pad": (1, 1, 1, 1)}
+    y = ops.make("relu", ops.make("conv2d", x, net.weights(24, 3, 3, 3), net.weights(24), stride=(2, 1), **same))
+    z = ops.make("conv2d", y, net.weights(24, 3, 3, 24), net.weights(24), **same)
+    z = ops.make("relu", ops.make("add", z, y))
+    z = ops.make("conv2d", z, net.weights(24, 3, 3, 1), net.weights(24), groups=24, **same)
+    z = ops.make("clip", z, lo=0, hi=6)
+    wide = ops.make("conv2d", z, net.weights(48, 3, 3, 1), groups=24, stride=(2, 2), **same)
+    z = ops.make("conv2d", z, net.weights(12, 3, 3, 8), groups=3, pad=(2, 2, 2, 2), dilation=(2, 2))
+    z = ops.make("conv2d", z, net.weights(17, 1, 1, 12), net.weights(17))
+    up = ops.make("conv_transpose2d", z, net.weights(5, 3, 3, 17), net.weights(5), stride=(2, 2), pad=(1, 1, 0, 0))
+    own = ops.make("conv_transpose2d", z, net.weights(17, 2, 2, 1), groups=17)
+    row = ops.make("conv2d", net.input(1, 1, 40, 8), net.weights(8, 1, 5, 1), groups=8, pad=(0, 2, 0, 2))
+    net.output(up, own, ops.make("conv2d", wide, net.weights(4, 1, 1, 48)),
+               ops.make("conv2d", row, net.weights(9, 1, 1, 8)))
+
+
+def integer_pools(net: Net) -> None:
+    """Pools, joined and sliced channels, and vectors behind a mean."""
+    x = net.input(2, 7, 8, 20)
+    y = ops.make("relu", ops.make("conv2d", x, net.weights(20, 1, 1, 20), net.weights(20)))
+    low = ops.make("max_pool2d", y, kernel=(3, 3), stride=(2, 2), pad=(1, 1, 1, 1))
+    mean = ops.make("avg_pool2d", y, kernel=(3, 2), stride=(2, 2), pad=(1, 0, 1, 0))
+    z = ops.make("conv2d", ops.make("concat", low, mean, axis=3), net.weights(33, 3, 3, 40), net.weights(33))
+    half = ops.make("slice", z, start=(0, 0, 0, 5), size=(*z.shape[:3], 11), step=(1, 1, 1, 1))
+    gate = ops.make("reduce_mean", z, axes=(1, 2), keep=False)
+    gate = ops.make("relu", ops.make("linear", gate, net.weights(31, 33), net.weights(31)))
+    net.output(ops.make("linear", gate, net.weights(7, 31)), ops.make("conv2d", half, net.weights(6, 2, 1, 11)),
+               ops.make("avg_pool2d", z, kernel=(1, 2), count_pad=True))
+
+
+def islands(net: Net) -> None:
+    """Float32 between integers: fused behind a contraction, in a kernel of its own, and a whole one in float32."""
+    x = net.input(1, 5, 6, 9)
+    y = ops.make("silu", ops.make("conv2d", x, net.weights(19, 3, 3, 9), net.weights(19)))
+    z = ops.make("softmax", ops.make("conv2d", y, net.weights(19, 1, 1, 19)))
+    gate = ops.make("reduce_mean", ops.make("conv2d", z, net.weights(19, 1, 1, 19)), axes=(1, 2))
+    y = ops.make("mul", ops.make("conv2d", y, net.weights(19, 1, 1, 19)), ops.make("sigmoid", gate))
+    net.output(ops.make("conv2d", y, net.weights(6, 2, 2, 19), net.weights(6)))
 
 
 def resized() -> Graph:
@@ -232,4 +278,17 @@ def keywords() -> Graph:
     return import_onnx(KEYWORDS, input_shapes={"input": (1, 1, 49, 10)})
 
 
-NETWORKS |= {"resized": resized, "keywords": keywords}
+def in_fixed_point(build: Callable[[Net], None], dtype: str) -> Callable[[], Graph]:
+    """The network that `build` makes, in 8 or 16 bits."""
+
+    def make() -> Graph:
+        net = Net(f"{build.__name__}_{dtype}")
+        build(net)
+        return fixed_point(net.graph(), dtype)
+
+    return make
+
+
+FIXED_POINT = {f"{build.__name__}_{dtype}": in_fixed_point(build, dtype)
+               for build in (integer_windows, integer_pools, islands) for dtype in ("int8", "int16")}
+NETWORKS |= {"resized": resized, "keywords": keywords, **FIXED_POINT}

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from emitted import agrees, clang, emit, gcc, needs_target, run, run_driver, units
-from small_networks import NETWORKS, Net
+from small_networks import FIXED_POINT, NETWORKS, Net
 
 from skive import _native, check, kernels, lower, ops
 from skive.emit import cxx
+from skive.explanation import conversions
 from skive.ir import Graph
 from skive.targets.base import TARGETS, resolve
 
@@ -29,9 +30,26 @@ def test_the_networks_use_every_kernel() -> None:
     defined = {name for h in (kernels.include_dir() / "skive").glob("*.h")
                for name in re.findall(r"^struct ([a-z]\w+)", h.read_text(), re.MULTILINE)}
     named = {k for k in defined if f'"{k}"' in text} | {"map", "vmap", "map_to", "vmap_to"}
-    used = {c.kernel for make in NETWORKS.values() for c in lower.lower(make(), TARGETS["avx512"]).calls}
+    calls = [c for make in NETWORKS.values() for c in lower.lower(make(), TARGETS["avx512"]).calls]
+    used = {c.kernel for c in calls}
     assert len(named) > 30 and used <= named
     assert sorted(named - used) == []
+    # Contractions and pools once more for each integer type that has packed weights.
+    integers = {(c.kernel, a.ctype) for c in calls for a in c.args if a.name == "x"}
+    kernels_of = ("conv2d", "grouped_conv2d", "depthwise2d", "conv_transpose2d", "max_pool2d", "sum_pool2d")
+    wanted = {(k, t.ctype) for k in kernels_of for t in lower._INTEGER_PACKING}
+    assert len(wanted) >= 12 and sorted(wanted - integers) == []
+
+
+@pytest.mark.parametrize("name", FIXED_POINT)
+def test_the_networks_in_fixed_point_are(name: str) -> None:
+    """What they are made for: arithmetic on integers, and float32 only where it is meant."""
+    graph = FIXED_POINT[name]()
+    products = [n for n in graph.nodes if ops.macs(n)]
+    assert products and not any(n.dtype.is_float and n.inputs[0].dtype.is_float for n in products)
+    assert bool(conversions(graph)["islands"]) == name.startswith("islands")
+    sums = {n.inputs[0].dtype.value for n in products}
+    assert sums == {"u8" if name.endswith("int8") else "i16"}
 
 
 @pytest.mark.parametrize(("compiler", "target"), [
