@@ -189,7 +189,7 @@ def compile(
             code_bytes,
             time.perf_counter() - started,
         )
-        if check.has_roundings(optimised):
+        if found or check.has_roundings(optimised):
             report["quantization"] = _explained(found.get("quantization"), optimised, wanted.keep if wanted else ())
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if export_onnx is not None:

@@ -271,6 +271,11 @@ def cli() -> None:
 @click.option("--integer-only", is_flag=True, help="No float instruction in what is computed.")
 @click.option("--keep", multiple=True, metavar="PATTERN",
               help="Layers that stay float32, by name (repeatable; * and ? match).")
+@click.option("--budget-sqnr", type=click.FloatRange(0, 300, min_open=True), metavar="DB",
+              help="With --quantize auto: the least signal-to-noise ratio of an output (30 by default); the fastest "
+                   "element types that keep it are taken.")
+@click.option("--budget-us", type=click.FloatRange(0, min_open=True), metavar="US",
+              help="With --quantize auto, instead: microseconds of one run; the most accurate types that keep it.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--max-ram", type=_Bytes(), metavar="BYTES",
               help="Fail if the arena needs more (256K, 2M); the caller's tensors are not in it.")
@@ -286,7 +291,8 @@ def cli() -> None:
 def compile_command(model: str, output: str, name: str | None, target: str, threads: int,
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
-                    rounding: str, integer_only: bool, keep: tuple[str, ...], export_onnx: str | None,
+                    rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
+                    budget_us: float | None, export_onnx: str | None,
                     max_ram: int | None, max_flash: int | None, backend: str, emit_only: bool, no_verify: bool,
                     strict: bool, dump_ir: str | None, as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
@@ -299,6 +305,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
       skive compile resnet50.onnx -o resnet50/ --threads 2
       skive compile kws.onnx -o kws/ --calibrate test.npz:x --max-ram 64K --max-flash 256K
       skive compile kws.onnx -o kws/ --quantize int8 --calibrate train.npz:x
+      skive compile kws.onnx -o kws/ --quantize auto --calibrate train.npz:x --budget-sqnr 40
       skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
       skive compile mypackage.nets:build -o net/ --example inputs.npz
       skive compile net.onnx -o net/ --config build.toml
@@ -308,9 +315,12 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
     started = time.perf_counter()
     request = _requested(inputs, batch_max, example)
     data, wanted = None, None
+    if quantize != "auto" and (budget_sqnr or budget_us):
+        raise click.UsageError("--budget-sqnr and --budget-us go with --quantize auto")
     if quantize is not None:
         wanted = _quantization(quantize, calibrate, method=ranges, rounding=rounding, keep=keep,
-                               integer_only=integer_only, ports=_graph_ports(_open(model, **request).graph().inputs))
+                               integer_only=integer_only, budget_sqnr_db=budget_sqnr, budget_us=budget_us,
+                               ports=_graph_ports(_open(model, **request).graph().inputs))
     elif calibrate is not None:
         ports = _graph_ports(_open(model, **request).graph().inputs)
         arrays = fit_arrays(read_arrays(calibrate), ports)

@@ -113,6 +113,8 @@ def layers(
 
 def _is_float_work(node: Node) -> bool:
     """True for an operation that has no integer form of its own."""
+    if ops.macs(node):
+        return True
     return ops.op_of(node.op).kind not in ("movement", "window") and node.op not in ("reduce_mean", "concat")
 
 

@@ -71,6 +71,8 @@ class Quantize:
     samples: int = 256
     seconds: float = 60.0
     state: str | Path | None = None
+    budget_sqnr_db: float | None = None
+    budget_us: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", DTYPES), ("method", METHODS), ("rounding", ROUNDINGS)):
@@ -82,6 +84,12 @@ class Quantize:
             raise QuantizationError(f"smooth is {self.smooth!r}, not 0 to 1")
         if not isinstance(self.samples, int) or self.samples < 1:
             raise QuantizationError(f"samples is {self.samples!r}, not a positive number")
+        for name in ("budget_sqnr_db", "budget_us"):
+            value = getattr(self, name)
+            if value is not None and not (self.dtype == "auto" and 0 < value < np.inf):
+                raise QuantizationError(f"{name} is {value!r}; a positive limit goes with dtype 'auto'")
+        if self.budget_sqnr_db is not None and self.budget_us is not None:
+            raise QuantizationError("budget_sqnr_db and budget_us exclude each other: give one of them")
         if self.seconds <= 0:
             raise QuantizationError(f"seconds is {self.seconds!r}, not positive")
         if isinstance(self.keep, str):
@@ -332,6 +340,75 @@ def _read(path: Path, key: str | None) -> Any:
 # ------------------------------------------------------------------------------------------ apply
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """A float network, balanced where that was asked for, and what its values look like: all that fixed point
+    in any element type follows from. `room`: by how much ranges of balanced values are widened."""
+
+    graph: Graph
+    samples: Samples
+    observed: Mapping[Node, Observation]
+    room: Mapping[Node, float]
+    count: int  # samples seen
+    target: str
+
+    def quantizer(
+        self,
+        options: Quantize,
+        dtype: str,
+        *,
+        dtypes: Mapping[Node, str] | None = None,
+        keep: Callable[[Node], bool] | None = None,
+    ) -> Quantizer:
+        """The network in `dtype`; `dtypes`: of single contractions, where it is another; `keep`: what stays float32."""
+        from skive import calibration
+        from skive.passes.quantize import Quantizer, Scheme, Storage
+
+        keep = keep or options.keeps
+        storage, observed = Storage(self.graph, keep), self.observed
+        levels = 256 if dtype == "int8" else 65536
+        ranges = {}
+        for v in filter(observed.__contains__, storage.sources):
+            lo, hi = calibration.value_range(observed[v], options.method, percentile=options.percentile, levels=levels)
+            ranges[v] = lo * self.room.get(v, 1.0), hi * self.room.get(v, 1.0)
+        scheme = Scheme(
+            ranges,
+            dtype,
+            options.per_channel,
+            keep,
+            {v: observed[v].mean_square for v in ranges},
+            dtypes=dtypes or {},
+        )
+        if options.bias_correction:
+            scheme.biases = _corrected_biases(Quantizer(self.graph, scheme, storage), observed)
+        return Quantizer(self.graph, scheme, storage)
+
+
+def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str) -> Calibrated:
+    """The canonical float `graph` observed on the calibration data. QuantizationError if there is no data or
+    nothing to quantize."""
+    from skive import calibration
+    from skive.passes.quantize import Storage
+
+    storage = Storage(graph, options.keeps)
+    if not storage.products:
+        raise QuantizationError(f"{graph.name}: no layer can be computed in integers")
+    samples = options.data(graph)
+    total = len(samples) or options.samples
+
+    def done(count: int) -> None:
+        progress("calibrate", 0.1 + 0.1 * count / total)
+
+    statistics = calibration.observe(
+        graph, storage.sources, samples, target=target, state=options.state, progress=done
+    )
+    observed: Mapping[Node, Observation] = statistics.observed
+    room: dict[Node, float] = {}
+    if options.equalise or options.smooth != 0:
+        graph, observed, room = _equalised(graph, storage, observed, options)
+    return Calibrated(graph, samples, observed, room, statistics.samples, target)
+
+
 def apply(
     graph: Graph,
     options: Quantize,
@@ -347,58 +424,26 @@ def apply(
     network runs beside the float one on MEASURED samples. QuantizationError if there is no data or nothing
     to quantize.
     """
-    from skive import calibration
-    from skive.passes.quantize import Quantizer, Scheme, Storage
-
     if options.dtype == "auto":
-        raise QuantizationError("quantize='auto' is not available yet; give int8 or int16")
+        from skive import mixed_precision
+
+        return mixed_precision.apply(graph, options, progress, target=target, threads=threads)
     name = target if isinstance(target, str) else target.name
-    storage = Storage(graph, options.keeps)
-    if not storage.products:
-        raise QuantizationError(f"{graph.name}: no layer can be computed in integers")
-    samples = options.data(graph)
-    values = storage.sources
-    total = len(samples) or options.samples
-
-    def done(count: int) -> None:
-        progress("calibrate", 0.1 + 0.1 * count / total)
-
-    statistics = calibration.observe(
-        graph, values, samples, target=name, state=options.state, progress=done
-    )
-    observed, room = statistics.observed, {}
-    if options.equalise or options.smooth != 0:
-        graph, observed, room = _equalised(graph, storage, observed, options)
-        storage = Storage(graph, options.keeps)
-    values = storage.sources
-    levels = 256 if options.dtype == "int8" else 65536
-    ranges = {}
-    for v in values:
-        lo, hi = calibration.value_range(observed[v], options.method, percentile=options.percentile, levels=levels)
-        ranges[v] = lo * room.get(v, 1.0), hi * room.get(v, 1.0)
-    scheme = Scheme(
-        ranges,
-        options.dtype,
-        options.per_channel,
-        options.keeps,
-        {v: observed[v].mean_square for v in values},
-    )
-    if options.bias_correction:
-        scheme.biases = _corrected_biases(Quantizer(graph, scheme, storage), observed)
-    quantizer = Quantizer(graph, scheme, storage)
+    known = calibrated(graph, options, progress, name)
+    quantizer = known.quantizer(options, options.dtype)
     quantized = quantizer.build()
     progress("quantized", 0.2)
-    details: dict[str, Any] = {"dtype": options.dtype, "method": options.method, "samples": statistics.samples}
+    details: dict[str, Any] = {"dtype": options.dtype, "method": options.method, "samples": known.count}
     details["options"] = {k: getattr(options, k) for k in REPORTED}
     details["sqnr_db"] = None
     measured: dict[Node, float] = {}
     if measure:
-        chosen = list(itertools.islice(iter(samples), MEASURED))
+        chosen = list(itertools.islice(iter(known.samples), MEASURED))
         try:
-            measured, details["sqnr_db"] = _signal_to_noise(graph, quantized, quantizer, chosen, name)
+            measured, details["sqnr_db"] = signal_to_noise(known.graph, quantized, quantizer, chosen, name)
         except UnsupportedOpError as e:
             log.warning("%s: signal-to-noise ratios are not measured: %s", graph.name, e)
-    details["layers"] = explanation.layers(graph, quantizer, observed, measured, options.keep)
+    details["layers"] = explanation.layers(known.graph, quantizer, known.observed, measured, options.keep)
     return quantized, details
 
 
@@ -409,7 +454,7 @@ def _equalised(
     balanced values are widened."""
     from skive.passes.equalise import HEADROOM, STRENGTHS, Channels, equalised
 
-    bytes_ = 1 if options.dtype == "int8" else 2
+    bytes_ = 2 if options.dtype == "int16" else 1
     channels = {
         v: Channels(o.channel_magnitude, o.channel_squares / max(1, o.counted))
         for v, o in observed.items()
@@ -432,6 +477,17 @@ def _equalised(
     return result.graph, moved, room
 
 
+def _channel_mean(value: Node, observed: Mapping[Node, Observation]) -> np.ndarray | None:
+    """[C] mean of each channel of `value`, None if moves that rearrange channels made it."""
+    if value in observed:
+        return observed[value].channel_mean
+    if value.op == "concat" and value.attrs["axis"] % value.type.rank == value.type.rank - 1:
+        parts = [_channel_mean(i, observed) for i in value.inputs]
+        known = [p for p in parts if p is not None]
+        return np.concatenate(known) if len(known) == len(parts) else None
+    return None
+
+
 def _corrected_biases(quantizer: Quantizer, observed: Mapping[Node, Observation]) -> dict[Node, np.ndarray]:
     """The bias of each layer less what rounding its weights adds to the mean of its sums.
 
@@ -440,19 +496,19 @@ def _corrected_biases(quantizer: Quantizer, observed: Mapping[Node, Observation]
     """
     found: dict[Node, np.ndarray] = {}
     for node, layer in quantizer.layers.items():
-        o = observed.get(layer.source)
+        mean = _channel_mean(node.inputs[0], observed)
         groups = node.attrs.get("groups", 1)
-        if o is None or len(o.channel_sum) != node.inputs[1].shape[-1] * groups:
-            continue  # a concatenation, or moves that rearrange channels
+        if mean is None:
+            continue
         error = layer.real_weights.astype(np.float64) - node.inputs[1].value
         taps = error.reshape(groups, error.shape[0] // groups, -1, error.shape[-1]).sum(2)  # [G, OC/G, IC/G]
-        shift = np.einsum("goi,gi->go", taps, o.channel_mean.reshape(groups, -1)).reshape(-1)
+        shift = np.einsum("goi,gi->go", taps, mean.reshape(groups, -1)).reshape(-1)
         bias = node.inputs[2].value if len(node.inputs) > 2 else np.zeros(error.shape[0])
         found[node] = (bias - shift).astype(np.float32)
     return found
 
 
-def _signal_to_noise(
+def signal_to_noise(
     graph: Graph, quantized: Graph, quantizer: Quantizer, samples: Sequence[Sample], target: str
 ) -> tuple[dict[Node, float], float | None]:
     """(dB of each stored value of `graph` in the quantized network, the smallest dB of the outputs)."""

@@ -227,8 +227,11 @@ def measure(plan: Plan, target: Target, seconds: float = ROUND_SECONDS) -> tuple
         return time_library(library, plan, seconds)
 
 
-def time_library(library: Path, plan: Plan, seconds: float = ROUND_SECONDS) -> tuple[np.ndarray, float]:
-    """The same for the library that was built of `plan`."""
+def time_library(
+    library: Path, plan: Plan, seconds: float = ROUND_SECONDS, *, layers: bool = True
+) -> tuple[np.ndarray, float]:
+    """The same for the library that was built of `plan`; without `layers` the whole alone."""
+    count = len(plan.calls) if layers else 0
     inputs, outputs = (
         [TensorInfo(p.name, p.shape, p.dtype) for p in side] for side in (plan.inputs, plan.outputs)
     )
@@ -242,11 +245,19 @@ def time_library(library: Path, plan: Plan, seconds: float = ROUND_SECONDS) -> t
         plan.threads,
     )
     whole, single, overhead = profiling.time_layers(
-        library, plan.name, inputs, outputs, plan.arena_bytes, len(plan.calls), seconds=seconds
+        library, plan.name, inputs, outputs, plan.arena_bytes, count, seconds=seconds
     )
     del module
-    us = np.maximum(np.quantile(single, QUANTILE, axis=0) - overhead, 1.0) / 1e3 if plan.calls else np.zeros(0)
+    us = np.maximum(np.quantile(single, QUANTILE, axis=0) - overhead, 1.0) / 1e3 if count else np.zeros(0)
     return us, max(0.0, float(np.quantile(whole, QUANTILE)) - overhead) / 1e3
+
+
+def race(runners: Sequence[tuple[Path, Plan]], seconds: float = ROUND_SECONDS) -> list[float]:
+    """Microseconds of one run of each library, measured in turns so that a drift of the machine meets all alike."""
+    turns = 5
+    us = np.array([[time_library(library, plan, seconds / turns, layers=False)[1] for library, plan in runners]
+                   for _ in range(turns)])  # fmt: skip
+    return [float(t) for t in us.min(axis=0)]
 
 
 def _measured_limits(target: Target) -> Limits:

@@ -17,7 +17,7 @@ tensor, and as many bits of activations and weights as keep every possible sum i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,8 +108,10 @@ class Scheme:
     """What the pass works from. Ranges are looked up by node of the float graph.
 
     `power`: mean squares of the values, which decide how 16-bit layers split their bits (a quarter of the
-    range if unknown). `weights`: replaced float weights or biases by constant node are not a part of
-    this; see `biases` (float, by contraction) and `rounded` (integers, by contraction).
+    range if unknown). `dtypes`: the element type of single contractions, where it is not `dtype`: a value is
+    stored for the widest that reads it, and all that read it follow. `weights`: replaced float weights or
+    biases by constant node are not a part of this; see `biases` (float, by contraction) and `rounded`
+    (integers, by contraction).
     """
 
     ranges: Mapping[Node, Range]
@@ -119,6 +121,11 @@ class Scheme:
     power: Mapping[Node, float] = field(default_factory=dict)
     biases: Mapping[Node, np.ndarray] = field(default_factory=dict)
     rounded: Mapping[Node, np.ndarray] = field(default_factory=dict)
+    dtypes: Mapping[Node, str] = field(default_factory=dict)
+
+    def dtype_of(self, products: Iterable[Node]) -> str:
+        """The element type in which what `products` share is stored."""
+        return "int16" if "int16" in ({self.dtypes.get(p, self.dtype) for p in products} or {self.dtype}) else "int8"
 
 
 def _is_move(node: Node) -> bool:
@@ -297,6 +304,7 @@ class Quantizer:
         self._power: dict[Node, float] = {}
         self._scales = _Scales(self.storage, scheme.ranges, WIDENING if scheme.dtype == "int8" else 4.0)
         self._formats: dict[Node, Format] = {}
+        self._sums: dict[Node, tuple[np.ndarray, ...]] = {}
         self._readers: dict[Node, list[Node]] = {}
         for node in self.storage.products:
             self._readers.setdefault(self._group(node.inputs[0]), []).append(node)
@@ -314,9 +322,39 @@ class Quantizer:
         """The format of a stored value."""
         return self._formats[self._group(node)]
 
+    def groups(self) -> list[tuple[list[Node], list[Node]]]:
+        """(sources, contractions) that have one element type, in execution order; a contraction is in one group.
+
+        Contractions that read one format share its type. What only sums and additions read goes with the
+        contraction that makes it.
+        """
+        sources: dict[Node, list[Node]] = {}
+        for node in self.storage.sources:
+            sources.setdefault(self._scales.find(node), []).append(node)
+        found = {group: (sources.get(group, []), readers) for group, readers in self._readers.items()}
+        for group, nodes in sources.items():
+            if group not in self._readers:
+                for maker in self._sharing(group):
+                    found[self._group(maker.inputs[0])][0].extend(nodes)
+        return list(found.values())
+
+    def _sharing(self, group: Node) -> list[Node]:
+        """The contractions whose element type decides that of `group`."""
+        if group in self._readers:
+            return self._readers[group]
+        products, todo = set(self.storage.products), [group]
+        seen: set[Node] = set()
+        while todo:
+            node = todo.pop(0)
+            if node in products:
+                return [node]
+            todo += [i for i in node.inputs if i not in seen]
+            seen.update(node.inputs)
+        return []
+
     def _format(self, group: Node) -> Format:
         lo, hi = self._scales.range[group]
-        if self.scheme.dtype == "int8":
+        if self.scheme.dtype_of(self._sharing(group)) == "int8":
             return affine(lo, hi)
         lo, hi = lo * HEADROOM, hi * HEADROOM
         readers = self._readers.get(group, [])
@@ -330,7 +368,7 @@ class Quantizer:
             total = len(readers) * form.scale**2 / (12 * power)
             for r in readers:
                 w = r.inputs[1].value
-                step = self._scale_16(r, form)
+                step = 2.0 ** self._exponent_16(r, form)
                 total += float(np.mean(step**2)) / (12 * max(float(np.mean(np.square(w))), 1e-30))
             return total
 
@@ -380,9 +418,7 @@ class Quantizer:
         """
         w = node.inputs[1].value.astype(np.float64).reshape(node.inputs[1].shape[0], -1)
         bias = np.abs(self._bias(node)) / form.scale
-        need = np.maximum(np.abs(w).max(1, initial=0) / 32767, (reach(form, w) + bias) / INT32)
-        exponent = np.ceil(np.log2(np.where(need > 1e-30, need, 2.0**-31)))
-        exponent = self._per_channel(np.maximum(exponent, -100))
+        exponent = self._exponent_16(node, form)
         while True:
             step = 2.0**exponent
             whole = reach(form, np.rint(w / step[:, None])) + np.rint(bias / step)
@@ -390,6 +426,19 @@ class Quantizer:
             if not over.any():
                 return step.astype(np.float32)
             exponent = exponent + (over if self.scheme.per_channel else 1)
+
+    def _exponent_16(self, node: Node, form: Format) -> np.ndarray:
+        """[OC] the same as exponents, before the weights are rounded: a step less is never enough."""
+        if node not in self._sums:
+            w = node.inputs[1].value.astype(np.float64).reshape(node.inputs[1].shape[0], -1)
+            up, down = np.maximum(w, 0).sum(1), np.maximum(-w, 0).sum(1)
+            self._sums[node] = up, down, np.abs(w).max(1, initial=0)
+        up, down, largest = self._sums[node]
+        low, high = form.low - form.zero, form.high - form.zero
+        whole = np.maximum(high * up - low * down, high * down - low * up)
+        need = np.maximum(largest / 32767, (whole + np.abs(self._bias(node)) / form.scale) / INT32)
+        exponent = np.ceil(np.log2(np.where(need > 1e-30, need, 2.0**-31)))
+        return self._per_channel(np.maximum(exponent, -100))
 
     # --------------------------------------------------------------------------------- graph
 
