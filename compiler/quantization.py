@@ -34,6 +34,7 @@ DTYPES = ("int8", "int16", "auto")
 METHODS = ("minmax", "percentile", "mse", "entropy")
 ROUNDINGS = ("nearest", "adaround")
 REPORTED = ("per_channel", "integer_only", "bias_correction", "equalise", "rounding", "smooth")
+ROUNDING_SAMPLES = 32  # whose activations decide which weights are rounded up
 MEASURED = 8  # samples on which the quantized network is compared with the float one
 
 Sample = tuple[np.ndarray, ...]  # one array per graph input, of its shape and element type
@@ -53,7 +54,7 @@ class Quantize:
     channel. `keep`: patterns of layer names that stay float32. `bias_correction`, `equalise` and
     `rounding` (Nagel et al., Data-Free Quantization, 2019, and Up or Down?, 2020), `smooth`, the
     migration strength behind normalisations (Xiao et al., SmoothQuant, 2023; None: found for each of
-    them, 0: none): see the passes of these names. `seconds`: what the search for roundings may take.
+    them, 0: none): see the passes of these names. `seconds`: what the search for roundings may take (8 bit).
     `state`: a file that holds what was observed, so that calibration continues where it was interrupted.
     """
 
@@ -66,7 +67,7 @@ class Quantize:
     keep: tuple[str, ...] = ()
     bias_correction: bool = True
     equalise: bool = True
-    rounding: str = "nearest"
+    rounding: str = "adaround"
     smooth: float | None = None
     samples: int = 256
     seconds: float = 60.0
@@ -381,6 +382,15 @@ class Calibrated:
         )
         if options.bias_correction:
             scheme.biases = _corrected_biases(Quantizer(self.graph, scheme, storage), observed)
+        if options.rounding == "adaround" and options.dtype == "int8":
+            from skive import rounding
+
+            draft = Quantizer(self.graph, scheme, storage)
+            run = calibration.runner(self.graph, [n.inputs[0] for n in draft.layers], target=self.target)
+            few = itertools.islice(iter(self.samples), ROUNDING_SAMPLES)
+            scheme.rounded, biases = rounding.adapt(draft, run, few, options.seconds)
+            if options.bias_correction:
+                scheme.biases = {**scheme.biases, **biases}
         return Quantizer(self.graph, scheme, storage)
 
 
