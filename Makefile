@@ -56,7 +56,8 @@ bench: $(VENV)/.installed-bench
 
 fuzz: $(VENV)/.installed-dev
 	$(BIN)/python tests/fuzz/fuzz_files.py --seconds 180 --jobs $(JOBS) --command-every 200
-	$(BIN)/python tests/fuzz/fuzz_graphs.py --seconds 420 --jobs $(JOBS)
+	$(BIN)/python tests/fuzz/fuzz_graphs.py --seconds 300 --jobs $(JOBS)
+	$(BIN)/python tests/fuzz/fuzz_quantized.py --seconds 120
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

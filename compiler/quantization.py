@@ -424,8 +424,8 @@ def apply(
     options: Quantize,
     progress: Progress = lambda step, fraction: None,
     *,
-    target: Target | str = "host",
-    threads: int = 1,  # of the artefact to come; calibration takes all cores
+    target: Target | str = "host",  # of the artefact to come, as are the threads: what "auto" measures
+    threads: int = 1,
     measure: bool = True,
 ) -> tuple[Graph, dict[str, Any]]:
     """(the canonical float `graph` in fixed point, the `quantization` of report.json).
@@ -438,7 +438,9 @@ def apply(
         from skive import mixed_precision
 
         return mixed_precision.apply(graph, options, progress, target=target, threads=threads)
-    name = target if isinstance(target, str) else target.name
+    # Always the best code that runs here: the graph must not depend on what it is compiled for (the last bits
+    # of float sums do), and another processor's code may not run at all.
+    name = "host"
     known = calibrated(graph, options, progress, name)
     quantizer = known.quantizer(options, options.dtype)
     quantized = quantizer.build()
