@@ -1,7 +1,7 @@
 # Every target sets itself up: a virtual environment in .venv with skive (editable) and what the
 # target needs. Needs Python 3.11 or newer with its headers, and a C++ compiler.
 #
-#   make demo       compile and run the keyword-spotting example
+#   make demo       compile and run the keyword-spotting example, float32 and INT8
 #   make test       the tests (without those marked slow)
 #   make test-all   all tests
 #   make onnx       compiles every backend case of ONNX and counts what passes in docs/onnx.md
@@ -77,7 +77,7 @@ asan: $(VENV)/.installed-dev
 	$(BIN)/ctest --preset asan
 
 clean:
-	rm -rf $(VENV) build examples/keyword_spotting/build
+	rm -rf $(VENV) build examples/keyword_spotting/build examples/keyword_spotting/build_int8
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "error: no usable Python on PATH: 3.11 or newer is needed, with venv" \

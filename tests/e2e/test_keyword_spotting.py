@@ -43,6 +43,10 @@ def test_the_demo_reaches_the_accuracy_of_the_model(tmp_path: Path) -> None:
     assert accuracy is not None and float(accuracy[1]) == 90.50, out
     assert re.search(r"verified\W+passed", out), out
     assert (tmp_path / "kws" / "report.html").stat().st_size > 0
+    rates = re.search(r"not in calibration\W+([\d.]+) %\W+([\d.]+) %", out)
+    assert rates is not None and float(rates[1]) == 89.80 and float(rates[2]) >= 89.30, out
+    libraries = [(tmp_path / folder / "libkws.so").stat().st_size for folder in ("kws", "kws_int8")]
+    assert libraries[1] < 0.7 * libraries[0]
 
 
 def test_the_library_is_small_and_links_only_the_c_library(artefact: Path) -> None:
