@@ -359,6 +359,17 @@ def value_range(o: Observation, method: str, *, percentile: float = 99.99, level
     return chosen
 
 
+def narrowing_gain_db(o: Observation, levels: int = 256) -> float:
+    """By how much the range of least squared error lowers the noise of a value against its whole range, in dB."""
+    if o.counted == 0 or o.limit == 0 or o.high - o.low <= 0:
+        return 0.0
+    width = 2 * o.limit / BINS
+    centres, counts = (np.arange(BINS) + 0.5) * width - o.limit, o.histogram.astype(np.float64)
+    whole, best = (_squared_error(counts, centres, width, *value_range(o, m, levels=levels), levels)
+                   for m in ("minmax", "mse"))
+    return 10 * math.log10(whole / best) if whole > 0 and best > 0 else 0.0
+
+
 def _squared_error(counts: np.ndarray, centres: np.ndarray, width: float, lo: float, hi: float, levels: int) -> float:
     """Expected squared error of a uniform quantizer of `levels` steps over [lo, hi]."""
     step = (hi - lo) / (levels - 1)

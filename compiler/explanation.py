@@ -27,6 +27,7 @@ POOR_DB = 20.0  # below, decisions change: 10 % noise
 # distribution reaches 5 in a million values); further out, few values cost all others resolution.
 CREST = 12.0
 SPREAD = 16.0  # largest channel over the median one, above which one scale for all is 4 bits too coarse
+WORTH_DB = 3.0  # half the noise: a range that saturates the largest values must promise as much
 FEW = 32  # calibration samples
 
 _NARROW = frozenset((DType.i8, DType.u8, DType.i16, DType.u16))
@@ -61,6 +62,8 @@ def layers(
     reads, `weight_sqnr_db` what rounding the weights costs, `rounding_sqnr_db` what the step of the
     stored value costs: that step squared by 12, beside the observed power.
     """
+    from skive.calibration import narrowing_gain_db
+
     storage = quantizer.storage
     root_of, members_of = storage._root, storage._members
     found: list[dict[str, Any]] = []
@@ -105,6 +108,8 @@ def layers(
                 entry["rounding_sqnr_db"] = decibels(o.mean_square, form.scale**2 / 12)
                 entry["crest"] = round(max(abs(o.low), abs(o.high)) / rms, 2) if rms else None
                 entry["channel_spread"] = _spread(o)
+                if (entry["crest"] or 0.0) > CREST and form.dtype is DType.u8:
+                    entry["narrowing_gain_db"] = round(narrowing_gain_db(o), 2)
         if entry["dtype"] == "float32":
             entry["reason"] = why_float(core, stored or bool(read), kept)
         found.append(entry)
@@ -342,11 +347,13 @@ def _diagnosis(layer: Mapping[str, Any], quantization: Mapping[str, Any]) -> tup
     spread = layer.get("channel_spread") or 0.0
     if spread > SPREAD and not options.get("equalise", True):
         return (f"{at}: its largest channel is {spread:.0f} times the median one", "equalise=True")
-    crest = layer.get("crest") or 0.0
-    if crest > CREST and quantization.get("method") == "minmax":
-        return (f"{at}: its largest value is {crest:.0f} times its RMS", f"--ranges mse or percentile, or {keep}")
+    crest, gain = layer.get("crest") or 0.0, layer.get("narrowing_gain_db") or 0.0
     if crest > CREST:
-        return f"{at}: its largest value is {crest:.0f} times its RMS", keep
+        finding = f"{at}: its largest value is {crest:.0f} times its RMS"
+        if gain > WORTH_DB and quantization.get("method") == "minmax":
+            return (f"{finding}, and a narrower range would leave {gain:.1f} dB less noise in it",
+                    f"--ranges mse, if the largest values do not matter most; else {keep}")
+        return finding, f"{keep}, or --quantize int16"
     return f"{at}, what 8 bits give this distribution", f"{keep}, or --quantize int16"
 
 

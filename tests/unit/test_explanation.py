@@ -116,8 +116,10 @@ def test_the_worst_layers_are_those_that_add_noise_not_those_that_inherit_it() -
     ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {}, "--rounding adaround"),
     ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {"options": {"per_channel": False}}, "per_channel=True"),
     ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {"options": {"rounding": "adaround"}}, "--keep 'bad'"),
-    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0}, {}, "--ranges mse"),
-    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0}, {"method": "mse"}, "--keep 'bad'"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "narrowing_gain_db": 6.0}, {}, "--ranges mse"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "narrowing_gain_db": 1.0}, {}, "--keep 'bad'"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "narrowing_gain_db": 6.0}, {"method": "mse"},
+     "--keep 'bad'"),
     ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "channel_spread": 50.0}, {"options": {"equalise": False}},
      "equalise=True"),
     ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 40.0, "range": [-9.0, 9.0], "kept": [-3.0, 3.0]},
@@ -140,3 +142,19 @@ def test_noise_that_is_spread_calls_for_more_bits_and_concentrated_noise_for_flo
 def test_few_samples_are_pointed_out() -> None:
     assert any("8 samples" in a["finding"] for a in advised(layer("a", 15.0), samples=8))
     assert not any("samples" in a["finding"] for a in advised(layer("a", 15.0), samples=200))
+
+
+def test_the_gain_of_a_narrower_range_is_that_of_the_histogram() -> None:
+    from skive.calibration import Observation, narrowing_gain_db
+
+    def seen(*values: np.ndarray) -> Observation:
+        o = Observation.empty(1)
+        for turn, v in enumerate(values):
+            o.add(v.astype(np.float32).reshape(-1, 1), turn)
+        return o
+
+    even = RNG.uniform(-1, 1, 30_000)
+    assert narrowing_gain_db(seen(even)) < 0.1
+    assert narrowing_gain_db(seen(*[even] * 100, np.array([3.0]))) > explanation.WORTH_DB
+    # A single value that is very large weighs more than what its range costs the others.
+    assert narrowing_gain_db(seen(even, np.array([60.0]))) < 1
