@@ -266,7 +266,7 @@ def cli() -> None:
                    "them, and the artefact is verified with them.")
 @click.option("--ranges", type=click.Choice(["minmax", "percentile", "mse", "entropy"]), default="minmax",
               show_default=True, help="How value ranges follow from what was observed.")
-@click.option("--rounding", type=click.Choice(["nearest", "adaround"]), default="nearest", show_default=True,
+@click.option("--rounding", type=click.Choice(["nearest", "adaround"]), default="adaround", show_default=True,
               help="How weights are rounded; adaround searches, with the calibration data.")
 @click.option("--integer-only", is_flag=True, help="No float instruction in what is computed.")
 @click.option("--keep", multiple=True, metavar="PATTERN",
@@ -547,7 +547,7 @@ def verify(artefact: str, against: str, data: str | None, labels: str | None, sa
         print_json(fields | found)
     else:
         if not problems:
-            relation = "agrees with" if verdict.relative_error <= check.TOLERANCE else "rounds more than"
+            relation = "agrees with" if 0 <= verdict.relative_error <= check.TOLERANCE else "rounds more than"
             click.echo(printable(f"{artefact} {relation} {against}: {_verdict_text(fields)}"))
         if data is not None:
             _print_lines(_agreement_lines(found, verdict.samples))
