@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import _native, build, check, explanation, quantization
+from skive import _native, build, check, explanation, quantization, speed, tuning
 from skive.agreement import Agreement
 from skive.artifact import write_folder
 from skive.emit import cxx
-from skive.errors import InvalidModelError, ShapeError, SkiveError, VerificationError
+from skive.errors import InvalidModelError, ShapeError, SkiveError, TargetError, VerificationError
 from skive.ir import Graph
 from skive.lower import lower
 from skive.pipeline import NoOptions, Pass, PassManager, Step, operations, random_inputs, total_macs, weight_bytes
@@ -47,6 +47,7 @@ class Options:
     emit_only: bool = False
     name: str | None = None
     batch_max: int | None = None
+    tune: float | None = None
 
     def fingerprint(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -71,7 +72,7 @@ def compile(
     prune: Any = None,
     sparsify: Any = None,
     exits: Any = None,
-    tune: Any = None,
+    tune: float | None = None,
     export_onnx: str | Path | None = None,
     dump_ir: str | Path | None = None,
     progress: Progress = lambda step, fraction: None,
@@ -81,7 +82,9 @@ def compile(
     `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
     ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
     process if not given). `quantize`: "int8", "int16", "auto" or a `skive.Quantize`, which also holds
-    the calibration data. `prune`, `sparsify`, `exits` and `tune` are reserved: this version refuses them.
+    the calibration data. `prune`, `sparsify` and `exits` are reserved: this version refuses them. `tune`:
+    seconds that may go into measuring other ways to compute each layer on this processor; what was
+    measured is remembered, and what was chosen stands in the manifest.
     `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
     where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
     a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones otherwise.
@@ -94,16 +97,19 @@ def compile(
         ("prune", prune),
         ("sparsify", sparsify),
         ("exits", exits),
-        ("tune", tune),
     ):
         if value is not None:
             raise SkiveError(f"{what}={value!r} is not available in skive {skive.__version__}; leave it out")
     progress("read", 0.0)
-    options = Options(target, threads, verify, strict, emit_only, name, batch_max)
+    options = Options(target, threads, verify, strict, emit_only, name, batch_max, tune)
     wanted = quantization.requested(quantize) if quantize is not None else None
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
+    if tune is not None and not (isinstance(tune, (int, float)) and 0 < tune < float("inf")):
+        raise SkiveError(f"tune is {tune!r}, not a number of seconds above 0")
     chosen = resolve(target, _native.cpu_features())
+    if tune is not None and not set(chosen.features) <= set(_native.cpu_features()):
+        raise TargetError(f"tune measures on this processor, which cannot run target {chosen.name}; leave it out")
     source = frontend.open_model(
         model,
         example_inputs=example_inputs,
@@ -112,9 +118,15 @@ def compile(
         batch_max=batch_max,
     )
     asked = wanted.fingerprint() if wanted else ""  # None: the calibration data can be read only once
+    if asked is not None and (tune is not None or (wanted and wanted.dtype == "auto")):
+        asked += speed.cpu()  # what is chosen by measuring holds for this processor
     key = None
     if source.sha256 and dump_ir is None and export_onnx is None and asked is not None:
         key = _cache_key(source, options, chosen, data, asked)
+    tuned: Path | None = None  # what the last tuning for this key chose: a part of the key
+    if key and tune is not None:
+        tuned = build.cache_dir() / "tuning" / f"{key}.json"
+        key = _tuned_key(key, tuned.read_text()) if tuned.is_file() else None
     folder = Path(output) if output is not None else _temporary_folder()
     if key and (cached := build.cache_dir() / "artefacts" / key).is_dir():
         with write_folder(folder) as temporary:
@@ -141,7 +153,15 @@ def compile(
         imported, [*steps, *passes.FUSED], dump_dir=dump_ir, check="always" if strict else "never"
     )
     progress("lower", 0.25)
-    plan = lower(optimised, chosen, threads)
+    choices = tuning.Tuning()
+    if tune is not None:
+        progress("tune", 0.25)
+        choices = tuning.tune(optimised, chosen, threads, tune, progress)
+        text = json.dumps(choices.to_json(), indent=1)
+        if tuned is not None:
+            key = _tuned_key(tuned.stem, text)
+            build.store_text(text, tuned)
+    plan = lower(optimised, chosen, threads, choices)
     sources = cxx.emit(plan, chosen)
     with write_folder(folder) as temporary:
         build.write_sources(temporary, sources, plan.weights, plan.name)
@@ -169,6 +189,7 @@ def compile(
             "model_sha256": source.sha256,
             "options_sha256": hashlib.sha256(options.fingerprint().encode()).hexdigest(),
             "data_sha256": _data_sha256(data),
+            "tuning": choices.to_json() if tune is not None else None,
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         verdict = None
@@ -277,6 +298,11 @@ def _cache_key(
     for p in parts:
         h.update(p.encode() + b"\0")
     return h.hexdigest()
+
+
+def _tuned_key(key: str, choices: str) -> str:
+    """The key of an artefact whose kernels were chosen by measuring."""
+    return hashlib.sha256(f"{key}\0{choices}".encode()).hexdigest()
 
 
 def _store_artefact(folder: Path, cached: Path) -> None:

@@ -193,6 +193,17 @@ def build_shared(
     return library
 
 
+def store_text(text: str, path: Path) -> None:
+    """Writes `path` whole or not at all; a read-only cache is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
+            f.write(text)
+        os.replace(f.name, path)
+    except OSError:
+        pass
+
+
 def store(source: Path, cached: Path) -> None:
     """Copies a file into the cache; a full or read-only cache is no error."""
     try:

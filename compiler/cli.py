@@ -277,6 +277,9 @@ def cli() -> None:
 @click.option("--budget-us", type=click.FloatRange(0, min_open=True), metavar="US",
               help="With --quantize auto, instead: microseconds of one run; the most accurate types that keep it.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
+@click.option("--tune", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              help="Measure other blocks and algorithms for each layer on this processor, for about so long, and "
+                   "take the fastest.")
 @click.option("--max-ram", type=_Bytes(), metavar="BYTES",
               help="Fail if the arena needs more (256K, 2M); the caller's tensors are not in it.")
 @click.option("--max-flash", type=_Bytes(), metavar="BYTES",
@@ -292,7 +295,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
-                    budget_us: float | None, export_onnx: str | None,
+                    budget_us: float | None, export_onnx: str | None, tune: float | None,
                     max_ram: int | None, max_flash: int | None, backend: str, emit_only: bool, no_verify: bool,
                     strict: bool, dump_ir: str | None, as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
@@ -331,7 +334,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         module = skive.compile(model, output=None if limited else output, name=name, target=target,
                                threads=threads, verify=not no_verify, strict=strict,
                                emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
-                               quantize=wanted, export_onnx=export_onnx, **request)
+                               quantize=wanted, export_onnx=export_onnx, tune=tune, **request)
     report = module.report
     compiled = report["compiled"]
     if limited:

@@ -20,6 +20,7 @@ from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.plan import Access, Arg, Block, Call, Fn, FnStep, Plan, Port, WeightPool, aligned, place
 from skive.targets.base import Target
+from skive.tuning import Tuning, contraction_variants
 from skive.types import DType, TensorType
 
 F32 = DType.f32
@@ -235,8 +236,8 @@ def legalise(graph: Graph) -> Graph:
 class Lowering:
     """Collects the calls of one graph."""
 
-    def __init__(self, graph: Graph, target: Target, threads: int):
-        self.graph, self.target, self.threads = graph, target, threads
+    def __init__(self, graph: Graph, target: Target, threads: int, tuning: Tuning):
+        self.graph, self.target, self.threads, self.tuning = graph, target, threads, tuning
         self.weights = WeightPool()
         self.calls: list[Call] = []
         self.problems: list[tuple[str, str, str]] = []
@@ -634,10 +635,13 @@ def lowers(*names: str) -> Callable[[Callable[[Lowering, Node], None]], Callable
     return register
 
 
-def lower(graph: Graph, target: Target, threads: int = 1) -> Plan:
-    """The plan of `graph` on `target`. UnsupportedOpError lists every node without a kernel."""
+def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None = None) -> Plan:
+    """The plan of `graph` on `target`, with the variants that `tuning` chooses.
+
+    UnsupportedOpError lists every node without a kernel.
+    """
     graph = legalise(graph)
-    ctx = Lowering(graph, target, threads)
+    ctx = Lowering(graph, target, threads, tuning or Tuning())
     for node in graph.nodes:
         if node.op in ("input", "const", "reshape") or not node.type.size:
             continue
@@ -733,10 +737,11 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             weights, biases = packing(taps, bias, node.attrs["zero"], node.attrs, ctx.target.name, oc // c)
         header = "depthwise.h" if x.dtype is F32 else "depthwise_integer.h"
         run("depthwise2d", header, [*tags, *strides], weights, biases)
-    elif x.dtype is F32 and ctx.target.winograd_pays(node):
-        block = pack.winograd_block(oc, ctx.target.name)
+        return
+    kernel, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
+    if kernel == "winograd2d":
         run(
-            "winograd2d",
+            kernel,
             "winograd.h",
             [tags[0], tags[1], tags[3], block, *strides],
             pack.pack_winograd(w.value, block),
@@ -744,10 +749,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads),
         )
     else:
-        block = pack.conv2d_block(oc // groups, ctx.target.name, math.prod(node.shape[:3]))
-        kernel, template = (
-            ("conv2d", [*tags, block]) if groups == 1 else ("grouped_conv2d", [*tags, groups, block])
-        )
+        template = [*tags, block] if groups == 1 else [*tags, groups, block]
         run(
             kernel,
             "conv.h",
@@ -782,7 +784,7 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
         _plain_conv(ctx, node, "plain_conv_transpose2d", [w.dtype.ctype, *tags, groups, _image(node.shape)])
         return
     fn, extra = ctx.epilogue(node)
-    block = pack.conv2d_block(oc // groups, ctx.target.name)
+    _, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
     if x.dtype is F32:
         weights = pack.pack_conv_transpose2d(w.value, node.attrs, node.shape, block)
         bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])
@@ -889,7 +891,7 @@ def _linear(ctx: Lowering, node: Node) -> None:
     oc, k = w.shape
     rows = x.type.size // k
     fn, extra = ctx.epilogue(node)
-    block = pack.conv2d_block(oc, ctx.target.name, rows)
+    _, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
     one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
     weights, bias = _packed_conv(node, w.value.reshape(oc, 1, 1, k), _bias(node, oc), block)
     ctx.call(

@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import tempfile
 import time
@@ -110,7 +109,7 @@ class SpeedTable:
         self.target, self.threads = target, threads
         command = build.compiler()
         about = [
-            _cpu(),
+            cpu(),
             target.name,
             str(threads),
             skive.__version__,
@@ -149,7 +148,7 @@ class SpeedTable:
         self._read()
         limits = {k: getattr(self._limits, k) for k in Limits.__slots__} if self._limits else None
         calls = {k: [round(r.us, 3), r.macs, r.bytes] for k, r in sorted(self.rows.items())}
-        _write(self.path, json.dumps({"cpu": _cpu(), "limits": limits, "calls": calls}, indent=0))
+        build.store_text(json.dumps({"cpu": cpu(), "limits": limits, "calls": calls}, indent=0), self.path)
 
     @property
     def limits(self) -> Limits:
@@ -208,7 +207,7 @@ def _family(text: str) -> tuple[str, ...]:
     return kernel, types.group(1) if types else "", window.group(1) if window else ""
 
 
-def _cpu() -> str:
+def cpu() -> str:
     from skive.bench import machine
 
     return str(machine()["cpu"])
@@ -439,7 +438,7 @@ def predict(
     fill(table, list(plans.values()), seconds, progress)
     result = forecast(graph, plans, table)
     if min(result.measured.values()) == 1:
-        _write(kept, json.dumps(result.to_json()))
+        build.store_text(json.dumps(result.to_json()), kept)
     return result
 
 
@@ -454,17 +453,6 @@ def _structure(graph: Graph, table: SpeedTable) -> str:
             h.update(n.value.tobytes())
     h.update(build.sources_hash().encode())
     return h.hexdigest()[:20]
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes `path` whole or not at all; a read-only cache is no error."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as f:
-            f.write(text)
-        os.replace(f.name, path)
-    except OSError:
-        log.debug("%s cannot be written", path)
 
 
 def forecast(graph: Graph, plans: Mapping[str, Plan], table: SpeedTable) -> Forecast:
