@@ -8,6 +8,7 @@ input, rolled along its axes by seeded distances (without that file random numbe
 one round (`skive.bench`), outputs bound once, float32 in and out. A peer's configuration:
 
     onnxruntime-qdq, -qop    its static quantizer, U8S8, int8 weights per channel; QDQ or QOperator
+    onnxruntime-dynamic      its dynamic quantizer, for transformers only
     openvino-nncf            NNCF's post-training quantization
     openvino-qdq             onnxruntime's QDQ file
     executorch               XNNPACK's quantizer and delegate; needs --modules, whose build(NAME) gives the
@@ -114,12 +115,13 @@ def _executorch(n: Network, destination: Path) -> None:
 @dataclass(frozen=True)
 class Engine:
     """`runs`: the engine of skive.bench; `suffix` of its file (none: a folder); `needs`: packages of
-    `peers.PACKAGES`; `build` writes the file."""
+    `peers.PACKAGES`; `build` writes the file; `takes` says which models are its business."""
 
     runs: str
     suffix: str
     needs: tuple[str, ...]
     build: Callable[[Network, Path], None]
+    takes: Callable[[Path], bool] = lambda model: True
 
 
 ENGINES = {
@@ -129,6 +131,9 @@ ENGINES = {
     "skive-auto": Engine("skive", "", (), _skive("auto")),
     "onnxruntime-qdq": Engine("onnxruntime", ".onnx", ("onnxruntime",), _onnxruntime()),
     "onnxruntime-qop": Engine("onnxruntime", ".onnx", ("onnxruntime",), _onnxruntime(operators=True)),
+    "onnxruntime-dynamic": Engine(
+        "onnxruntime", ".onnx", ("onnxruntime",),
+        lambda n, destination: peers.quantize_onnxruntime_dynamic(n.path, destination), peers.is_transformer),
     "openvino-nncf": Engine("openvino", ".xml", ("nncf",), _nncf),
     "openvino-qdq": Engine("openvino", ".onnx", ("onnxruntime", "openvino"), _onnxruntime()),
     "executorch": Engine("executorch", ".pte", ("executorch",), _executorch),
@@ -192,7 +197,8 @@ def limit_ms(report: dict[str, Any], n: Network, dtype: str, output_bytes: int) 
 
 def measure(n: Network, engines: Sequence[str], seconds: float, work: Path, build_only: bool) -> list[dict[str, Any]]:
     """One row per engine; {"error": ...} for one that cannot run the network."""
-    rows: list[dict[str, Any]] = [{"model": n.name, "engine": e, "threads": n.threads} for e in engines]
+    rows: list[dict[str, Any]] = [{"model": n.name, "engine": e, "threads": n.threads} for e in engines
+                                  if ENGINES[e].takes(n.path)]
     with tempfile.TemporaryDirectory(prefix="skive-bench-") as text:
         folder = Path(text)
         live: list[tuple[dict[str, Any], Worker]] = []
@@ -283,7 +289,7 @@ def table(rows: Sequence[dict[str, Any]], summaries: Sequence[dict[str, Any]], e
         def number(key: str, s: dict[str, Any] = s) -> str:
             return f"{s[key]:.2f}" if s.get(key) is not None else ""
 
-        lines.append("| " + " | ".join([s["model"], *(cell(mine[e]) for e in engines), s["best_peer"] or "",
+        lines.append("| " + " | ".join([s["model"], *(cell(mine[e]) if e in mine else "" for e in engines), s["best_peer"] or "",
                                         number("ratio"), share("skive-int8"), share("skive-int16"),
                                         number("int8_gain"), number("int16_gain")]) + " |")
     return "\n".join(lines) + "\n"

@@ -69,6 +69,21 @@ def quantize_onnxruntime(model: Path, samples: np.ndarray, destination: Path, *,
             extra_options={"ActivationSymmetric": signed, "WeightSymmetric": True})
 
 
+def quantize_onnxruntime_dynamic(model: Path, destination: Path) -> None:
+    """INT8 weights per channel of matrix products; activations are quantized while the network runs."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantize_dynamic(str(model), str(destination), per_channel=True, weight_type=QuantType.QInt8,
+                     op_types_to_quantize=["MatMul", "Gemm", "Gather"])
+
+
+def is_transformer(model: Path) -> bool:
+    """True if it has layers that convolutional networks do not have."""
+    import onnx
+
+    return any(n.op_type in ("LayerNormalization", "Erf", "Gelu") for n in onnx.load(model).graph.node)
+
+
 def quantize_nncf(model: Path, samples: np.ndarray, destination: Path, *, batch: int = 1) -> None:
     """INT8 by NNCF's post-training quantization with its defaults, all samples used: an `.xml` for OpenVINO, or
     an ONNX model with QDQ if `destination` ends so."""
@@ -82,7 +97,7 @@ def _quantize_nncf(model: Path, samples: np.ndarray, destination: Path, batch: i
     nncf = _silent_nncf()
     loaded = onnx.load(model)
     kind: dict[str, Any] = {}
-    if any(n.op_type in ("LayerNormalization", "Erf", "Gelu") for n in loaded.graph.node):
+    if is_transformer(model):
         kind["model_type"] = nncf.ModelType.TRANSFORMER
     inputs = list(_batches(samples, batch))
     if destination.suffix == ".onnx":

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 CALIBRATION = 200  # samples at most
-CROPS = 7  # of a photo, beside its centre
+CROPS = 7  # of a photo, beside the whole
 
 Decision = Callable[[np.ndarray, np.ndarray], bool]
 
@@ -119,10 +119,18 @@ def _crop(photo: np.ndarray, height: int, width: int, rng: np.random.Generator) 
     return part[:, ::-1] if rng.random() < 0.5 else part
 
 
+def _region(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A random part of `photo`, between half and all of its height and width; mirrored half of the time."""
+    h, w = (int(d * rng.uniform(0.5, 1)) for d in photo.shape[:2])
+    top, left = int(rng.integers(0, photo.shape[0] - h + 1)), int(rng.integers(0, photo.shape[1] - w + 1))
+    part = photo[top:top + h, left:left + w]
+    return np.ascontiguousarray(part[:, ::-1] if rng.random() < 0.5 else part)
+
+
 def _classified(size: int, prepare: Callable[[np.ndarray], np.ndarray],
-                centre: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Path], Iterator[Fold]]:
-    """Each photo as `centre` makes it, and crops of it; calibrated on crops of the other photos and on
-    enlarged training images of CIFAR-10."""
+                fit: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[Path], Iterator[Fold]]:
+    """Each photo as `fit` brings it to size x size, and parts of it; calibrated on parts of the other photos and
+    on training images of CIFAR-10, brought to size alike."""
 
     def folds(data: Path) -> Iterator[Fold]:
         photos = _photos(data)
@@ -130,9 +138,9 @@ def _classified(size: int, prepare: Callable[[np.ndarray], np.ndarray],
         for k, (name, photo) in enumerate(photos.items()):
             rng = np.random.default_rng(k)
             others = [p for n, p in photos.items() if n != name]
-            seen = [_crop(others[i % len(others)], size, size, rng) for i in range(45)]
-            seen += [_resized(image, size, size) for image in train[:15]]
-            inputs = [centre(photo, size)] + [_crop(photo, size, size, rng) for _ in range(CROPS)]
+            seen = [fit(_region(others[i % len(others)], rng), size) for i in range(45)]
+            seen += [fit(image, size) for image in train[:15]]
+            inputs = [fit(photo, size)] + [fit(_region(photo, rng), size) for _ in range(CROPS)]
             yield Fold(name, _nchw(prepare(np.stack(seen))), _nchw(prepare(np.stack(inputs))), decisions=1)
 
     return folds
@@ -143,7 +151,7 @@ def _letterbox(photo: np.ndarray, size: int) -> np.ndarray:
     scale = size / max(photo.shape[:2])
     h, w = int(photo.shape[0] * scale), int(photo.shape[1] * scale)
     square = np.full((size, size, 3), 114, np.uint8)
-    square[:h, :w] = _resized(photo, h, w)
+    square[:h, :w] = _resized(np.ascontiguousarray(photo), h, w)
     return square
 
 
