@@ -289,8 +289,9 @@ def table(rows: Sequence[dict[str, Any]], summaries: Sequence[dict[str, Any]], e
         def number(key: str, s: dict[str, Any] = s) -> str:
             return f"{s[key]:.2f}" if s.get(key) is not None else ""
 
-        lines.append("| " + " | ".join([s["model"], *(cell(mine[e]) if e in mine else "" for e in engines), s["best_peer"] or "",
-                                        number("ratio"), share("skive-int8"), share("skive-int16"),
+        cells = [cell(mine[e]) if e in mine else "" for e in engines]
+        lines.append("| " + " | ".join([s["model"], *cells, s["best_peer"] or "", number("ratio"),
+                                        share("skive-int8"), share("skive-int16"),
                                         number("int8_gain"), number("int16_gain")]) + " |")
     return "\n".join(lines) + "\n"
 
