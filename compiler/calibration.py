@@ -244,15 +244,24 @@ def _digest(graph: Graph, values: Sequence[Node]) -> str:
     return h.hexdigest()
 
 
-def runner(graph: Graph, values: Sequence[Node], *, threads: int = 1, target: str = "host") -> Run:
+def runner(
+    graph: Graph, values: Sequence[Node], *, also: Sequence[Node] = (), threads: int = 1, target: str = "host"
+) -> Run:
     """A call that maps a sample to the arrays of `values`, compiled; by the numpy reference where there is no
-    C++ compiler. Values that are inputs or constants are allowed."""
+    C++ compiler. Values that are inputs or constants are allowed.
+
+    `also`: values that the artefact computes as well. Runners of one network with the same values in all
+    consist of the same code, which is compiled once.
+    """
     from skive import check, passes
     from skive.pipeline import PassManager
     from skive.reference import evaluate_graph
 
     inputs = {node: i for i, node in enumerate(graph.inputs)}
-    computed = [v for v in dict.fromkeys(values) if v not in inputs and not v.is_const]
+    wanted = dict.fromkeys([*values, *also])
+    # In the order of the graph, which is that of its code; then what is built on it.
+    ordered = [*(n for n in graph.nodes if n in wanted), *(v for v in wanted if v not in graph.users)]
+    computed = [v for v in ordered if v not in inputs and not v.is_const]
     run: Run = lambda sample: ()  # noqa: E731
     if computed:
         part = replace(check.prefix(graph, computed), name="calibration", batch_max=None)
@@ -285,6 +294,7 @@ def observe(
     values: Sequence[Node],
     samples: Iterable[Sequence[np.ndarray]],
     *,
+    also: Sequence[Node] = (),
     target: str = "host",
     state: str | Path | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -293,14 +303,14 @@ def observe(
 
     As many samples are computed at once as there are cores, one thread each: an image of its own needs
     no barrier between layers. They are summarised in their order. `state`: a file to continue from and
-    to save to. `progress(done)` is called after each sample. QuantizationError if there is no sample or
-    a value is not finite.
+    to save to. `also`: as for `runner`. `progress(done)` is called after each sample. QuantizationError if
+    there is no sample or a value is not finite.
     """
     statistics = Statistics(graph, values)
     if state is not None and Path(state).exists():
         statistics.load(state)
     done = statistics.samples
-    run = runner(graph, statistics.values, target=target)
+    run = runner(graph, statistics.values, also=also, target=target)
     workers = max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS))
     with ThreadPoolExecutor(workers) as pool:
         pending: deque[Future[Sequence[np.ndarray]]] = deque()

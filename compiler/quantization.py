@@ -22,6 +22,7 @@ import numpy as np
 from skive import explanation
 from skive.errors import QuantizationError, UnsupportedOpError
 from skive.ir import Graph, Node
+from skive.pipeline import total_macs
 
 if TYPE_CHECKING:
     from skive.calibration import Observation
@@ -35,7 +36,8 @@ METHODS = ("minmax", "percentile", "mse", "entropy")
 ROUNDINGS = ("nearest", "adaround")
 REPORTED = ("per_channel", "integer_only", "bias_correction", "equalise", "rounding", "smooth")
 ROUNDING_SAMPLES = 32  # whose activations decide which weights are rounded up
-MEASURED = 8  # samples on which the quantized network is compared with the float one
+MEASURED = 8  # samples, at least, on which the quantized network is compared with the float one,
+MEASURED_MACS = 4_000_000_000  # and as many more as this work allows
 
 Sample = tuple[np.ndarray, ...]  # one array per graph input, of its shape and element type
 Progress = Callable[[str, float], None]
@@ -386,12 +388,21 @@ class Calibrated:
             from skive import rounding
 
             draft = Quantizer(self.graph, scheme, storage)
-            run = calibration.runner(self.graph, [n.inputs[0] for n in draft.layers], target=self.target)
+            inputs = [n.inputs[0] for n in draft.layers]
+            run = calibration.runner(self.graph, inputs, also=_every_value(self.graph), target=self.target)
             few = itertools.islice(iter(self.samples), ROUNDING_SAMPLES)
             scheme.rounded, biases = rounding.adapt(draft, run, few, options.seconds)
             if options.bias_correction:
                 scheme.biases = {**scheme.biases, **biases}
         return Quantizer(self.graph, scheme, storage)
+
+
+def _every_value(graph: Graph) -> list[Node]:
+    """The values that some step of quantization wants to see: one artefact serves all of them."""
+    from skive.passes.quantize import Storage
+
+    stored = Storage(graph).stored
+    return [n for n in graph.nodes if n in stored or (graph.is_output(n) and n.dtype.is_float and n.type.size)]
 
 
 def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str) -> Calibrated:
@@ -410,7 +421,7 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
         progress("calibrate", 0.1 + 0.1 * count / total)
 
     statistics = calibration.observe(
-        graph, storage.sources, samples, target=target, state=options.state, progress=done
+        graph, storage.sources, samples, also=_every_value(graph), target=target, state=options.state, progress=done
     )
     observed: Mapping[Node, Observation] = statistics.observed
     room: dict[Node, float] = {}
@@ -450,7 +461,10 @@ def apply(
     details["sqnr_db"] = None
     measured: dict[Node, float] = {}
     if measure:
-        chosen = list(itertools.islice(iter(known.samples), MEASURED))
+        # A few for a large network. Of a small one many: the noise of a softmax is that of its hardest samples.
+        most = min(known.count, max(MEASURED, MEASURED_MACS // max(1, total_macs(graph))))
+        chosen = list(itertools.islice(iter(known.samples), 0, None, known.count // most))[:most]
+        details["measured_samples"] = len(chosen)
         try:
             measured, details["sqnr_db"] = signal_to_noise(known.graph, quantized, quantizer, chosen, name)
         except UnsupportedOpError as e:
@@ -529,7 +543,8 @@ def signal_to_noise(
     stored = [v for v in quantizer.integers if v.op != "input"]
     wanted = [o for o in graph.outputs if o.dtype.is_float and o.type.size]
     pairs = [(o, q) for o, q in zip(graph.outputs, quantized.outputs, strict=True) if o in wanted]
-    float_run = calibration.runner(graph, [*stored, *(o for o, _ in pairs)], target=target)
+    values = [*stored, *(o for o, _ in pairs)]
+    float_run = calibration.runner(graph, values, also=_every_value(graph), target=target)
     fixed_run = calibration.runner(
         quantized, [*(quantizer.integers[v] for v in stored), *(q for _, q in pairs)], target=target
     )

@@ -22,10 +22,10 @@ from skive.passes.quantize import Format, Layer, Quantizer
 
 log = logging.getLogger("skive.rounding")
 
-MOST_INPUTS = 2304  # weights of an output channel: the second moments take the square of it
+MOST_INPUTS = 1536  # weights of an output channel: the second moments take the square of it
 # Positions of one sample that enter the second moments: fewer for wide layers, whose moments cost the
 # square of their width.
-ROWS, FEWEST_ROWS, ROW_INPUTS = 512, 96, 150_000
+ROWS, FEWEST_ROWS, ROW_INPUTS = 512, 96, 100_000
 SWEEPS = 4
 DAMPING = 0.01  # of the mean diagonal: directions the data does not show
 
@@ -86,8 +86,10 @@ def moments(layers: Sequence[Layer], forms: Sequence[Format], run: Run, samples:
                 m = found[layer.node] = Moments(
                     np.zeros((groups, size, size), np.float32), np.zeros((groups, size)), np.zeros((groups, size))
                 )
-            by_group = np.moveaxis(stored, 0, 2)  # [G, K, R]
-            m.products += by_group @ np.moveaxis(stored, 0, 1)
+            if groups == 1:
+                m.products[0] += stored[:, 0].T @ stored[:, 0]  # BLAS computes half of a symmetric product
+            else:
+                m.products += np.moveaxis(stored, 0, 2) @ np.moveaxis(stored, 0, 1)
             m.mean += rows.sum(0, dtype=np.float64)
             m.rounded_mean += stored.sum(0, dtype=np.float64)
             m.rows += len(rows)

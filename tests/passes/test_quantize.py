@@ -1,0 +1,209 @@
+"""What the quantized graph looks like and what it guarantees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from skive import ops
+from skive.errors import QuantizationError
+from skive.ir import Graph, Node, constant
+from skive.passes import integer_arithmetic
+from skive.passes.equalise import Channels, equalised
+from skive.passes.quantize import Quantizer, Scheme, Storage, affine, fixed, reach
+from skive.pipeline import random_inputs
+from skive.reference import evaluate_graph
+from skive.text import parse_graph
+from skive.types import DType
+from skive.verify import verify
+
+RNG = np.random.default_rng(3)
+
+
+def normal(*shape: int, scale: float = 1.0) -> Node:
+    return constant((RNG.standard_normal(shape) * scale).astype(np.float32))
+
+
+def image(*shape: int) -> Node:
+    return ops.make("input", shape=shape, dtype=DType.f32, label="x")
+
+
+def conv(x: Node, channels: int, *, kernel: int = 1, name: str = "", **attrs: object) -> Node:
+    ic = x.shape[-1] // attrs.get("groups", 1)  # type: ignore[operator]
+    return ops.make("conv2d", x, normal(channels, kernel, kernel, ic, scale=(kernel * kernel * ic) ** -0.5),
+                    normal(channels), pad=(kernel // 2,) * 4, origin=name, label=name, **attrs)
+
+
+def relu(x: Node) -> Node:
+    return ops.make("relu", x, origin=x.origin, label=x.name + "_relu")
+
+
+def graph_of(*outputs: Node) -> Graph:
+    inputs = tuple(n for n in Graph("g", (), outputs, ("",) * len(outputs)).nodes if n.op == "input")
+    return Graph("g", inputs, outputs, tuple(f"y{i}" for i in range(len(outputs))))
+
+
+def observed_ranges(graph: Graph, storage: Storage) -> dict[Node, tuple[float, float]]:
+    values: dict[Node, np.ndarray] = {}
+    evaluate_graph(graph, random_inputs(graph), observe=values.__setitem__)
+    return {n: (float(values[n].min()), float(values[n].max())) for n in storage.sources}
+
+
+def quantized(graph: Graph, **scheme: object) -> tuple[Quantizer, Graph]:
+    storage = Storage(graph)
+    quantizer = Quantizer(graph, Scheme(observed_ranges(graph, storage), **scheme), storage)  # type: ignore[arg-type]
+    built = quantizer.build()
+    verify(built)
+    return quantizer, built
+
+
+def test_a_residual_operand_is_not_rounded() -> None:
+    a = relu(conv(image(1, 4, 4, 3), 8, name="a"))
+    b = conv(a, 8, name="b")
+    s = relu(ops.make("add", b, a, origin="s", label="s"))
+    storage = Storage(graph_of(conv(s, 4, name="c")))
+    assert {n.name for n in storage.sources} == {"x", "a_relu", "s_relu"}  # neither b nor the sum before its relu
+
+
+def test_islands_and_outputs_stay_float() -> None:
+    x = image(1, 5, 8)
+    a = ops.make("linear", x, normal(8, 8), origin="a", label="a")
+    s = ops.make("softmax", a, origin="s", label="s")
+    y = ops.make("linear", s, normal(3, 8), origin="y", label="y")
+    quantizer, graph = quantized(graph_of(y))
+    assert {n.name for n in quantizer.storage.sources} == {"x", "s"}
+    assert graph.outputs[0].dtype is DType.f32 and graph.outputs[0].op == "linear"
+
+
+def test_moves_pass_integers_on() -> None:
+    a = relu(conv(image(1, 4, 4, 3), 8, name="a"))
+    p = ops.make("max_pool2d", a, kernel=(2, 2), stride=(2, 2))
+    t = ops.make("reshape", ops.make("transpose", p, perm=(0, 3, 1, 2)), shape=(1, 32))
+    _, graph = quantized(graph_of(ops.make("linear", t, normal(4, 32), origin="fc")))
+    moved = [n for n in graph.nodes if n.op in ("max_pool2d", "transpose", "reshape")]
+    assert len(moved) == 3 and all(n.dtype is DType.u8 for n in moved)
+    assert sum(n.op == "quantize" for n in graph.nodes) == 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_concatenated_values_share_a_scale_where_it_costs_nothing(shared: bool) -> None:
+    x = image(1, 4, 4, 3)
+    a, b = relu(conv(x, 8, name="a")), relu(ops.make("mul", conv(x, 8, name="b"), constant(np.float32(50))))
+    c = ops.make("concat", a, b, axis=3, label="c")
+    outputs = [conv(c, 4, name="d")] + ([conv(a, 4, name="e")] if shared else [])
+    quantizer, graph = quantized(graph_of(*outputs))
+    assert quantizer.format_of(b) == quantizer.format_of(c)
+    # a has another reader, which a range fifty times too wide would hurt: it is rounded again for the joint value.
+    assert (quantizer.format_of(a) == quantizer.format_of(c)) is not shared
+    want = evaluate_graph(quantizer.graph, random_inputs(graph))
+    for g, w in zip(evaluate_graph(graph, random_inputs(graph)), want, strict=True):
+        assert np.abs(g - w).max() < 0.05 * np.abs(w).max()
+
+
+def test_zero_is_exact_and_relu_is_saturation() -> None:
+    form = affine(-1.0, 2.0)
+    assert form.real(np.float32(0)) == 0 and form.range[0] <= -0.99 and form.range[1] >= 1.99
+    _, graph = quantized(graph_of(conv(relu(conv(image(1, 4, 4, 3), 8, name="a")), 4, name="b")))
+    assert not any(n.op == "relu" for n in graph.nodes)
+
+
+def test_kept_layers_stay_float() -> None:
+    graph = graph_of(conv(relu(conv(image(1, 4, 4, 3), 8, name="a")), 4, name="b"))
+    storage = Storage(graph, lambda n: n.origin == "b")
+    assert [n.origin for n in storage.products] == ["a"]
+    assert {n.name for n in storage.sources} == {"x"}
+
+
+def test_a_missing_range_is_named() -> None:
+    graph = graph_of(conv(image(1, 4, 4, 3), 8, name="a"))
+    with pytest.raises(QuantizationError, match="x: the range"):
+        Quantizer(graph, Scheme({}))
+
+
+@pytest.mark.parametrize("bits", range(8, 17))
+def test_fixed_point_covers_its_range_within_half_a_step(bits: int) -> None:
+    for low, high in [(-3.0, 1.0), (0.0, 0.7), (-1e-3, 1e3)]:
+        form = fixed(low, high, bits)
+        assert np.log2(form.scale) == round(np.log2(form.scale))
+        x = RNG.uniform(low, high, 1000).astype(np.float32)
+        assert np.abs(form.real(x) - x).max() <= form.scale / 2 * (1 + 1e-6)
+        assert form.bits <= bits
+
+
+def test_16_bit_sums_fit_where_full_width_operands_overflow() -> None:
+    """The largest activations against all-positive weights: 16-bit operands as they are leave 32 bits, ours do not."""
+    k = 512
+    w = np.ones((4, k), np.float32)
+    graph = graph_of(ops.make("linear", image(1, k), constant(w), constant(np.float32([0, 1, -1, 1e6])), origin="fc"))
+    node = graph.nodes[-1]
+    quantizer = Quantizer(graph, Scheme({graph.inputs[0]: (-1.0, 1.0)}, "int16"))
+    form, layer = quantizer.format_of(graph.inputs[0]), quantizer.layers[node]
+    naive = np.full(k, 32767, np.int64) @ np.full(k, 32767, np.int64)
+    assert naive > 2**31 and naive.astype(np.int32) != naive
+    whole = quantizer.build()
+    b = next(n for n in whole.nodes if n.is_const and n.dtype is DType.i32 and n.shape == (4,)).value.astype(np.int64)
+    for extreme in (form.low, form.high):
+        sums = layer.weights.astype(np.int64) @ np.full(k, extreme, np.int64) + b
+        assert np.abs(sums).max() < 2**31
+        np.testing.assert_array_equal(sums.astype(np.int32), sums)
+    assert (reach(form, layer.weights.reshape(4, -1)) + np.abs(b) < 2**31).all()
+    integers = integer_arithmetic(whole)  # which proves it again from the graph alone
+    assert any(n.op == "linear" and n.dtype is DType.i32 for n in integers.nodes)
+    x = np.full((1, k), 5.0, np.float32)  # far outside the range: saturates, does not wrap
+    np.testing.assert_array_equal(evaluate_graph(integers, [x])[0] > 0, True)
+
+
+def test_integer_arithmetic_computes_the_same() -> None:
+    a = relu(conv(image(1, 6, 6, 3), 8, kernel=3, name="a"))
+    d = relu(conv(a, 8, kernel=3, groups=8, name="d"))
+    y = conv(relu(ops.make("add", conv(d, 8, name="p"), a)), 4, name="y")
+    for dtype in ("int8", "int16"):
+        _, graph = quantized(graph_of(y), dtype=dtype)
+        whole = integer_arithmetic(graph)
+        assert sum(n.op == "conv2d" and n.dtype is DType.i32 for n in whole.nodes) == 4
+        (want,), (got,) = (evaluate_graph(g, random_inputs(graph)) for g in (graph, whole))
+        assert np.abs(got - want).max() < (0.02 if dtype == "int8" else 1e-4) * np.abs(want).max()
+
+
+def test_balanced_channels_change_nothing_but_the_channels() -> None:
+    x = image(1, 6, 6, 3)
+    a = ops.make("silu", conv(x, 8, name="a"), origin="a", label="act")  # not homogeneous: a multiplication
+    d = relu(conv(a, 8, kernel=3, groups=8, name="d"))
+    graph = graph_of(conv(d, 4, name="p"))
+    storage = Storage(graph)
+    spread = np.float64([1, 2, 4, 8, 16, 32, 64, 100])
+    result = equalised(graph, storage, {n: Channels(spread, spread**2 / 9) for n in storage.sources if n.op != "input"})
+    assert {n.name for n in result.factors} == {"act", "d_relu"}
+    verify(result.graph)
+    np.testing.assert_allclose(spread * result.factors[a], 100.0)  # a depthwise convolution takes any factors
+    (want,), (got,) = (evaluate_graph(g, random_inputs(graph)) for g in (graph, result.graph))
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+    assert sum(n.op == "mul" for n in result.graph.nodes) == 1
+
+
+def test_smoothing_moves_into_the_normalisation() -> None:
+    x = image(1, 5, 8)
+    n = ops.make("layer_norm", x, normal(8), normal(8), origin="ln", label="ln")
+    q, k = (ops.make("linear", n, normal(8, 8), normal(8), origin=o) for o in "qk")
+    graph = graph_of(q, k)
+    spread = np.float64([1, 1, 1, 1, 1, 1, 1, 50])
+    result = equalised(graph, Storage(graph), {n: Channels(spread, spread**2 / 9)}, norms=(0.5,))
+    assert set(result.factors) == {n} and not any(m.op == "mul" for m in result.graph.nodes)
+    for g, w in zip(*(evaluate_graph(h, random_inputs(graph)) for h in (result.graph, graph)), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
+
+
+def test_ranges_in_text() -> None:
+    from skive.pipeline import PassManager
+
+    text = """graph @g(%x: f32[1,2]) {
+  %w = const [1.0,-0.5] : f32[1,2]
+  %y = linear %x, %w : f32[1,1]
+  return %y as "y"
+}
+"""
+    graph, _ = PassManager().run(parse_graph(text), "quantize{ranges=x:-1:3}")
+    form = next(n for n in graph.nodes if n.op == "quantize")
+    assert form.inputs[1].value == np.float32(4 / 255) and form.inputs[2].value == 64
+    with pytest.raises(QuantizationError, match="range"):
+        PassManager().run(parse_graph(text), "quantize{ranges=other:-1:3}")
