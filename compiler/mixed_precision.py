@@ -10,7 +10,6 @@ only if it keeps the budget and nothing uniform that keeps it is faster.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import tempfile
@@ -117,7 +116,7 @@ class Search:
         self.target, self.threads, self.folder = target, threads, folder
         self.formats = {d: known.quantizer(options, d) for d in ("int8", "int16")}
         self.groups = [Group(*g) for g in self.formats["int8"].groups()]
-        self.samples = list(itertools.islice(iter(known.samples), quantization.MEASURED))
+        self.samples = quantization.measured_samples(graph, known)
         self.candidates: dict[Choice, Candidate] = {}
         self.table = speed.SpeedTable(target, threads)
         self._wanted: list[tuple[np.ndarray, ...]] = []  # outputs of the float network, by sample

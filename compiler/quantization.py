@@ -461,9 +461,7 @@ def apply(
     details["sqnr_db"] = None
     measured: dict[Node, float] = {}
     if measure:
-        # A few for a large network. Of a small one many: the noise of a softmax is that of its hardest samples.
-        most = min(known.count, max(MEASURED, MEASURED_MACS // max(1, total_macs(graph))))
-        chosen = list(itertools.islice(iter(known.samples), 0, None, known.count // most))[:most]
+        chosen = measured_samples(graph, known)
         details["measured_samples"] = len(chosen)
         try:
             measured, details["sqnr_db"] = signal_to_noise(known.graph, quantized, quantizer, chosen, name)
@@ -471,6 +469,15 @@ def apply(
             log.warning("%s: signal-to-noise ratios are not measured: %s", graph.name, e)
     details["layers"] = explanation.layers(known.graph, quantizer, known.observed, measured, options.keep)
     return quantized, details
+
+
+def measured_samples(graph: Graph, known: Calibrated) -> list[Sample]:
+    """The samples on which a quantized `graph` is compared with the float one, spread over the calibration data.
+
+    MEASURED of a large network. Of a small one many: the noise of a softmax is that of its hardest samples.
+    """
+    most = min(known.count, max(MEASURED, MEASURED_MACS // max(1, total_macs(graph))))
+    return list(itertools.islice(iter(known.samples), 0, None, known.count // most))[:most]
 
 
 def _equalised(
