@@ -114,7 +114,11 @@ class Search:
     ):
         self.graph, self.known, self.options = graph, known, options
         self.target, self.threads, self.folder = target, threads, folder
-        self.formats = {d: known.quantizer(options, d) for d in ("int8", "int16")}
+        # The same as a compile in this type alone would make.
+        self.uniform_options = {
+            d: replace(options, dtype=d, budget_sqnr_db=None, budget_us=None) for d in ("int8", "int16")
+        }
+        self.formats = {d: known.quantizer(o, d) for d, o in self.uniform_options.items()}
         self.groups = [Group(*g) for g in self.formats["int8"].groups()]
         self.samples = quantization.measured_samples(graph, known)
         self.candidates: dict[Choice, Candidate] = {}
@@ -150,8 +154,9 @@ class Search:
         else:
             floats = {p for p, d in by_product.items() if d == "float32"}
             quantizer = self.known.quantizer(
-                self.options,
+                self.uniform_options["int8"],
                 "int8",
+                like=list(self.formats.values()),
                 dtypes={p: d for p, d in by_product.items() if d == "int16"},
                 keep=lambda node: node in floats or self.options.keeps(node),
             )

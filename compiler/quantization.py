@@ -362,8 +362,11 @@ class Calibrated:
         *,
         dtypes: Mapping[Node, str] | None = None,
         keep: Callable[[Node], bool] | None = None,
+        like: Sequence[Quantizer] = (),
     ) -> Quantizer:
-        """The network in `dtype`; `dtypes`: of single contractions, where it is another; `keep`: what stays float32."""
+        """The network in `dtype`; `dtypes`: of single contractions, where it is another; `keep`: what stays
+        float32; `like`: quantizers whose roundings and biases are taken over where a layer has the same
+        formats."""
         from skive import calibration
         from skive.passes.quantize import Quantizer, Scheme, Storage
 
@@ -384,7 +387,9 @@ class Calibrated:
         )
         if options.bias_correction:
             scheme.biases = _corrected_biases(Quantizer(self.graph, scheme, storage), observed)
-        if options.rounding == "adaround" and options.dtype == "int8":
+        if like:
+            _take_over(Quantizer(self.graph, scheme, storage), like)
+        elif options.rounding == "adaround" and options.dtype == "int8":
             from skive import rounding
 
             draft = Quantizer(self.graph, scheme, storage)
@@ -395,6 +400,23 @@ class Calibrated:
             if options.bias_correction:
                 scheme.biases = {**scheme.biases, **biases}
         return Quantizer(self.graph, scheme, storage)
+
+
+def _take_over(draft: Quantizer, like: Sequence[Quantizer]) -> None:
+    """Weights and biases of layers that have the same formats in one of `like`, into the scheme of `draft`."""
+    rounded, biases = dict(draft.scheme.rounded), dict(draft.scheme.biases)
+    for node, layer in draft.layers.items():
+        for other in like:
+            theirs = other.layers.get(node)
+            if (
+                theirs is not None
+                and other.format_of(node.inputs[0]) == draft.format_of(node.inputs[0])
+                and np.array_equal(theirs.scales, layer.scales)
+            ):
+                rounded[node] = theirs.weights
+                if node in other.scheme.biases:
+                    biases[node] = other.scheme.biases[node]
+    draft.scheme.rounded, draft.scheme.biases = rounded, biases
 
 
 def _every_value(graph: Graph) -> list[Node]:
