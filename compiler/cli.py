@@ -385,7 +385,7 @@ def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tu
 
 
 def _quantization_lines(fixed: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """How many layers are computed in what, and those that add most noise."""
+    """How many layers are computed in what, and those that cause most noise."""
     from skive import explanation
 
     counts = Counter(layer["dtype"] for layer in fixed["layers"] if layer["op"] != "input")
@@ -393,9 +393,8 @@ def _quantization_lines(fixed: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [("quantized", ", ".join(f"{n} x {t}" for t, n in counts.most_common()) + ratio)]
     worst = explanation.worst(fixed["layers"])
     for key, layer in zip(["most noise", *[""] * len(worst)], worst, strict=False):
-        before = layer.get("input_sqnr_db")
-        lines.append((key, f"{layer['name']} ({layer['op']}): "
-                      + (f"{before:.1f} -> " if before is not None else "") + f"{layer['sqnr_db']:.1f} dB"))
+        lines.append((key, f"{layer['name']} ({layer['op']}): {100 * layer['noise_share']:.0f} % of it"
+                      + (f", {layer['sqnr_db']:.1f} dB" if layer["sqnr_db"] is not None else "")))
     islands = [i for i in fixed.get("islands", ()) if i["bytes"]]
     if islands:
         kinds = Counter(op for i in islands for op in i["ops"])

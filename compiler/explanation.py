@@ -8,7 +8,7 @@ final graph leaves the integers, `kernel_types` what a compiled kernel reads, wr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from skive import expr, ops
@@ -67,7 +67,7 @@ def layers(
     storage = quantizer.storage
     root_of, members_of = storage._root, storage._members
     found: list[dict[str, Any]] = []
-    described: set[Node] = set()
+    described: dict[Node, dict[str, Any]] = {}
     for node in graph.nodes:
         root = root_of.get(node, node)
         if node.is_const or root in described or storage.is_moved(node) and node.op != "concat":
@@ -77,7 +77,6 @@ def layers(
         stored = root in quantizer.integers
         if not stored and (node.op == "input" or ops.op_of(core.op).kind == "movement" or not node.dtype.is_float):
             continue
-        described.add(root)
         layer = quantizer.layers.get(core)
         entry: dict[str, Any] = {"name": core.label(), "op": core.op, "dtype": "float32", "sqnr_db": None}
         entry["bytes"] = root.type.size * 4
@@ -112,8 +111,64 @@ def layers(
                     entry["narrowing_gain_db"] = round(narrowing_gain_db(o), 2)
         if entry["dtype"] == "float32":
             entry["reason"] = why_float(core, stored or bool(read), kept)
+        described[root] = entry
         found.append(entry)
+    index = {id(entry): i for i, entry in enumerate(found)}
+    reads: list[list[int]] = []
+    for root in described:
+        outside = [i for n in members_of.get(root, [root]) for i in n.inputs if root_of.get(i, i) is not root]
+        reads.append([index[id(described[r])] for r in _nearest(outside, described, root_of)])
+    ends = {index[id(described[r])] for r in _nearest(graph.outputs, described, root_of)}
+    for i, (entry, share) in enumerate(zip(found, noise_shares(found, reads, ends), strict=True)):
+        entry["noise_share"] = share
+        entry["read_by"] = [r["name"] for r, sources in zip(found, reads, strict=True) if i in sources]
     return found
+
+
+def _nearest(nodes: Sequence[Node], described: Mapping[Node, Any], root_of: Mapping[Node, Node]) -> list[Node]:
+    """The described values that `nodes` are or are made from."""
+    todo, seen, found = list(nodes), set(), {}
+    while todo:
+        n = todo.pop()
+        n = root_of.get(n, n)
+        if n in seen or n.is_const:
+            continue
+        seen.add(n)
+        if n in described:
+            found[n] = None
+        else:
+            todo += n.inputs
+    return list(found)
+
+
+def noise_shares(
+    layers: Sequence[Mapping[str, Any]], reads: Sequence[Sequence[int]], ends: Collection[int]
+) -> list[float]:
+    """By layer the share of the outputs' noise that its own rounding causes; all 0 where nothing was measured.
+
+    Noise power over signal power of a layer's value is modelled as gain * (that of what it `reads`) + own, own
+    being what its weights and the step of its result cost; the gain follows from the measured values. A layer's
+    part of the noise at the `ends` is its own noise times all gains behind it. Estimates: weight noise is taken as
+    independent of the sums, and a layer's inputs as equally loud.
+    """
+    own, total, gain = [], [], []
+    for layer, sources in zip(layers, reads, strict=True):
+        before = sum(total[j] for j in sources)
+        mine = _noise(layer.get("weight_sqnr_db")) + _noise(layer.get("rounding_sqnr_db"))
+        after = _noise(layer["sqnr_db"]) if layer.get("sqnr_db") is not None else before + mine
+        if not before:
+            mine = after
+        scale = min(1.0, after / (mine + before)) if mine + before else 0.0  # below 1: estimated too loud
+        own.append(mine * scale if before else mine)
+        total.append(after)
+        gain.append(max(scale, (after - mine) / before) if before else 0.0)
+    weight = [1.0 if i in ends else 0.0 for i in range(len(layers))]
+    for i in reversed(range(len(layers))):
+        for j in reads[i]:
+            weight[j] += weight[i] * gain[i]
+    parts = [w * o for w, o in zip(weight, own, strict=True)]
+    measured = any(layer.get("sqnr_db") is not None for layer in layers)
+    return [round(p / sum(parts), 4) if measured and sum(parts) > 0 else 0.0 for p in parts]
 
 
 def _is_float_work(node: Node) -> bool:
@@ -267,48 +322,41 @@ def _noise(sqnr: float | None) -> float:
     return 0.0 if sqnr is None else 10 ** (-sqnr / 10)
 
 
-def added_noise(layer: Mapping[str, Any]) -> float:
-    """Noise-to-signal ratio that `layer` adds to what it reads; 0 where it was not measured."""
-    if layer.get("sqnr_db") is None:
-        return 0.0
-    return max(0.0, _noise(layer["sqnr_db"]) - _noise(layer.get("input_sqnr_db")))
-
-
 def worst(layers: Sequence[Mapping[str, Any]], count: int = WORST) -> list[Mapping[str, Any]]:
-    """The layers that add most noise, those that add none left out."""
-    ranked = sorted((layer for layer in layers if added_noise(layer) > 0), key=added_noise, reverse=True)
+    """The layers whose own rounding causes most of the noise at the outputs."""
+    ranked = sorted((layer for layer in layers if layer.get("noise_share")), key=lambda layer: -layer["noise_share"])
     return ranked[:count]
 
 
 def advice(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the figures suggest, most telling first: `layer` (or None: the network), `finding`, `action`.
 
-    Empty where no value falls below GOOD_DB.
+    Empty where the outputs are at GOOD_DB or better. Shares are estimates, and a kept layer takes no part in
+    equalisation: what is tried should be measured.
     """
     layers: Sequence[Mapping[str, Any]] = quantization["layers"]
-    total = sum(map(added_noise, layers))
     overall = quantization.get("sqnr_db")
-    low = [layer for layer in layers if layer.get("sqnr_db") is not None and layer["sqnr_db"] < GOOD_DB]
-    if not total or not low and (overall is None or overall >= GOOD_DB):
+    chosen = worst(layers)
+    lowest = min((x["sqnr_db"] for x in layers if x.get("sqnr_db") is not None), default=GOOD_DB)
+    if not chosen or (lowest if overall is None else overall) >= GOOD_DB:
         return []
     found = []
-    chosen = worst(layers)
     for layer in chosen:
         finding, action = _diagnosis(layer, quantization)
-        share = added_noise(layer) / total
-        lead = f"adds {100 * share:.0f} % of the noise"
-        found.append({"layer": layer["name"], "share": round(share, 4), "finding": f"{lead}: {finding}",
-                      "action": action})
-    part = sum(map(added_noise, chosen)) / total
+        share = layer["noise_share"]
+        lead = f"causes {100 * share:.0f} % of the output's noise"
+        found.append({"layer": layer["name"], "share": share, "finding": f"{lead}: {finding}", "action": action})
+    part = sum(layer["noise_share"] for layer in chosen)
     if overall is not None and overall < POOR_DB:
-        names = " ".join(f"--keep '{layer['name']}'" for layer in chosen)
+        whole = (n for x in chosen for n in (x["name"], *x.get("read_by", ())) if x["op"] != "input")
+        names = _keep(list(dict.fromkeys(whole)))
         if part >= 0.5:
             found.append({"layer": None, "share": round(part, 4),
-                          "finding": f"{len(chosen)} layers add {100 * part:.0f} % of all noise",
+                          "finding": f"{len(chosen)} layers cause {100 * part:.0f} % of it",
                           "action": f"keep them float32: {names}"})
         elif quantization["dtype"] == "int8":
             found.append({"layer": None, "share": round(part, 4),
-                          "finding": f"the noise is spread: the worst {len(chosen)} layers add only "
+                          "finding": f"the noise is spread: the worst {len(chosen)} layers cause only "
                                      f"{100 * part:.0f} % of it, and the output is at {overall:.1f} dB",
                           "action": "--quantize int16, which usually leaves some 30 dB less noise"})
     samples = quantization.get("samples")
@@ -321,19 +369,15 @@ def advice(quantization: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _diagnosis(layer: Mapping[str, Any], quantization: Mapping[str, Any]) -> tuple[str, str]:
     """(what its largest source of noise is, what acts against that)."""
     options: Mapping[str, Any] = quantization.get("options") or {}
-    keep = f"--keep '{layer['name']}'"
+    keep, unstored = _keep([layer["name"]]), _keep(layer.get("read_by") or [layer["name"]])
     sources = {"weights": _noise(layer.get("weight_sqnr_db")), "step": _noise(layer.get("rounding_sqnr_db"))}
-    rest = _noise(layer["sqnr_db"]) - _noise(layer.get("input_sqnr_db")) - sum(sources.values())
     low, high = layer.get("range") or (0.0, 0.0)
     bottom, top = layer.get("kept") or (low, high)
     beyond = max(0.0, bottom - low, high - top)
-    if rest > max(sources.values()):
-        if beyond > 0.02 * (top - bottom):
-            return (f"values reach {low:.4g} to {high:.4g}, of which {bottom:.4g} to {top:.4g} is kept",
-                    f"wider ranges ({_wider(quantization)}), or {keep}")
-        before = "" if layer.get("input_sqnr_db") is None else f"what it reads is at {layer['input_sqnr_db']:.1f} dB, "
-        return (f"{before}its result at {layer['sqnr_db']:.1f} dB, more than its own rounding explains: terms cancel",
-                f"{keep} and the layer it reads, or --quantize int16")
+    rest = _noise(layer.get("sqnr_db")) - _noise(layer.get("input_sqnr_db")) - sum(sources.values())
+    if beyond > 0.02 * (top - bottom) and rest > max(sources.values()):
+        return (f"values reach {low:.4g} to {high:.4g}, of which {bottom:.4g} to {top:.4g} is kept",
+                f"wider ranges ({_wider(quantization)}), or {unstored}")
     if sources["weights"] >= sources["step"]:
         bits = (layer.get("bits") or {}).get("weights", 8)
         if not options.get("per_channel", True):
@@ -348,13 +392,18 @@ def _diagnosis(layer: Mapping[str, Any], quantization: Mapping[str, Any]) -> tup
     if spread > SPREAD and not options.get("equalise", True):
         return (f"{at}: its largest channel is {spread:.0f} times the median one", "equalise=True")
     crest, gain = layer.get("crest") or 0.0, layer.get("narrowing_gain_db") or 0.0
+    # What a float32 layer reads is not stored as integers: it is the readers that have to be kept.
     if crest > CREST:
         finding = f"{at}: its largest value is {crest:.0f} times its RMS"
         if gain > WORTH_DB and quantization.get("method") == "minmax":
             return (f"{finding}, and a narrower range would leave {gain:.1f} dB less noise in it",
-                    f"--ranges mse, if the largest values do not matter most; else {keep}")
-        return finding, f"{keep}, or --quantize int16"
-    return f"{at}, what 8 bits give this distribution", f"{keep}, or --quantize int16"
+                    f"--ranges mse, if the largest values do not matter most; else {unstored}")
+        return finding, f"{unstored}, or --quantize int16"
+    return f"{at}, what 8 bits give this distribution", f"{unstored}, or --quantize int16"
+
+
+def _keep(names: Sequence[str]) -> str:
+    return " ".join(f"--keep '{n}'" for n in names)
 
 
 def _wider(quantization: Mapping[str, Any]) -> str:

@@ -266,27 +266,27 @@ _PLOTTED_DB = 60.0  # a bar of the full width
 
 
 def quantization_plot(layers: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Signal-to-noise ratio, share of the added noise, and range of each layer; None if nothing was measured."""
+    """Signal-to-noise ratio, share of the output's noise, and range of each layer; None if nothing was measured."""
     shown = [layer for layer in layers if layer.get("sqnr_db") is not None or layer.get("range")]
     if not shown:
         return None
-    noise = [explanation.added_noise(layer) for layer in shown]
-    total, most = sum(noise) or 1.0, max(noise) or 1.0
+    shares = [layer.get("noise_share") or 0.0 for layer in shown]
+    most = max(shares) or 1.0
     low = min([layer["range"][0] for layer in shown if layer.get("range")], default=0.0)
     high = max([layer["range"][1] for layer in shown if layer.get("range")], default=0.0)
     low, width = min(0.0, low), (max(0.0, high) - min(0.0, low)) or 1.0
     bars = []
-    for layer, added in zip(shown, noise, strict=True):
+    for layer, share in zip(shown, shares, strict=True):
         db, seen = layer.get("sqnr_db"), layer.get("range")
         values = [("", 0.0, 0.0) if db is None else (f"{db:.1f} dB", 0.0, min(1.0, max(0.0, db / _PLOTTED_DB))),
-                  (f"{100 * added / total:.0f} %", 0.0, added / most) if added else ("", 0.0, 0.0),
+                  (f"{100 * share:.0f} %", 0.0, share / most) if share else ("", 0.0, 0.0),
                   (f"{seen[0]:.3g} … {seen[1]:.3g}", (seen[0] - low) / width, (seen[1] - seen[0]) / width)
                   if seen else ("", 0.0, 0.0)]
         texts, starts, fractions = zip(*values, strict=True)
         bars.append(Bar(f"{_cut(layer['name'] or layer['op'], 26)} {layer['dtype']}",
                         f"{clean(layer['name'])} ({clean(layer['op'])}), {layer['dtype']}",
                         tuple(round(f, 4) for f in fractions), texts, tuple(round(f, 4) for f in starts)))
-    return Plot(("signal to noise", "share of the added noise", "range"), tuple(bars))
+    return Plot(("signal to noise", "share of the output's noise", "range"), tuple(bars))
 
 
 # ------------------------------------------------------------------------------------------- text

@@ -93,8 +93,10 @@ def test_kernels_tell_what_they_compute_in(dtype: str, stored: str) -> None:
     assert by_op["sum_pool2d"]["dtype"] == dtype
 
 
-def layer(name: str, sqnr: float | None, before: float | None = None, **more: Any) -> dict[str, Any]:
-    return {"name": name, "op": "conv2d", "dtype": "int8", "sqnr_db": sqnr, "input_sqnr_db": before, **more}
+def layer(name: str, sqnr: float | None, before: float | None = None, share: float = 0.0,
+          **more: Any) -> dict[str, Any]:
+    return {"name": name, "op": "conv2d", "dtype": "int8", "sqnr_db": sqnr, "input_sqnr_db": before,
+            "noise_share": share, "rounding_sqnr_db": 30.0, **more}
 
 
 def advised(*layers: dict[str, Any], sqnr: float = 15.0, **more: Any) -> list[dict[str, Any]]:
@@ -103,13 +105,30 @@ def advised(*layers: dict[str, Any], sqnr: float = 15.0, **more: Any) -> list[di
 
 
 def test_a_good_network_needs_no_advice() -> None:
-    assert advised(layer("a", 45.0), layer("b", 38.0, 45.0), sqnr=36.0) == []
+    assert advised(layer("a", 45.0, share=1.0), layer("b", 38.0, 45.0), sqnr=36.0) == []
     assert advised(layer("a", None), sqnr=12.0) == []
 
 
-def test_the_worst_layers_are_those_that_add_noise_not_those_that_inherit_it() -> None:
-    layers = [layer("a", 20.0), layer("b", 20.0, 20.0), layer("c", 19.9, 20.0), layer("d", 40.0, 19.9)]
-    assert [w["name"] for w in explanation.worst(layers)] == ["a", "c"]
+def test_noise_is_charged_to_the_layer_that_makes_it_not_to_the_one_that_shows_it() -> None:
+    """`b` rounds next to nothing but lets the noise of `a` grow by 10 dB; `c` adds as much as it reads."""
+    chain = [layer("a", 30.0, rounding_sqnr_db=30.0), layer("b", 20.0, 30.0, rounding_sqnr_db=60.0),
+             layer("c", 17.0, 20.0, rounding_sqnr_db=20.0)]
+    a, b, c = explanation.noise_shares(chain, [[], [0], [1]], {2})
+    assert a == pytest.approx(0.5, abs=0.01) and c == pytest.approx(0.5, abs=0.01) and b < 0.01
+    # Noise on a way that ends elsewhere is not charged; two ends share.
+    branches = [layer("a", 30.0), layer("b", 27.0, 30.0), layer("c", 27.0, 30.0)]
+    assert explanation.noise_shares(branches, [[], [0], [0]], {1})[2] == 0.0
+    assert explanation.noise_shares(branches, [[], [0], [0]], {1, 2}) == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
+    assert explanation.noise_shares([layer("a", None)], [[]], {0}) == [0.0]
+
+
+def test_shares_of_a_network_add_up_and_fall_on_its_layers() -> None:
+    _, details = quantized("int8")
+    shares = {entry["name"]: entry["noise_share"] for entry in details["layers"]}
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01) and min(shares.values()) >= 0
+    assert shares["first"] > 0 and shares["second"] > 0
+    assert {entry["name"]: entry["read_by"] for entry in details["layers"]} == {
+        "x": ["first"], "first": ["middle"], "middle": ["second"], "second": ["mean"], "mean": []}
 
 
 @pytest.mark.parametrize(("figures", "more", "action"), [
@@ -117,31 +136,30 @@ def test_the_worst_layers_are_those_that_add_noise_not_those_that_inherit_it() -
     ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {"options": {"per_channel": False}}, "per_channel=True"),
     ({"weight_sqnr_db": 18.0, "rounding_sqnr_db": 40.0}, {"options": {"rounding": "adaround"}}, "--keep 'bad'"),
     ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "narrowing_gain_db": 6.0}, {}, "--ranges mse"),
-    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "narrowing_gain_db": 1.0}, {}, "--keep 'bad'"),
+    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "read_by": ["next"]}, {}, "--keep 'next'"),
     ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "crest": 90.0, "narrowing_gain_db": 6.0}, {"method": "mse"},
      "--keep 'bad'"),
     ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 18.0, "channel_spread": 50.0}, {"options": {"equalise": False}},
      "equalise=True"),
     ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 40.0, "range": [-9.0, 9.0], "kept": [-3.0, 3.0]},
-     {"method": "percentile"}, "--ranges minmax"),
-    ({"weight_sqnr_db": 40.0, "rounding_sqnr_db": 40.0}, {}, "the layer it reads")])
+     {"method": "percentile"}, "--ranges minmax")])
 def test_the_advice_follows_the_largest_cause(figures: dict[str, Any], more: dict[str, Any], action: str) -> None:
-    first = advised(layer("good", 35.0), layer("bad", 17.0, 35.0, **figures), **more)[0]
+    first = advised(layer("good", 35.0, share=0.05), layer("bad", 17.0, 35.0, share=0.95, **figures), **more)[0]
     assert first["layer"] == "bad" and first["share"] > 0.9
     assert action in first["action"], first
 
 
 def test_noise_that_is_spread_calls_for_more_bits_and_concentrated_noise_for_floats() -> None:
-    ladder = [layer(f"l{i}", 30.0 - i, 31.0 - i if i else None) for i in range(15)]
-    assert any(a["layer"] is None and "int16" in a["action"] for a in advised(*ladder[:14], *(
-        layer(f"m{i}", 14.0, 14.2) for i in range(9))))
-    whole = [a for a in advised(layer("a", 35.0), layer("b", 15.0, 35.0)) if a["layer"] is None]
-    assert len(whole) == 1 and "--keep 'b'" in whole[0]["action"]
+    spread = advised(*(layer(f"l{i}", 20.0 - i / 10, share=0.05) for i in range(20)))
+    assert any(a["layer"] is None and "int16" in a["action"] for a in spread)
+    few = advised(layer("a", 35.0), layer("b", 15.0, 35.0, share=0.9, read_by=["c"]))
+    whole = [a for a in few if a["layer"] is None]
+    assert len(whole) == 1 and "--keep 'b' --keep 'c'" in whole[0]["action"]
 
 
 def test_few_samples_are_pointed_out() -> None:
-    assert any("8 samples" in a["finding"] for a in advised(layer("a", 15.0), samples=8))
-    assert not any("samples" in a["finding"] for a in advised(layer("a", 15.0), samples=200))
+    assert any("8 samples" in a["finding"] for a in advised(layer("a", 15.0, share=1.0), samples=8))
+    assert not any("samples" in a["finding"] for a in advised(layer("a", 15.0, share=1.0), samples=200))
 
 
 def test_the_gain_of_a_narrower_range_is_that_of_the_histogram() -> None:

@@ -64,7 +64,8 @@ def fixed(name: str = "conv1") -> dict[str, Any]:
     report["quantization"] = {
         "dtype": "int8", "method": "minmax", "samples": 77, "sqnr_db": 31.25,
         "layers": [
-            {"name": name, "op": "conv2d", "dtype": "int8", "sqnr_db": 28.5, "input_sqnr_db": 36.5, "bytes": 1024,
+            {"name": name, "op": "conv2d", "dtype": "int8", "sqnr_db": 28.5, "input_sqnr_db": 36.5,
+             "noise_share": 0.77, "bytes": 1024,
              "weight_bytes": 2048, "stored": "u8", "range": [-1.5, 2.5], "kept": [-1.25, 2.25],
              "bits": {"activations": 8, "weights": 7}, "weight_sqnr_db": 44.5},
             {"name": f"{name}/softmax", "op": "softmax", "dtype": "float32", "sqnr_db": None,
@@ -120,7 +121,7 @@ def test_the_page_explains_quantization() -> None:
     words = " ".join(" ".join(Page(report.render(fixed(), block(), chain(2))).text).split())
     for figure in ("int8, ranges by minmax from 77 samples", "31.2 dB", "36.5 → 28.5", "44.5", "-1.5 … 2.5",
                    "-1.25 … 2.25", "8 × 7", "1 KB + 2 KB", "because conv1", "island conv1", "boundary conv1",
-                   "--keep conv1", "u8 → f32", "100 %"):
+                   "--keep conv1", "u8 → f32", "77 %"):
         assert figure in words, figure
     assert "Quantization" not in " ".join(Page(report.render(facts(), block(), chain(2))).text)
     imported = fixed()
