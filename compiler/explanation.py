@@ -127,7 +127,8 @@ def layers(
 
 def _nearest(nodes: Sequence[Node], described: Mapping[Node, Any], root_of: Mapping[Node, Node]) -> list[Node]:
     """The described values that `nodes` are or are made from."""
-    todo, seen, found = list(nodes), set(), {}
+    todo, seen = list(nodes), set[Node]()
+    found: dict[Node, None] = {}
     while todo:
         n = todo.pop()
         n = root_of.get(n, n)
@@ -151,7 +152,9 @@ def noise_shares(
     part of the noise at the `ends` is its own noise times all gains behind it. Estimates: weight noise is taken as
     independent of the sums, and a layer's inputs as equally loud.
     """
-    own, total, gain = [], [], []
+    own: list[float] = []
+    total: list[float] = []
+    gain: list[float] = []
     for layer, sources in zip(layers, reads, strict=True):
         before = sum(total[j] for j in sources)
         mine = _noise(layer.get("weight_sqnr_db")) + _noise(layer.get("rounding_sqnr_db"))
