@@ -11,7 +11,7 @@ import pytest
 from emitted import agrees, clang, emit, gcc, needs_target, run, run_driver, units
 from small_networks import FIXED_POINT, NETWORKS, Net
 
-from skive import _native, check, kernels, lower, ops
+from skive import _native, check, kernels, lower, ops, tuning
 from skive.emit import cxx
 from skive.explanation import conversions
 from skive.ir import Graph
@@ -25,8 +25,8 @@ SANITIZED = {"ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1", "
 
 
 def test_the_networks_use_every_kernel() -> None:
-    """Kernels are the class templates of the headers whose names stand in lower.py."""
-    text = Path(lower.__file__).read_text()
+    """Kernels are the class templates of the headers whose names stand in lower.py or tuning.py."""
+    text = Path(lower.__file__).read_text() + Path(tuning.__file__).read_text()
     defined = {name for h in (kernels.include_dir() / "skive").glob("*.h")
                for name in re.findall(r"^struct ([a-z]\w+)", h.read_text(), re.MULTILINE)}
     named = {k for k in defined if f'"{k}"' in text} | {"map", "vmap", "map_to", "vmap_to"}
