@@ -416,7 +416,8 @@ def _verify_integers(
 
     Integers are equal bit for bit. Where a float32 function that is exact to rounding only (exp, a
     normalisation) stands before a quantizer, a value near the middle of two integers may go either way:
-    such graphs are held to check.INTEGER_SQNR_DB. VerificationError names the first diverging node.
+    such graphs are held to check.INTEGER_SQNR_DB, or to what a rounding error of float32 weights does to the
+    reference itself. VerificationError names the first diverging node.
     """
     from skive.reference import evaluate_graph
 
@@ -430,7 +431,7 @@ def _verify_integers(
     got = got if isinstance(got, tuple) else (got,)
     pairs = list(zip(got, evaluate_graph(optimised, inputs), strict=True))
     verdict = check.compare(pairs, "numpy, integers", 1)
-    if not verdict.passed and check.rounds_alike(pairs):
+    if not verdict.passed and (check.rounds_alike(pairs) or check.flips_alike(optimised, inputs, pairs)):
         verdict = dataclasses.replace(verdict, passed=True)
     if not verdict.passed:
         node = check.first_divergence(optimised, inputs, lambda g: _run_graph(g, target, threads), check.TOLERANCE)

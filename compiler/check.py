@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from skive import ops
-from skive.ir import Graph, Node
+from skive.ir import Graph, Node, constant, rebuilt
 from skive.pipeline import difference
 from skive.reference import evaluate_graph, evaluate_wide
 from skive.types import DType
@@ -20,6 +20,8 @@ TOLERANCE = 1e-4
 # A quantizer behind a float32 function may round a value either way; the noise of that stays well
 # below the noise of quantization itself (about 40 dB for 8 bits).
 INTEGER_SQNR_DB = 45.0
+FLIP_DB = 6.0  # by which an artefact may be further from the reference than a perturbed reference is
+FLOAT_ERROR = 2.0**-19  # relative, of one float32 contraction: Winograd loses four bits
 
 Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -72,6 +74,34 @@ def has_roundings(graph: Graph) -> bool:
 def rounds_alike(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:
     """True if every (got, want) differs by no more than roundings that went the other way."""
     return all(sqnr_db(got.astype(np.float64), want.astype(np.float64)) >= INTEGER_SQNR_DB for got, want in pairs)
+
+
+def flips_alike(
+    graph: Graph, inputs: Sequence[np.ndarray], pairs: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> bool:
+    """True if every (got, want) is about as close as the reference stays to itself when the weights of float32
+    contractions change by a rounding error.
+
+    A network in which float32 layers stand before quantizers may amplify one integer that was rounded the
+    other way until its noise is that of quantization itself. Where no float32 contraction is, nothing may
+    differ: False.
+    """
+    rng = np.random.default_rng(1)
+
+    def shaken(node: Node, operands: tuple[Node, ...]) -> Node:
+        if not ops.macs(node) or node.inputs[0].dtype is not DType.f32:
+            return rebuilt(node, operands)
+        weights = [
+            constant(np.asarray(i.value * (1 + FLOAT_ERROR * rng.uniform(-1, 1, i.shape)), np.float32))
+            if i.is_const and i.dtype is DType.f32
+            else i
+            for i in operands
+        ]
+        return rebuilt(node, tuple(weights))
+
+    perturbed = evaluate_graph(graph.map_nodes(shaken), inputs)
+    doubles = ([a.astype(np.float64) for a in (g, w, p)] for (g, w), p in zip(pairs, perturbed, strict=True))
+    return all(sqnr_db(g, w) >= sqnr_db(p, w) - FLIP_DB for g, w, p in doubles)
 
 
 def allowed_difference(graph: Graph, inputs: Sequence[np.ndarray]) -> float:

@@ -120,3 +120,26 @@ def test_a_target_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(_native, "cpu_features", lambda: [])
     with pytest.raises(QuantizationError, match="cannot run target avx2"):
         mixed_precision.apply(network(), skive.Quantize("auto", calibration=data()), target=TARGETS["avx2"])
+
+
+def test_roundings_may_go_either_way_only_behind_float_contractions() -> None:
+    """A float layer before a quantizer: the artefact may differ by what a rounding error does, not by more."""
+    from skive import check
+    from skive.reference import evaluate_graph
+
+    rng = np.random.default_rng(2)
+    x = ops.make("input", shape=(1, 8, 8, 4), dtype=DType.f32, label="x", origin="x")
+    w = constant(rng.standard_normal((8, 3, 3, 4)).astype(np.float32))
+    zero, scale = constant(np.uint8(128)), constant(np.float32(0.05))
+    y = ops.make("quantize", ops.make("conv2d", x, w), scale, zero, to=DType.u8)
+    graph = Graph("g", (x,), (ops.make("dequantize", y, scale, zero),), ("y",))
+    inputs = [rng.standard_normal(x.shape).astype(np.float32)]
+    (want,) = evaluate_graph(graph, inputs)
+    assert check.flips_alike(graph, inputs, [(want, want)])
+    assert not check.flips_alike(graph, inputs, [(want + 1, want)])
+    moved = Graph("g", (x,), (ops.make("dequantize", ops.make("quantize", x, scale, zero, to=DType.u8), scale, zero),),
+                  ("y",))
+    (want,) = evaluate_graph(moved, inputs)
+    got = want.copy()
+    got.flat[3] += 0.05  # one integer off, and no contraction to blame
+    assert not check.flips_alike(moved, inputs, [(got, want)])
