@@ -196,7 +196,7 @@ def compile(
         if verify and not emit_only:
             progress("verify", 0.85)
             if data is None and wanted:
-                data = next(iter(quantization.Samples(imported, wanted.calibration, 1)))
+                data = next(iter(wanted.data(imported)))
             check_with = _verify_integers if check.has_roundings(optimised) else _verify
             verdict = check_with(imported, optimised, temporary, chosen, threads, data, source)
         report = _report(

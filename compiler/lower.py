@@ -145,14 +145,17 @@ def _sum_dtype(node: Node) -> DType:
     return F32 if node.inputs[0].dtype is F32 else DType.i32
 
 
+_PRODUCTS = frozenset(("conv2d", "linear", "conv_transpose2d"))
+
+
 def _has_fast_kernel(node: Node) -> bool:
     """Whether a packed, vectorised kernel exists for `node` (else the plain one runs)."""
     x = node.inputs[0].dtype
     if x is not F32:
-        if node.op in ("conv2d", "linear", "conv_transpose2d"):
+        if node.op in _PRODUCTS:
             return x in _INTEGER_PACKING and all(i.is_const for i in node.inputs[1:3])
         return node.op == "sum_pool2d" or (node.op == "max_pool2d" and x in (DType.u8, DType.i8, DType.i16))
-    if node.op in ("conv2d", "linear", "conv_transpose2d"):
+    if node.op in _PRODUCTS:
         return all(i.is_const for i in node.inputs[1:3])
     if node.op == "resize2d":
         return all(i.is_const for i in node.inputs[1:5])
@@ -597,7 +600,10 @@ class Lowering:
                 args.append(self.read(f"e{i}", extra, strided=access.mode in ("full", "sample")))
             operands.append(access)
         types = [_sum_dtype(node), *(i.dtype for i in node.inputs[ops.op_of(node.op).epilogue or 0 :])]
-        return Fn(_steps(e, types), tuple(operands), True, True), args
+        steps = _steps(e, types)
+        if _is_integer_conv(node):
+            steps = _rounded_by_store(node, e, steps, operands, types)
+        return Fn(steps, tuple(operands), True, True), args
 
 
 def _steps(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:
@@ -619,6 +625,57 @@ def _steps(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:
                 tail.append(_literal(v, operand_types[0]))
         steps.append(FnStep(name, tuple(f"{k}{i}" for k, i in s.args), tuple(tail)))
     return tuple(steps)
+
+
+def _is_integer_conv(node: Node) -> bool:
+    """Whether the integer kernels of conv.h compute `node`."""
+    if node.op not in _PRODUCTS or node.inputs[0].dtype is F32:
+        return False
+    return node.op != "conv2d" or not _is_depthwise(node)
+
+
+def _is_depthwise(conv: Node) -> bool:
+    groups, channels = conv.attrs["groups"], conv.inputs[0].shape[3]
+    return groups == channels and conv.inputs[1].shape[0] % channels == 0 and groups > 1
+
+
+def _rounded_by_store(
+    node: Node,
+    e: expressions.Expr,
+    steps: tuple[FnStep, ...],
+    operands: Sequence[Access],
+    types: Sequence[DType],
+) -> tuple[FnStep, ...]:
+    """`steps` with a quantizing last step as `rounded` (tile.h), whose store saturates several registers at once."""
+    last = e.steps[-1]
+    if last.op not in ("quantize", "requantize") or last.args[2][0] != "x":
+        return steps
+    zero, (kind, index) = operands[last.args[2][1]], last.args[0]
+    if zero.mode != "literal" or steps[-1].name not in (f"{last.op}<{t}>" for t in ("uint8_t", "int8_t", "int16_t")):
+        return steps
+    to = steps[-1].name[len(last.op) + 1 : -1]
+    value, factor = (f"{k}{i}" for k, i in last.args[:2])
+    done = list(steps[:-1])
+    dtype = types[index] if kind == "x" else ops.expr_dtype(expressions.Expr(e.steps[: index + 1]), types)
+    if dtype is not F32:
+        done.append(FnStep("cast<float>", (value,)))
+        value = f"t{len(done) - 1}"
+    done.append(FnStep("mul" if last.op == "requantize" else "div_", (value, factor)))
+    bounded = "true" if len(e.steps) == 1 and _stays_below(node, last, 2**30) else "false"
+    done.append(FnStep(f"rounded<{to}, {bounded}>", (f"t{len(done) - 1}",), (zero.text,)))
+    return tuple(done)
+
+
+def _stays_below(node: Node, step: expressions.Step, limit: int) -> bool:
+    """Whether the sums of a contraction times the constant factor of `step` are proven to stay below `limit`."""
+    x, w, bias = node.inputs[:3]
+    kind, index = step.args[1]
+    if step.op != "requantize" or kind != "x" or not node.inputs[2 + index].is_const:
+        return False
+    factor = node.inputs[2 + index]
+    limits = np.iinfo(x.dtype.numpy)
+    sums = np.abs(w.value.astype(np.int64)).reshape(w.shape[0], -1).sum(1) * (limits.max - limits.min)
+    return bool(((sums + np.abs(bias.value.astype(np.int64))) * np.abs(factor.value.astype(np.float64))).max() < limit)
 
 
 LOWER: dict[str, Callable[[Lowering, Node], None]] = {}
@@ -728,7 +785,7 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             scratch=scratch,
         )
 
-    if groups == c and oc % c == 0 and groups > 1:
+    if _is_depthwise(node):
         taps, bias = w.value[..., 0], _bias(node, oc)
         if x.dtype is F32:
             weights, biases = pack.pack_depthwise(taps, bias, oc // c)
