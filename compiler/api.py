@@ -148,7 +148,12 @@ def compile(
         steps.append(_quantize_step(wanted, chosen, threads, found, progress))
     exported: list[Graph] = []
     if export_onnx is not None:
-        steps.append(Step(Pass("export-onnx", lambda g, _: exported.append(g) or g, exact=True), NoOptions()))
+
+        def keep(graph: Graph, options: Any) -> Graph:
+            exported.append(graph)
+            return graph
+
+        steps.append(Step(Pass("export-onnx", keep, exact=True), NoOptions()))
     optimised, records = PassManager().run(
         imported, [*steps, *passes.FUSED], dump_dir=dump_ir, check="always" if strict else "never"
     )

@@ -204,7 +204,10 @@ def _widened(node: Node) -> Node:
     attrs = dict(node.attrs)
     zeros = [attrs.pop(k, 0) for k in (("a_zero", "b_zero") if node.op == "matmul" else ("zero",))] + [0]
     wide = [ops.make("cast", i, origin=node.origin, to=DType.i32) for i in node.inputs[:2]]
-    wide = [ops.make("sub", i, constant(np.int32(z)), origin=node.origin) if z else i for i, z in zip(wide, zeros)]
+    wide = [
+        ops.make("sub", i, constant(np.asarray(z, np.int32)), origin=node.origin) if z else i
+        for i, z in zip(wide, zeros)
+    ]
     return ops.make(node.op, *wide, *node.inputs[2:], origin=node.origin, label=node.name, **attrs)
 
 
@@ -787,6 +790,8 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
 
     if _is_depthwise(node):
         taps, bias = w.value[..., 0], _bias(node, oc)
+        weights: np.ndarray
+        biases: np.ndarray
         if x.dtype is F32:
             weights, biases = pack.pack_depthwise(taps, bias, oc // c)
         else:
@@ -842,6 +847,8 @@ def _conv_transpose2d(ctx: Lowering, node: Node) -> None:
         return
     fn, extra = ctx.epilogue(node)
     _, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
+    weights: np.ndarray
+    bias: np.ndarray
     if x.dtype is F32:
         weights = pack.pack_conv_transpose2d(w.value, node.attrs, node.shape, block)
         bias = np.concatenate([pack.pack_bias(g, block) for g in np.split(_bias(node, oc), groups)])

@@ -982,7 +982,7 @@ def _ref_sum_pool(x: Sequence[Array], a: FrozenDict) -> Array:
     (t, left, b, r), (sh, sw), (dh, dw) = a["pad"], a["stride"], a["dilation"]
     out = (window_out(x[0].shape[1], t, b, a["kernel"][0], sh, dh), window_out(x[0].shape[2], left, r, a["kernel"][1], sw, dw))
     v = _padded(x[0].astype(np.int32) - a["zero"], a["pad"])
-    return np.sum([tap for _, _, tap in _taps(v, a["kernel"], out, a)], axis=0, dtype=np.int32)
+    return np.asarray(np.sum([tap for _, _, tap in _taps(v, a["kernel"], out, a)], axis=0, dtype=np.int32))
 
 
 _add(Op("sum_pool2d", (1, 1), _infer_sum_pool, _ref_sum_pool, {"kernel": REQUIRED, **_WINDOW, "zero": 0}, "window", 0.0,

@@ -7,6 +7,7 @@ the graph with integers, `apply` here drives both.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -83,8 +84,8 @@ class Quantize:
                 raise QuantizationError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
         if self.integer_only:
             raise QuantizationError(
-                "integer_only is not available yet: layers without an integer form compute in float32 between integers; "
-                "leave it out, and see the report's islands"
+                "integer_only is not available yet: layers without an integer form compute in float32 between "
+                "integers; leave it out, and see the report's islands"
             )
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"percentile is {self.percentile!r}, not above 50 and at most 100")
@@ -162,6 +163,10 @@ def requested(value: Quantize | str) -> Quantize:
     raise QuantizationError(f"quantize is {value!r}; give one of {', '.join(DTYPES)} or a skive.Quantize")
 
 
+def _itself(value: Any) -> Any:
+    return value
+
+
 class Samples:
     """The calibration samples of a graph: iterable any number of times, in the same order.
 
@@ -188,7 +193,7 @@ class Samples:
         elif isinstance(source, (np.ndarray, Mapping)) or hasattr(source, "__array__"):
             self._groups, self._once = [lambda: source], None
         elif isinstance(source, Sequence):
-            self._groups, self._once = [lambda v=v: v for v in source], None
+            self._groups, self._once = [functools.partial(_itself, v) for v in source], None
         elif isinstance(source, Iterable):
             self._groups, self._once = None, iter(source)
         else:
@@ -323,7 +328,7 @@ def _opened(path: str | Path) -> _Files:
         files = sorted(p for p in place.iterdir() if p.suffix in (".npz", ".npy"))
         if not files:
             raise QuantizationError(f"{place} holds no .npz or .npy file to calibrate with")
-        return _Files([lambda p=p: _read(p, None) for p in files])
+        return _Files([functools.partial(_read, p, None) for p in files])
     if not place.is_file():
         raise QuantizationError(f"calibration data {place} does not exist")
     return _Files([lambda: _read(place, key)])

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -57,7 +58,7 @@ def _f32(value: np.ndarray | float) -> Node:
     return constant(np.asarray(value, np.float32))
 
 
-NO_ZERO = constant(np.int32(0))
+NO_ZERO = constant(np.asarray(0, np.int32))
 
 # ------------------------------------------------------------------------------------- signedness
 
@@ -82,7 +83,7 @@ def unsigned(graph: Graph) -> Graph:
                 twin[node] = ops.make("clip", shifted(node.inputs[0]), origin=node.origin, label=node.name, **bounds)
             else:
                 bits = ops.make("bit_cast", node, to=DType.u8, origin=node.origin)
-                twin[node] = ops.make("bit_xor", bits, constant(np.uint8(_SHIFT)), origin=node.origin)
+                twin[node] = ops.make("bit_xor", bits, constant(np.asarray(_SHIFT, np.uint8)), origin=node.origin)
         return twin[node]
 
     def one(node: Node, inputs: tuple[Node, ...]) -> Node:
@@ -136,17 +137,17 @@ def pad_integers(m: Match) -> Node | None:
     return _like(m, "dequantize", _like(m, "pad", q, **attrs), _scalar(scale), _scalar(zero))
 
 
-def _windows_inside(attrs: dict[str, object], shape: Sequence[int]) -> np.ndarray:
+def _windows_inside(attrs: dict[str, Any], shape: Sequence[int]) -> np.ndarray:
     """Positions of each window that lie inside the image: [1, OH, OW, 1]."""
     ones = constant(np.ones((1, *shape[1:3], 1), np.uint8))
     window = {k: attrs[k] for k in ("kernel", "stride", "pad", "dilation")}
     return ops.evaluate(ops.make("sum_pool2d", ones, **window), [ones.value])
 
 
-def _sum(m: Match, q: Node, scale: float, zero: Node, count: np.ndarray | int, **attrs: object) -> Node | None:
+def _sum(m: Match, q: Node, scale: float, zero: Node, count: np.ndarray | int, **attrs: Any) -> Node | None:
     """dequantize(the sum of each window of q) with the division by `count` in the scale."""
     kernel = attrs["kernel"]
-    if math.prod(kernel) * 2 ** (8 * q.dtype.bytes) >= 2**31:  # type: ignore[arg-type]
+    if math.prod(kernel) * 2 ** (8 * q.dtype.bytes) >= 2**31:
         return None
     total = _like(m, "sum_pool2d", q, zero=int(zero.value.item()), **attrs)
     return ops.make("dequantize", total, _f32(np.float64(scale) / count), NO_ZERO, origin=m.root.origin)

@@ -505,7 +505,7 @@ class Quantizer:
         low, high = form.low, form.high
         while value.op in ("relu", "clip"):
             lo, hi = (0.0, math.inf) if value.op == "relu" else (float(value.attrs["lo"]), float(value.attrs["hi"]))
-            bottom, top = (int(form.integers(np.float32(v))) for v in (lo, hi))
+            bottom, top = (int(form.integers(np.asarray(v, np.float32))) for v in (lo, hi))
             if value.op == "clip" and (bottom > form.low or top < form.high):
                 break
             if value.op == "relu" and bottom > form.low and form.dtype is DType.u8:
@@ -536,7 +536,7 @@ class Quantizer:
 
 def _constants(form: Format) -> tuple[Node, Node]:
     """(scale, zero point) as operands."""
-    return constant(np.float32(form.scale).reshape(())), constant(np.asarray(form.zero, form.dtype.numpy))
+    return constant(np.asarray(form.scale, np.float32)), constant(np.asarray(form.zero, form.dtype.numpy))
 
 
 @dataclass(frozen=True, slots=True)
