@@ -157,7 +157,7 @@ def test_negative_pads_and_conv3d() -> None:
 def test_table_spells_onnx_names() -> None:
     known = {(s.domain, s.name) for s in onnx.defs.get_all_schemas_with_history()}
     newer = {("", "SwiGLU"), ("", "TensorScatter"), ("", "Swish"), ("", "RMSNormalization"), ("", "CumProd")}
-    assert set(ROWS) - newer <= known
+    assert {r for r in ROWS if r[0] != "com.microsoft"} - newer <= known  # onnxruntime's own are in no schema
 
 
 # -------------------------------------------------------------------------------------------- batch

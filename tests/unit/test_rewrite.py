@@ -126,7 +126,10 @@ def test_a_rule_must_keep_the_type() -> None:
         rewrite(graph(x, ops.make("neg", x, origin="layer/neg")), [wrong])
 
 
-def test_rules_that_undo_each_other_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_rules_that_undo_each_other_end(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("skive"), "propagate", True)  # the command line switches it off
     x = parameter(2)
     there = rule(op("neg"), lambda m: ops.make("exp", m.root.inputs[0]))
     back = rule(op("exp"), lambda m: ops.make("neg", m.root.inputs[0]))
