@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -66,6 +67,18 @@ def samples(count: int, seed: int) -> list[np.ndarray]:
     return [rng.standard_normal(SHAPE).astype(np.float32) for _ in range(count)]
 
 
+@contextlib.contextmanager
+def no_warnings() -> Iterator[None]:
+    """Without the advice of onnxruntime's quantizer, written to the root logger, to run another tool first."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def quantized(name: str, *, operators: bool, signed: bool, per_channel: bool) -> ModelProto:
     """What `quantize_static` makes of the model: QOperator or QDQ, activations i8 or u8, weights i8."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -77,8 +90,7 @@ def quantized(name: str, *, operators: bool, signed: bool, per_channel: bool) ->
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(({"x": v} for v in self.left), None)
 
-    logging.getLogger().setLevel(logging.ERROR)  # it warns that it wants another tool run first
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, no_warnings():
         source, target = Path(folder) / "float.onnx", Path(folder) / "quantized.onnx"
         onnx.save(float_model(name), source)
         quantize_static(source, target, Reader(), per_channel=per_channel, weight_type=QuantType.QInt8,
