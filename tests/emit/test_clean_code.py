@@ -15,6 +15,7 @@ from skive import _native, check, kernels, lower, ops, tuning
 from skive.emit import cxx
 from skive.explanation import conversions
 from skive.ir import Graph
+from skive.lower import abilities
 from skive.targets.base import TARGETS, resolve
 
 HOST = resolve("host", _native.cpu_features()).name
@@ -25,8 +26,9 @@ SANITIZED = {"ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1", "
 
 
 def test_the_networks_use_every_kernel() -> None:
-    """Kernels are the class templates of the headers whose names stand in lower.py or tuning.py."""
-    text = Path(lower.__file__).read_text() + Path(tuning.__file__).read_text()
+    """Kernels are the class templates of the headers whose names stand in compiler/lower or tuning.py."""
+    files = [*Path(lower.__file__).parent.glob("*.py"), Path(tuning.__file__)]
+    text = "".join(f.read_text() for f in files)
     defined = {name for h in (kernels.include_dir() / "skive").glob("*.h")
                for name in re.findall(r"^struct ([a-z]\w+)", h.read_text(), re.MULTILINE)}
     named = {k for k in defined if f'"{k}"' in text} | {"map", "vmap", "map_to", "vmap_to"}
@@ -37,7 +39,7 @@ def test_the_networks_use_every_kernel() -> None:
     # Contractions and pools once more for each integer type that has packed weights.
     integers = {(c.kernel, a.ctype) for c in calls for a in c.args if a.name == "x"}
     kernels_of = ("conv2d", "grouped_conv2d", "depthwise2d", "conv_transpose2d", "max_pool2d", "sum_pool2d")
-    wanted = {(k, t.ctype) for k in kernels_of for t in lower._INTEGER_PACKING}
+    wanted = {(k, t.ctype) for k in kernels_of for t in abilities.INTEGER_PACKING}
     assert len(wanted) >= 12 and sorted(wanted - integers) == []
 
 

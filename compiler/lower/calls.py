@@ -1,0 +1,185 @@
+"""Kernel calls as they are collected, and the table of what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from skive import expr as expressions
+from skive import ops
+from skive.errors import UnsupportedOpError
+from skive.ir import Graph, Node
+from skive.lower.abilities import is_integer_conv
+from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype
+from skive.lower.storage import Root, Storage, View
+from skive.plan import Access, Arg, Call, Fn, Plan, Port, place
+from skive.targets.base import Target
+from skive.tuning import Tuning
+from skive.types import DType
+
+
+class Lowering(Storage):
+    """Collects the calls of one graph."""
+
+    def __init__(self, graph: Graph, target: Target, threads: int, tuning: Tuning):
+        super().__init__(graph, target.lanes)
+        self.target, self.threads, self.tuning = target, threads, tuning
+        self.calls: list[Call] = []
+        self.problems: list[tuple[str, str, str]] = []
+        self._pending: list[tuple[list[tuple[Root, int, Arg]], int]] = []
+
+    def read(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
+        """An operand; `strided`: of a kernel that heeds `pixel(node)`."""
+        assert strided or not self.view(node).pixel, f"{node.label()}: read as if its pixels were neighbours"
+        return self.view(node), Arg(name, node.dtype.ctype, "")
+
+    def write(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
+        """The result; `strided` as for `read`."""
+        assert strided or not self.view(node).pixel, f"{node.label()}: written as if its pixels were neighbours"
+        return self.view(node), Arg(name, node.dtype.ctype, "", const=False)
+
+    def packed(self, name: str, array: np.ndarray) -> tuple[View, Arg]:
+        """A constant in the layout its kernel reads."""
+        return (
+            View(Root("weights", array.nbytes, offset=self.weights.add(array))),
+            Arg(name, DType.of(array.dtype).ctype, ""),
+        )
+
+    def temporary(self, name: str, nbytes: int) -> tuple[View, Arg]:
+        """Memory that lives from the first to the last call that names it."""
+        return View(self._new_root("arena", nbytes)), Arg(name, "unsigned char", "", const=False)
+
+    def call(
+        self,
+        node: Node,
+        kernel: str,
+        header: str,
+        template: Sequence[object],
+        order: Sequence[str],
+        args: Sequence[tuple[View, Arg]],
+        fn: Fn | None = None,
+        parallel: bool = True,
+        scratch: int = 0,
+    ) -> None:
+        """Appends one kernel call that computes (a part of) `node`.
+
+        `scratch`: bytes of working memory; the argument called `scratch` in `order`, null if 0.
+        """
+        index = len(self.calls)
+        if scratch:
+            args = [
+                *args,
+                (View(self._new_root("arena", scratch)), Arg("scratch", "unsigned char", "", const=False)),
+            ]
+        else:
+            order = ["nullptr" if o == "scratch" else o for o in order]
+        moved = 0
+        for view, _ in args:
+            moved += view.root.bytes
+            if view.root.block:
+                view.root.block.first = min(view.root.block.first, index)
+                view.root.block.last = max(view.root.block.last, index)
+        self._pending.append(([(v.root, v.offset, a) for v, a in args], index))
+        self.calls.append(
+            Call(
+                kernel,
+                header,
+                tuple(map(str, template)),
+                tuple(order),
+                (),
+                fn,
+                node.label(),
+                node.op,
+                ops.macs(node),
+                moved,
+                parallel,
+                scratch,
+            )
+        )
+
+    def finish(self) -> Plan:
+        """Places the blocks and resolves every argument."""
+        graph = self.graph
+        for i, o in enumerate(graph.outputs):
+            view = self.view(o)
+            if view.root.kind == "output" and view.root.index == i and view.offset == 0:
+                continue
+            target = View(self._new_root("output", o.type.bytes, i))
+            if o.type.size:
+                dense = f"Shape<{o.type.size}>"
+                self.call(
+                    o,
+                    "copy_strided",
+                    "copy.h",
+                    [o.dtype.ctype, dense, dense, dense],
+                    ["y", "x", "part"],
+                    [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))],
+                )
+        if self.problems:
+            raise UnsupportedOpError(self.problems)
+        blocks = [r.block for r in self._roots if r.block and r.block.last >= 0]
+        size, bound = place(blocks)
+        calls = list(self.calls)
+        for args, index in self._pending:
+            resolved = []
+            for root, offset, arg in args:
+                base = root.block.offset if root.block else root.offset
+                resolved.append(replace(arg, kind=root.kind, index=root.index, offset=base + offset))
+            calls[index] = replace(calls[index], args=tuple(resolved))
+        ports = [
+            tuple(Port(name, n.shape, n.dtype.numpy.name, n.type.bytes) for name, n in side)
+            for side in (
+                [(n.name, n) for n in graph.inputs],
+                list(zip(graph.output_names, graph.outputs, strict=True)),
+            )
+        ]
+        return Plan(
+            graph.name,
+            self.target.name,
+            self.threads,
+            ports[0],
+            ports[1],
+            tuple(calls),
+            self.weights.blob(),
+            size,
+            bound,
+            graph.batch_max,
+        )
+
+    def epilogue(self, node: Node) -> tuple[Fn, list[tuple[View, Arg]]]:
+        """The functor of `node`'s epilogue and the pointers it reads."""
+        text = node.attrs.get("epilogue", "")
+        if not text:
+            return Fn((), (Access("value"),), True, True), []
+        e = expressions.parse(text)
+        operands, args = [Access("value")], []
+        for i, extra in enumerate(node.inputs[ops.op_of(node.op).epilogue or 0 :], 1):
+            access = fusible_operand(extra, node)
+            assert access is not None, "legalise() lets only fusible epilogues through"
+            if access.mode != "literal":
+                access = replace(access, arg=f"e{i}")
+                if access.mode in ("full", "sample"):
+                    access = replace(access, stride=self.pixel(extra))
+                args.append(self.read(f"e{i}", extra, strided=access.mode in ("full", "sample")))
+            operands.append(access)
+        types = [sum_dtype(node), *(i.dtype for i in node.inputs[ops.op_of(node.op).epilogue or 0 :])]
+        steps = steps_of(e, types)
+        if is_integer_conv(node):
+            steps = rounded_by_store(node, e, steps, operands, types)
+        return Fn(steps, tuple(operands), True, True), args
+
+
+LOWER: dict[str, Callable[[Lowering, Node], None]] = {}
+
+
+def lowers(*names: str) -> Callable[[Callable[[Lowering, Node], None]], Callable[[Lowering, Node], None]]:
+    """Registers the lowering of operations."""
+
+    def register(fn: Callable[[Lowering, Node], None]) -> Callable[[Lowering, Node], None]:
+        for n in names:
+            LOWER[n] = fn
+        return fn
+
+    return register

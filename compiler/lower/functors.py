@@ -1,0 +1,159 @@
+"""Expressions of elementwise functions as the functors that kernels run on their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from skive import expr as expressions
+from skive import ops
+from skive.ir import Node
+from skive.plan import Access, FnStep
+from skive.types import DType, TensorType
+
+# Operations whose function in math.h has an overload for Vec<N>; the others run on scalars.
+VECTOR = frozenset(
+    """
+    less less_equal greater greater_equal equal not_equal and or xor not where is_nan is_inf add sub
+    mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh
+    erf floor ceil round_even trunc sign reciprocal relu clip min max pow mod fmod sigmoid silu gelu
+    gelu_tanh hard_sigmoid hard_swish leaky_relu elu selu celu softplus softsign mish prelu
+    thresholded_relu shrink
+    """.split()
+)
+
+
+# The same for integers in vectors of 32-bit lanes: what never leaves the range of its type, and what may.
+VECTOR_INT = frozenset("quantize requantize requantize_fixed dequantize cast min max relu clip".split())
+VECTOR_I32 = VECTOR_INT | frozenset("add sub mul neg abs".split())
+IN_VECTORS = frozenset((DType.f32, DType.i8, DType.u8, DType.i16, DType.u16, DType.i32))
+
+
+def in_vectors(e: expressions.Expr, operands: Sequence[DType]) -> bool:
+    """Whether every step of `e` on operands of these types has a function over vectors."""
+    types: list[DType] = []
+    for s in e.steps:
+        args = [operands[i] if k == "x" else types[i] for k, i in s.args]
+        to = ops.infer(s.op, [TensorType((), t) for t in args], ops.complete_attrs(s.op, dict(s.attrs))).dtype
+        types.append(to)
+        involved = {to, *args}
+        if involved <= {DType.f32, DType.bool}:
+            known = s.op in VECTOR
+        elif not involved <= IN_VECTORS:
+            known = False
+        elif s.op == "cast":  # truncation and wrapping have no vector form
+            known = args[0] is not DType.f32 and (to is DType.f32 or to is DType.i32)
+        else:
+            known = s.op in (VECTOR_I32 if involved <= {DType.i32} else VECTOR_INT)
+        if not known:
+            return False
+    return types[-1] in IN_VECTORS
+
+
+def literal(value: Any, dtype: DType) -> str:
+    """A C++ literal of exactly this value and type."""
+    if dtype is DType.bool:
+        return "true" if value else "false"
+    if dtype.is_float:
+        v = dtype.numpy.type(value)
+        suffix = "f" if dtype is DType.f32 else ""
+        if np.isnan(v):
+            return f'__builtin_nan{suffix}("")'
+        if np.isinf(v):
+            return f"{'-' if v < 0 else ''}__builtin_inf{suffix}()"
+        text = repr(float(v)) if dtype is not DType.f32 else np.format_float_scientific(v, unique=True)
+        return text.rstrip(".") + suffix if "e" in text or "." in text else f"{text}.0{suffix}"
+    v = int(value)
+    if dtype is DType.u64:
+        return f"uint64_t{{{v}ull}}"
+    if v == -(2**63):
+        return "(-9223372036854775807ll - 1)"
+    return f"static_cast<{dtype.ctype}>({v}{'ll' if dtype is DType.i64 else ''})"
+
+
+def fusible_operand(extra: Node, base: Node) -> Access | None:
+    """How an epilogue reads `extra` beside a result of `base`'s shape; None if it cannot."""
+    shape, full = extra.shape, base.shape
+    if extra.dtype not in IN_VECTORS:
+        return None
+    if extra.type.size == 1:
+        return Access("literal", text=literal(extra.value.item(), extra.dtype)) if extra.is_const else Access("scalar")
+    padded = (1,) * (len(full) - len(shape)) + tuple(shape)
+    c = full[-1]
+    if padded == full:
+        return Access("full", stride=c)
+    if padded[-1] == c and all(d == 1 for d in padded[:-1]):
+        return Access("channel")
+    if padded[-1] == 1 and padded[:-1] == full[:-1]:
+        return Access("pixel")
+    if len(full) > 2 and padded[-1] == c and padded[0] == full[0] and all(d == 1 for d in padded[1:-1]):
+        return Access("sample", stride=c, pixels=math.prod(full[1:-1]))
+    return None
+
+
+def sum_dtype(node: Node) -> DType:
+    """The element type that the kernel of `node` hands to its epilogue."""
+    return DType.f32 if node.inputs[0].dtype is DType.f32 else DType.i32
+
+
+def steps_of(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:
+    """The expression in C++ function names and literals."""
+    steps: list[FnStep] = []
+    types: list[DType] = []
+    for s in e.steps:
+        row = ops.op_of(s.op)
+        operand_types = [dtypes[i] if k == "x" else types[i] for k, i in s.args]
+        attrs = ops.complete_attrs(s.op, dict(s.attrs))
+        types.append(row.infer([TensorType((), t) for t in operand_types], attrs).dtype)
+        name, tail = row.cxx, []
+        for v in attrs.values():
+            if isinstance(v, DType):
+                name += f"<{v.ctype}>"
+            elif isinstance(v, bool):
+                tail.append("true" if v else "false")
+            else:
+                tail.append(literal(v, operand_types[0]))
+        steps.append(FnStep(name, tuple(f"{k}{i}" for k, i in s.args), tuple(tail)))
+    return tuple(steps)
+
+
+def rounded_by_store(
+    node: Node,
+    e: expressions.Expr,
+    steps: tuple[FnStep, ...],
+    operands: Sequence[Access],
+    types: Sequence[DType],
+) -> tuple[FnStep, ...]:
+    """`steps` with a quantizing last step as `rounded` (tile.h), whose store saturates several registers at once."""
+    last = e.steps[-1]
+    if last.op not in ("quantize", "requantize") or last.args[2][0] != "x":
+        return steps
+    zero, (kind, index) = operands[last.args[2][1]], last.args[0]
+    if zero.mode != "literal" or steps[-1].name not in (f"{last.op}<{t}>" for t in ("uint8_t", "int8_t", "int16_t")):
+        return steps
+    to = steps[-1].name[len(last.op) + 1 : -1]
+    value, factor = (f"{k}{i}" for k, i in last.args[:2])
+    done = list(steps[:-1])
+    dtype = types[index] if kind == "x" else ops.expr_dtype(expressions.Expr(e.steps[: index + 1]), types)
+    if dtype is not DType.f32:
+        done.append(FnStep("cast<float>", (value,)))
+        value = f"t{len(done) - 1}"
+    done.append(FnStep("mul" if last.op == "requantize" else "div_", (value, factor)))
+    bounded = "true" if len(e.steps) == 1 and _stays_below(node, last, 2**30) else "false"
+    done.append(FnStep(f"rounded<{to}, {bounded}>", (f"t{len(done) - 1}",), (zero.text,)))
+    return tuple(done)
+
+
+def _stays_below(node: Node, step: expressions.Step, limit: int) -> bool:
+    """Whether the sums of a contraction times the constant factor of `step` are proven to stay below `limit`."""
+    x, w, bias = node.inputs[:3]
+    kind, index = step.args[1]
+    if step.op != "requantize" or kind != "x" or not node.inputs[2 + index].is_const:
+        return False
+    factor = node.inputs[2 + index]
+    limits = np.iinfo(x.dtype.numpy)
+    sums = np.abs(w.value.astype(np.int64)).reshape(w.shape[0], -1).sum(1) * (limits.max - limits.min)
+    return bool(((sums + np.abs(bias.value.astype(np.int64))) * np.abs(factor.value.astype(np.float64))).max() < limit)

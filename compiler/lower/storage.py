@@ -1,0 +1,258 @@
+"""Which values share memory: views, in-place elementwise, concatenations written in place.
+
+The channels of a value may lie between those of other values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from skive import ops
+from skive.ir import Graph, Node
+from skive.lower.abilities import reads_channel_slices, writes_channel_slices
+from skive.lower.strides import row_strides
+from skive.plan import Block, WeightPool
+
+
+@dataclass
+class Root:
+    """Memory that one or more values share."""
+
+    kind: str
+    bytes: int
+    index: int = 0
+    offset: int = 0
+    block: Block | None = None
+    values: list[Node] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class View:
+    """A value's place: bytes `offset` into `root`; `pixel` elements between neighbours along the last
+    axis but one where the value is a slice of channels of a wider one, 0 if it is dense."""
+
+    root: Root
+    offset: int = 0
+    pixel: int = 0
+
+
+class Storage:
+    """The place of every value of one graph; `lanes`: floats of a vector of the target."""
+
+    def __init__(self, graph: Graph, lanes: int):
+        self.graph, self._lanes = graph, lanes
+        self.weights = WeightPool()
+        self._roots: list[Root] = []
+        self._views: dict[Node, View] = {}
+        self._const_roots: dict[Node, Root] = {}
+        self._aliases: set[Node] = set()  # slices that are views of their operand
+        self._strided_readers = self._read_as_channel_slices()
+        self._assign_storage()
+
+    def _new_root(self, kind: str, nbytes: int, index: int = 0) -> Root:
+        root = Root(kind, nbytes, index)
+        if kind == "arena":
+            root.block = Block(nbytes, 1 << 30, -1)
+            self._roots.append(root)
+        return root
+
+    def _read_as_channel_slices(self) -> set[Node]:
+        """The values that may lie with other values' channels in between: all that read them can."""
+        found: set[Node] = set()
+        outputs = set(self.graph.outputs)
+        for n in reversed(self.graph.nodes):
+            if n.is_const or n.type.rank < 2 or not n.type.size or n in outputs:
+                continue
+            if all(
+                u in found and u.shape[-1] == n.shape[-1]
+                if u.op == "reshape"
+                else reads_channel_slices(u, n, self._lanes)
+                for u in self.graph.users[n]
+            ):
+                found.add(n)
+        return found
+
+    def _assign_storage(self) -> None:
+        graph = self.graph
+        position = {n: i for i, n in enumerate(graph.nodes)}
+        last_use = {n: max([position[u] for u in users], default=position[n]) for n, users in graph.users.items()}
+        self._position, self._last_use = position, last_use
+        outputs = set(graph.outputs)
+        for i, n in enumerate(graph.inputs):
+            self._views[n] = View(self._new_root("input", n.type.bytes, i))
+        for n in graph.nodes:
+            if n.op in ("input", "const"):
+                continue
+            view = self._shared_view(n, position, last_use, outputs) or View(self._new_root("arena", n.type.bytes))
+            self._views[n] = view
+            view.root.values.append(n)
+            if n.op == "slice" and n.inputs[0] in self._views and view.root is self._views[n.inputs[0]].root:
+                self._aliases.add(n)
+        for i, o in enumerate(graph.outputs):
+            settled = self._views.get(o)
+            if (
+                settled
+                and settled.root.kind == "arena"
+                and settled.offset == 0
+                and settled.root.bytes == o.type.bytes
+            ):
+                settled.root.kind, settled.root.index = "output", i
+                self._roots.remove(settled.root)
+                settled.root.block = None
+        for n in graph.nodes:  # a concat whose place is known takes its operands in
+            if n.op == "concat":
+                self._concat_in_place(n, outputs)
+                self._concat_channels_in_place(n)
+
+    def _shared_view(
+        self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]
+    ) -> View | None:
+        """The memory that `n` takes over from an operand; None if it needs its own."""
+        if not n.type.size:
+            return None
+        if n.op == "reshape" and not n.inputs[0].is_const:
+            return self._views[n.inputs[0]]
+        if n.op == "slice" and not n.inputs[0].is_const:
+            return self._slice_view(n)
+        if ops.op_of(n.op).kind == "elementwise":
+            for x in n.inputs:
+                view = self._views.get(x)
+                if (
+                    view
+                    and view.root.kind == "arena"
+                    and view.offset == 0
+                    and view.root.bytes == n.type.bytes == x.type.bytes
+                    and x.shape == n.shape
+                    and not any(v in outputs for v in view.root.values)
+                    and all(last_use[v] <= position[n] for v in view.root.values)
+                    and sum(i is x for i in n.inputs) == 1
+                    and not any(
+                        self._views.get(i) and self._views[i].root is view.root for i in n.inputs if i is not x
+                    )
+                ):
+                    return view
+        return None
+
+    def _slice_view(self, n: Node) -> View | None:
+        """Where a slice lies inside its operand; None if no kernel could read it there."""
+        x = n.inputs[0]
+        whole, width = self._views[x], self.pixel(x)
+        if any(s != 1 and d > 1 for s, d in zip(n.attrs["step"], n.shape, strict=True)):
+            return None
+        # The pixels must be neighbours; of what lies around them only whole outer parts may be left out.
+        cut = [i for i in range(n.type.rank - 1) if n.shape[i] != x.shape[i]]
+        if any(n.shape[i] != 1 for i in range(cut[-1] if cut else 0)):
+            return None
+        dense = n.type.size == math.prod(n.shape[-1:]) or n.shape[-1] == width
+        if not dense and n not in self._strided_readers:
+            return None
+        start = sum(s * b for s, b in zip(self.strides(x), n.attrs["start"], strict=True))
+        return View(whole.root, whole.offset + start * n.dtype.bytes, 0 if dense else width)
+
+    def _concat_in_place(self, n: Node, outputs: set[Node]) -> None:
+        """Operands that nothing else shares memory with are computed right where they end up."""
+        axis = n.attrs["axis"] % n.type.rank
+        if math.prod(n.shape[:axis]) != 1:
+            return
+        view, offset = self._views[n], self._views[n].offset
+        # An in-place operation on the result would destroy an operand that is read again later.
+        if any(ops.op_of(v.op).kind == "elementwise" for v in view.root.values) and any(
+            self._last_use[v] > self._position[n]
+            for x in n.inputs
+            for v in (self._views[x].root.values if x in self._views else [])
+        ):
+            return
+        for x in n.inputs:
+            own = self._views.get(x)
+            if (
+                own
+                and own.root.kind == "arena"
+                and own.offset == 0
+                and own.root.bytes == x.type.bytes
+                and own.root is not view.root
+                and own.root in self._roots
+                and not any(v in outputs for v in own.root.values)
+                and sum(i is x for i in n.inputs) == 1
+            ):
+                self._roots.remove(own.root)
+                for v in own.root.values:
+                    inner = self._views[v]
+                    self._views[v] = View(view.root, offset + inner.offset, inner.pixel)
+                view.root.values.extend(own.root.values)
+            offset += x.type.bytes
+
+    def _concat_channels_in_place(self, n: Node) -> None:
+        """Operands are written as slices of the result's channels, if all that write and read them can.
+
+        What moves is the whole memory of an operand, with the views of it and the values computed in
+        place: one operand, or neighbours that together are all channels of what they are slices of.
+        """
+        if n.attrs["axis"] % n.type.rank != n.type.rank - 1 or math.prod(n.shape[:-1]) in (0, 1):
+            return
+        channel = 0
+        for i, x in enumerate(n.inputs):
+            own = self._views.get(x)
+            if own and self._fills_channels(own.root, n, i):
+                self._move_into_channels(own.root, n, channel)
+            channel += x.shape[-1]
+
+    def _fills_channels(self, root: Root, n: Node, first: int) -> bool:
+        """Whether the operands of `n` from number `first` on are all of `root`, which can be moved there."""
+        result, size = self._views[n].root, n.dtype.bytes
+        width, rest = divmod(root.bytes, size * math.prod(n.shape[:-1]))  # channels
+        if rest or root not in self._roots or root is result:
+            return False
+        channel = 0
+        for x in n.inputs[first:]:
+            view = self._views.get(x)
+            if channel == width or not view or view.root is not root or view.offset != channel * size:
+                break
+            channel += x.shape[-1]
+        overwritten = any(
+            ops.op_of(v.op).kind == "elementwise" and self._position[v] > self._position[n] for v in result.values
+        )
+        return channel == width and all(
+            v in self._strided_readers
+            and (v.op == "reshape" or writes_channel_slices(v))
+            and v.dtype is n.dtype
+            and self.pixel(v) == width
+            and not (overwritten and self._last_use[v] > self._position[n])
+            for v in root.values
+        )
+
+    def _move_into_channels(self, root: Root, n: Node, channel: int) -> None:
+        """Every value in `root` becomes a part of the channels of `n` from number `channel` on."""
+        result, size, pixel = self._views[n], n.dtype.bytes, self.pixel(n)
+        width = root.bytes // math.prod(n.shape[:-1])  # bytes
+        self._roots.remove(root)
+        for v in root.values:
+            pixels, rest = divmod(self._views[v].offset, width)
+            offset = result.offset + (pixels * pixel + channel) * size + rest
+            self._views[v] = View(result.root, offset, pixel)
+        result.root.values.extend(root.values)
+
+    def pixel(self, node: Node) -> int:
+        """Elements between neighbouring pixels of `node` where it lies."""
+        return self.view(node).pixel or math.prod(node.shape[-1:])
+
+    def strides(self, node: Node) -> list[int]:
+        """Elements between neighbours along each axis of `node` where it lies."""
+        strides, pixel = row_strides(node.shape), self.view(node).pixel
+        return [s // node.shape[-1] * pixel for s in strides[:-1]] + [1] if pixel else strides
+
+    def pixel_strides(self, x: Node, node: Node) -> list[int]:
+        """XS and YS of a kernel that reads `x` and writes `node`; nothing where both are dense."""
+        return [self.pixel(x), self.pixel(node)] if self.view(x).pixel or self.view(node).pixel else []
+
+    def is_view(self, node: Node) -> bool:
+        """Whether `node` is a slice that lies inside its operand: nothing computes it."""
+        return node in self._aliases
+
+    def view(self, node: Node) -> View:
+        """Where `node` lies; constants are placed in the weights when first used unpacked."""
+        if node.is_const:
+            if node not in self._const_roots:
+                self._const_roots[node] = Root("weights", node.type.bytes, offset=self.weights.add(node.value))
+            return View(self._const_roots[node])
+        return self._views[node]
