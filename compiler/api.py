@@ -419,10 +419,10 @@ def _verify_integers(
 ) -> check.Verdict:
     """Compares the artefact with the numpy reference of its own integer graph.
 
-    Integers are equal bit for bit. Where a float32 function that is exact to rounding only (exp, a
-    normalisation) stands before a quantizer, a value near the middle of two integers may go either way:
-    such graphs are held to check.INTEGER_SQNR_DB, or to what a rounding error of float32 weights does to the
-    reference itself. VerificationError names the first diverging node.
+    Where every operation is exact or correctly rounded they are equal bit for bit. Where a float32 function
+    that is not (exp, a float32 convolution) stands before a quantizer, a value near the middle of two integers
+    may go either way: such graphs are held to check.INTEGER_SQNR_DB, or to what a rounding error of float32
+    weights does to the reference itself. VerificationError names the first diverging node.
     """
     from skive.reference import evaluate_graph
 
@@ -435,11 +435,14 @@ def _verify_integers(
     got = module(*inputs)
     got = got if isinstance(got, tuple) else (got,)
     pairs = list(zip(got, evaluate_graph(optimised, inputs), strict=True))
-    verdict = check.compare(pairs, "numpy, integers", 1)
-    if not verdict.passed and (check.rounds_alike(pairs) or check.flips_alike(optimised, inputs, pairs)):
+    exactness = check.exactness(optimised)
+    tolerance = 0.0 if exactness.exact else check.TOLERANCE
+    verdict = check.compare(pairs, "numpy, integers", 1, tolerance)
+    if (not verdict.passed and exactness.flips
+            and (check.rounds_alike(pairs) or check.flips_alike(optimised, inputs, pairs))):
         verdict = dataclasses.replace(verdict, passed=True)
     if not verdict.passed:
-        node = check.first_divergence(optimised, inputs, lambda g: _run_graph(g, target, threads), check.TOLERANCE)
+        node = check.first_divergence(optimised, inputs, lambda g: _run_graph(g, target, threads), tolerance)
         where = f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
         raise VerificationError(
             f"{imported.name}: the artefact differs from the reference of its integer graph, {where}; "

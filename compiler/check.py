@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from skive import expr as expressions
 from skive import ops
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.pipeline import difference
@@ -21,7 +22,9 @@ TOLERANCE = 1e-4
 # below the noise of quantization itself (about 40 dB for 8 bits).
 INTEGER_SQNR_DB = 45.0
 FLIP_DB = 6.0  # by which an artefact may be further from the reference than a perturbed reference is
-FLOAT_ERROR = 2.0**-19  # relative, of one float32 contraction: Winograd loses four bits
+# Relative error of a weight that changes the sums of a contraction about as much (2^-19.8, L2) as float32
+# rounding does in the kernel that is worst at it, Winograd's (2^-21 for 16 channels, 2^-19.6 for 256).
+FLOAT_ERROR = 2.0**-19
 
 Run = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
@@ -65,10 +68,64 @@ def compare(
     )
 
 
+_ROUNDS = frozenset(("quantize", "requantize", "requantize_fixed"))
+
+
+def _steps(node: Node) -> expressions.Expr | None:
+    """The elementwise steps of a map, of an epilogue, or of one elementwise operation."""
+    text = node.attrs.get("fn") or node.attrs.get("epilogue")
+    if text:
+        return expressions.parse(text)
+    if ops.op_of(node.op).kind != "elementwise":
+        return None
+    return expressions.Expr(
+        (expressions.Step(node.op, tuple(("x", i) for i in range(len(node.inputs))), tuple(node.attrs.items())),)
+    )
+
+
 def has_roundings(graph: Graph) -> bool:
     """True if `graph` (fused or not) rounds values to integers."""
-    spelled = (n.attrs.get("fn", "") + n.attrs.get("epilogue", "") + n.op + "(" for n in graph.nodes)
-    return any("quantize(" in s for s in spelled)
+    return any(s.op in _ROUNDS for n in graph.nodes for s in getattr(_steps(n), "steps", ()))
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """How far two correct implementations of a graph may differ.
+
+    `exact`: every float operation is correctly rounded, so that they are equal. `flips`: values that are
+    not are rounded to integers, where a last bit may decide.
+    """
+
+    exact: bool
+    flips: bool
+
+
+def exactness(graph: Graph) -> Exactness:
+    """Of a fused or unfused graph; operations with a tolerance in the op table are not exact on floats."""
+    inexact: set[Node] = set()
+    exact, flips = True, False
+    for node in graph.nodes:
+        row = ops.op_of(node.op)
+        e = _steps(node)
+        base = 0 if e is not None and "epilogue" not in node.attrs else row.epilogue or len(node.inputs)
+        blurred = any(i in inexact for i in node.inputs[:base]) if base else False
+        if row.kind != "elementwise" and row.tolerance and any(i.dtype.is_float for i in node.inputs[:base]):
+            blurred, exact = True, False
+        if e is not None:
+            # x0 is the result of the base operation; the operands behind it are those of the epilogue.
+            sums = node.inputs[0].dtype if base and node.inputs[0].dtype.is_float else DType.i32
+            types = ([sums] if base else []) + [i.dtype for i in node.inputs[base:]]
+            operands = ([blurred] if base else []) + [i in inexact for i in node.inputs[base:]]
+            steps: list[bool] = []
+            for n, s in enumerate(e.steps):
+                blurred = any((operands if k == "x" else steps)[i] for k, i in s.args)
+                flips |= blurred and s.op in _ROUNDS
+                if ops.op_of(s.op).tolerance and ops.expr_dtype(expressions.Expr(e.steps[: n + 1]), types).is_float:
+                    blurred, exact = True, False
+                steps.append(blurred)
+        if blurred:
+            inexact.add(node)
+    return Exactness(exact, flips)
 
 
 def rounds_alike(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> bool:

@@ -57,8 +57,8 @@ class Quantize:
     channel. `keep`: patterns of layer names that stay float32. `bias_correction`, `equalise` and
     `rounding` (Nagel et al., Data-Free Quantization, 2019, and Up or Down?, 2020), `smooth`, the
     migration strength behind normalisations (Xiao et al., SmoothQuant, 2023; None: found for each of
-    them, 0: none): see the passes of these names. `seconds`: what the search for roundings may take (8 bit).
-    `state`: a file that holds what was observed, so that calibration continues where it was interrupted.
+    them, 0: none): see the passes of these names. `state`: a file that holds what was observed, so that
+    calibration continues where it was interrupted.
     """
 
     dtype: str = "int8"
@@ -73,7 +73,6 @@ class Quantize:
     rounding: str = "adaround"
     smooth: float | None = None
     samples: int = 256
-    seconds: float = 60.0
     state: str | Path | None = None
     budget_sqnr_db: float | None = None
     budget_us: float | None = None
@@ -99,8 +98,6 @@ class Quantize:
                 raise QuantizationError(f"{name} is {value!r}; a positive limit goes with dtype 'auto'")
         if self.budget_sqnr_db is not None and self.budget_us is not None:
             raise QuantizationError("budget_sqnr_db and budget_us exclude each other: give one of them")
-        if self.seconds <= 0:
-            raise QuantizationError(f"seconds is {self.seconds!r}, not positive")
         if isinstance(self.keep, str):
             object.__setattr__(self, "keep", (self.keep,))
         object.__setattr__(self, "keep", tuple(self.keep))
@@ -406,7 +403,7 @@ class Calibrated:
             inputs = [n.inputs[0] for n in draft.layers]
             run = calibration.runner(self.graph, inputs, also=_every_value(self.graph), target=self.target)
             few = itertools.islice(iter(self.samples), ROUNDING_SAMPLES)
-            scheme.rounded, biases = rounding.adapt(draft, run, few, options.seconds)
+            scheme.rounded, biases = rounding.adapt(draft, run, few)
             if options.bias_correction:
                 scheme.biases = {**scheme.biases, **biases}
         return Quantizer(self.graph, scheme, storage)

@@ -10,7 +10,6 @@ the result is deterministic and never worse than nearest rounding on the data.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +26,9 @@ MOST_INPUTS = 1536  # weights of an output channel: the second moments take the 
 # square of their width.
 ROWS, FEWEST_ROWS, ROW_INPUTS = 512, 96, 100_000
 SWEEPS = 4
+# Multiply-adds at most of one sweep over all layers, about a minute of one core: the layers behind it keep
+# nearest rounding. A limit in seconds would make the weights depend on what else the machine does.
+MOST_WORK = 100_000_000_000
 DAMPING = 0.01  # of the mean diagonal: directions the data does not show
 
 
@@ -96,7 +98,7 @@ def moments(layers: Sequence[Layer], forms: Sequence[Format], run: Run, samples:
     return found
 
 
-def rounded(layer: Layer, m: Moments, limit: int, until: float) -> np.ndarray:
+def rounded(layer: Layer, m: Moments, limit: int) -> np.ndarray:
     """Integers of the weights of `layer`, each the one below or above the real weight."""
     w = layer.node.inputs[1].value
     real = (w / layer.shaped(layer.scales)).reshape(m.products.shape[0], -1, m.products.shape[1]).astype(np.float32)
@@ -124,23 +126,21 @@ def rounded(layer: Layer, m: Moments, limit: int, until: float) -> np.ndarray:
                     q[changed, k] += step[changed]
                     error[changed, k] += step[changed]
                     slope[changed] += step[changed, None] * h[k]
-            if not moved or time.monotonic() > until:
+            if not moved:
                 break
-        if time.monotonic() > until:
-            break
     return result.reshape(w.shape).astype(np.int32)
 
 
 def adapt(
-    quantizer: Quantizer, run: Run, samples: Iterable[Sequence[np.ndarray]], seconds: float
+    quantizer: Quantizer, run: Run, samples: Iterable[Sequence[np.ndarray]]
 ) -> tuple[dict[Node, np.ndarray], dict[Node, np.ndarray]]:
     """(integers of the weights, corrected float biases) of the layers for which they can be found.
 
-    Stops after about `seconds`; layers not reached keep nearest rounding. `run` gives the inputs of
-    `quantizer.layers`, in order. A bias takes over what rounding weights and inputs adds to the mean of
+    Layers of more than MOST_INPUTS weights per channel, and those behind MOST_WORK, keep nearest rounding.
+    `run` gives the inputs of `quantizer.layers`, in order. A bias takes over what rounding weights and inputs adds to the mean of
     the sums.
     """
-    until = time.monotonic() + seconds
+    work = 0
     layers = list(quantizer.layers.values())
     forms = [quantizer.format_of(layer.node.inputs[0]) for layer in layers]
     found = moments(layers, forms, run, samples)
@@ -150,8 +150,9 @@ def adapt(
         m = found.get(layer.node)
         if m is None:
             continue
-        if form.dtype.bytes == 1 and time.monotonic() < until:
-            weights[layer.node] = layer.weights = rounded(layer, m, 127, until)
+        work += layer.weights.size * m.products.shape[1]
+        if form.dtype.bytes == 1 and work <= MOST_WORK:
+            weights[layer.node] = layer.weights = rounded(layer, m, 127)
         node = layer.node
         groups, size = m.mean.shape
         shape = (groups, -1, size)

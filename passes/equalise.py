@@ -21,6 +21,7 @@ import numpy as np
 
 from skive import ops
 from skive.ir import Graph, Node, constant, rebuilt
+from skive.passes.fuse_elementwise import is_elementwise
 from skive.passes.quantize import PRODUCTS, Storage
 from skive.pipeline import pass_
 
@@ -162,8 +163,12 @@ def equalised(
             strengths = STRENGTHS if convolutions else ()
         if not strengths:
             continue
+        # A multiplication joins elementwise work; behind any other kernel it would be a pass, and one more
+        # value to store.
+        if producer is None and not (multiply and is_elementwise(value)):
+            continue
         chosen, share = _best(readers, known, strengths, levels)
-        if share >= most or (producer is None and (share > most * MULTIPLIED or not multiply)):
+        if share >= most or (producer is None and share > most * MULTIPLIED):
             continue
         factors[value] = chosen
         if producer is None:

@@ -29,9 +29,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emit"))
 from fixed_point import fixed_point  # noqa: E402
 
-from skive import _native, expr, ops  # noqa: E402
+from skive import _native, ops  # noqa: E402
 from skive.api import _run_graph  # noqa: E402
-from skive.check import first_divergence, rounds_alike  # noqa: E402
+from skive.check import exactness, first_divergence, rounds_alike  # noqa: E402
 from skive.ir import Graph, Node, constant  # noqa: E402
 from skive.reference import evaluate_graph  # noqa: E402
 from skive.targets.base import TARGETS  # noqa: E402
@@ -180,22 +180,6 @@ class Case:
     exact: bool
 
 
-def is_exact(graph: Graph) -> bool:
-    """True if every float operation of the fused `graph` is exactly rounded."""
-    steps: set[str] = set()
-    for n in graph.nodes:
-        text = n.attrs.get("fn") or n.attrs.get("epilogue")
-        if text:
-            steps |= {s.op for s in expr.parse(text).steps}
-        if n.op != "map" and any(i.dtype is DType.f32 and not i.is_const for i in n.inputs):
-            kind = ops.op_of(n.op).kind
-            if kind == "elementwise":
-                steps.add(n.op)
-            elif kind != "movement" and n.op != "max_pool2d":
-                return False
-    return steps <= EXACT
-
-
 def random_case(seed: int) -> Case:
     """The case of `seed`. In half of them every stored integer is an output of the network."""
     maker = Maker(seed)
@@ -210,7 +194,7 @@ def random_case(seed: int) -> Case:
         outputs = tuple(dict.fromkeys([*fused.outputs, *stored]))
         fused = replace(fused, outputs=outputs, output_names=tuple(f"y{i}" for i in range(len(outputs))))
     wild = rng.choice([0.5, 1, 1, 40])
-    return Case(seed, fused, [a * np.float32(wild) for a in samples[0]], is_exact(fused))
+    return Case(seed, fused, [a * np.float32(wild) for a in samples[0]], exactness(fused).exact)
 
 
 def merged(cases: Sequence[Case]) -> tuple[Graph, list[np.ndarray]]:

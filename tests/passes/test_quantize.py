@@ -181,6 +181,21 @@ def test_balanced_channels_change_nothing_but_the_channels() -> None:
     assert sum(n.op == "mul" for n in result.graph.nodes) == 1
 
 
+def test_only_elementwise_values_are_multiplied() -> None:
+    """A mean cannot take the multiplication in: it would become a second, never observed, value to store."""
+    x = image(1, 6, 6, 3)
+    a = ops.make("silu", conv(x, 8, name="a"), origin="a", label="act")
+    mean = ops.make("reduce_mean", a, axes=(1, 2), origin="mean", label="mean")
+    graph = graph_of(conv(mean, 4, name="p"))
+    storage = Storage(graph)
+    spread = np.float64([1, 2, 4, 8, 16, 32, 64, 100])
+    assert mean in storage.sources
+    result = equalised(graph, storage, {n: Channels(spread, spread**2 / 9) for n in storage.sources if n.op != "input"})
+    assert mean not in result.factors
+    moved = set(result.node.values())
+    assert all(n in moved for n in Storage(result.graph).sources)
+
+
 def test_smoothing_moves_into_the_normalisation() -> None:
     x = image(1, 5, 8)
     n = ops.make("layer_norm", x, normal(8), normal(8), origin="ln", label="ln")

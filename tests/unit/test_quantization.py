@@ -48,7 +48,6 @@ def data(count: int) -> np.ndarray:
         {"percentile": 10.0},
         {"smooth": 2.0},
         {"samples": 0},
-        {"seconds": 0.0},
     ],
 )
 def test_options_are_checked(wrong: dict[str, object]) -> None:
