@@ -137,8 +137,8 @@ def adapt(
     """(integers of the weights, corrected float biases) of the layers for which they can be found.
 
     Layers of more than MOST_INPUTS weights per channel, and those behind MOST_WORK, keep nearest rounding.
-    `run` gives the inputs of `quantizer.layers`, in order. A bias takes over what rounding weights and inputs adds to the mean of
-    the sums.
+    `run` gives the inputs of `quantizer.layers`, in order. A bias takes over what rounding weights and inputs
+    adds to the mean of the sums.
     """
     work = 0
     layers = list(quantizer.layers.values())
