@@ -95,6 +95,7 @@ def _lambda(fn: Fn) -> str:
         head = f"[=]({_parameters(['auto x0', 'ptrdiff_t pixel', 'int channel'], body)})"
     else:
         head = f"[]({_parameters([f'auto x{i}' for i, a in enumerate(fn.operands) if a.mode == 'value'], body)})"
+    head += " __attribute__((always_inline))"  # a kernel calls it in several loops, each with its constants
     if len(lines) == 1:
         return f"{head} {{ {body} }}"
     return head + " {\n      " + "\n      ".join(lines) + "\n    }"
