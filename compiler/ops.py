@@ -622,8 +622,18 @@ def _infer_scatter_nd(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     return data
 
 
+def _infer_lookup(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, table = types
+    if x.dtype not in (DType.u8, DType.i8) or table.shape != (256,):
+        raise ShapeError(f"lookup of {x} in {table}")
+    return x.with_dtype(table.dtype)
+
+
 _add(Op("gather", (2, 2), _infer_gather, lambda x, a: np.take(x[0], _wrap(x[1], x[0].shape[a["axis"]]), a["axis"]),
         {"axis": 0}, "index", doc="data taken at indices along an axis; negative indices count from the end"))
+_add(Op("lookup", (2, 2), _infer_lookup, lambda x, a: x[1][x[0].view(np.uint8)], {}, "index",
+        doc="table[x] for x of 8 bits and 256 entries: any function of one byte; a signed x indexes by its bits, so that "
+            "entry 255 belongs to -1"))
 _add(Op("gather_elements", (2, 2), _infer_gather_elements, _ref_gather_elements, {"axis": 0}, "index",
         doc="result[i][j] = data[index[i][j]][j] for axis 0"))
 _add(Op("gather_nd", (2, 2), _infer_gather_nd, lambda x, a: x[0][_nd_index(x[1], x[0].shape, a["batch_dims"])],

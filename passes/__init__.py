@@ -17,13 +17,14 @@ from skive.passes.quantize import quantize
 from skive.passes.recognise_patterns import recognise_patterns
 from skive.passes.sink_reshapes import sink_reshapes
 from skive.passes.sink_transposes import sink_transposes
+from skive.passes.tabulate import tabulate
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
            "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic",
            "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes",
-           "transpose_free_attention"]
+           "tabulate", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
@@ -47,6 +48,7 @@ CANONICAL: list[str] = [
 # From there to what is lowered.
 FUSED: list[str] = [
     "integer-arithmetic",  # leaves a float32 graph alone
+    "tabulate",
     "fuse-elementwise",
     "eliminate-dead",
 ]

@@ -679,6 +679,15 @@ def gather(w: Writer, n: Node) -> None:
     w.put(n, w.emit("Gather", w.get(data), w.get(index), axis=n.attrs["axis"] % data.type.rank))
 
 
+@row("lookup")
+def lookup(w: Writer, n: Node) -> None:
+    """A Gather; a negative byte k is entry 256 + k, and negative indices count from the end."""
+    x, table = n.inputs
+    order = any_order(w, x)
+    index = w.emit("Cast", w.get(x, order), to=ELEM_TYPES[DType.i32])
+    w.put(n, w.emit("Gather", w.get(table), index, axis=0), order)
+
+
 @row("gather_elements")
 def gather_elements(w: Writer, n: Node) -> None:
     w.put(n, w.emit("GatherElements", *map(w.get, n.inputs), axis=n.attrs["axis"] % n.type.rank))

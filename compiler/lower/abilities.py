@@ -55,17 +55,22 @@ def is_depthwise(conv: Node) -> bool:
     return groups == channels and conv.inputs[1].shape[0] % channels == 0 and groups > 1
 
 
+def overwrites(node: Node) -> bool:
+    """Whether the kernel of `node` may write its result over an operand of the same size."""
+    return node.op == "lookup" or ops.op_of(node.op).kind == "elementwise"
+
+
 def writes_channel_slices(node: Node) -> bool:
     """Whether the kernel of `node` can write its result with other values' channels in between."""
     if node.op in STRIDED:
         return has_fast_kernel(node)
-    return node.op in ("slice", "concat") or ops.op_of(node.op).kind == "elementwise"
+    return node.op in ("slice", "concat", "lookup") or ops.op_of(node.op).kind == "elementwise"
 
 
 def reads_channel_slices(node: Node, x: Node, lanes: int) -> bool:
     """Whether the kernel of `node` can read `x` with other values' channels in between."""
     row = ops.op_of(node.op)
-    if row.kind == "elementwise":
+    if row.kind == "elementwise" or (node.op == "lookup" and x is not node.inputs[1]):
         return x.shape[-1] >= lanes  # a row of less leaves most of each vector empty
     if node.op in ("slice", "concat", "expand") or node.op in REDUCTIONS:
         return True

@@ -6,7 +6,7 @@ import math
 
 from skive.ir import Node
 from skive.lower.calls import Lowering, lowers
-from skive.lower.strides import boolean, tag
+from skive.lower.strides import boolean, collapse, tag
 from skive.plan import aligned
 
 
@@ -29,6 +29,21 @@ def _gather(ctx: Lowering, node: Node) -> None:
         template,
         ["x", "i", "y", "part"],
         [ctx.read("x", x), ctx.read("i", index), ctx.write("y", node)],
+    )
+
+
+@lowers("lookup")
+def _lookup(ctx: Lowering, node: Node) -> None:
+    x, table = node.inputs
+    pixel = ctx.view(node).pixel
+    dims, walks = collapse(node.shape, [ctx.strides(node), ctx.strides(x)])
+    ctx.call(
+        node,
+        "lookup_to" if pixel else "lookup",
+        "map.h",
+        [tag("Shape", dims), *(tag("Strides", w) for w in walks[0 if pixel else 1 :])],
+        ["y", "part", "table", "x"],
+        [ctx.read("table", table), ctx.read("x", x, strided=True), ctx.write("y", node, strided=True)],
     )
 
 

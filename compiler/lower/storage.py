@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from skive import ops
 from skive.ir import Graph, Node
-from skive.lower.abilities import reads_channel_slices, writes_channel_slices
+from skive.lower.abilities import overwrites, reads_channel_slices, writes_channel_slices
 from skive.lower.strides import row_strides
 from skive.plan import Block, WeightPool
 
@@ -115,7 +114,7 @@ class Storage:
             return self._views[n.inputs[0]]
         if n.op == "slice" and not n.inputs[0].is_const:
             return self._slice_view(n)
-        if ops.op_of(n.op).kind == "elementwise":
+        if overwrites(n):
             for x in n.inputs:
                 view = self._views.get(x)
                 if (
@@ -157,7 +156,7 @@ class Storage:
             return
         view, offset = self._views[n], self._views[n].offset
         # An in-place operation on the result would destroy an operand that is read again later.
-        if any(ops.op_of(v.op).kind == "elementwise" for v in view.root.values) and any(
+        if any(overwrites(v) for v in view.root.values) and any(
             self._last_use[v] > self._position[n]
             for x in n.inputs
             for v in (self._views[x].root.values if x in self._views else [])
@@ -210,7 +209,7 @@ class Storage:
                 break
             channel += x.shape[-1]
         overwritten = any(
-            ops.op_of(v.op).kind == "elementwise" and self._position[v] > self._position[n] for v in result.values
+            overwrites(v) and self._position[v] > self._position[n] for v in result.values
         )
         return channel == width and all(
             v in self._strided_readers

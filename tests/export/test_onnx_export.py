@@ -134,6 +134,8 @@ def weights(*shape: int) -> Node:
     ("matmul", (value("a", 2, 3, 4, dtype=DType.u8), value("b", 2, 4, 5, dtype=DType.u8)), {"a_zero": 3, "b_zero": 9}),
     ("requantize", (value("i", 3, 4, dtype=DType.i32), constant(np.float32([0.5, 1.25, 3, 7])),
                     constant(np.uint8(5))), {"to": DType.u8}),
+    ("lookup", (value("u", 1, 6, 8, 4, dtype=DType.u8), constant(np.arange(0, 512, 2, dtype=np.int16))), {}),
+    ("lookup", (value("i", 3, 4, dtype=DType.i8), constant(np.arange(256, dtype=np.uint8)[::-1].copy())), {}),
     ("requantize_fixed", (value("i", 3, 4, dtype=DType.i32), constant(np.int32(-77)), constant(np.int32(4)),
                           constant(np.int8(5))), {"to": DType.i8}),
 ], ids=lambda c: c[0])
