@@ -113,7 +113,7 @@ def exactness(graph: Graph) -> Exactness:
             blurred, exact = True, False
         if e is not None:
             # x0 is the result of the base operation; the operands behind it are those of the epilogue.
-            sums = node.inputs[0].dtype if base and node.inputs[0].dtype.is_float else DType.i32
+            sums = row.infer([i.type for i in node.inputs[:base]], node.attrs).dtype if base else DType.i32
             types = ([sums] if base else []) + [i.dtype for i in node.inputs[base:]]
             operands = ([blurred] if base else []) + [i in inexact for i in node.inputs[base:]]
             steps: list[bool] = []

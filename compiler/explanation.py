@@ -87,6 +87,7 @@ def layers(
             x, w = quantizer.format_of(core.inputs[0]), core.inputs[1].value
             entry["dtype"] = _BITS[x.dtype.bytes]
             entry["bits"] = {"activations": x.bits, "weights": layer.weight_bits}
+            entry["chain"] = layer.chain
             entry["weight_bytes"] = w.size * x.dtype.bytes
             error = (layer.real_weights - w).astype("f8")
             entry["weight_sqnr_db"] = decibels(float((w.astype("f8") ** 2).sum()), float((error**2).sum()))

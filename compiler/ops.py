@@ -761,27 +761,30 @@ _add(Op("topk_indices", (1, 1), lambda t, a: TensorType(_infer_topk(t, a).shape,
 _NARROW = {(DType.u8, DType.i8), (DType.i8, DType.i8), (DType.i16, DType.i16)}
 
 
-def _product_dtype(name: str, types: Sequence[TensorType], zero: int) -> DType:
-    """The element type of x w + bias: 32-bit sums of 8- and 16-bit integers, else that of x."""
+def _product_dtype(name: str, types: Sequence[TensorType], zero: int, chain: int = 0) -> DType:
+    """The element type of x w + bias: 32-bit sums of 8- and 16-bit integers, else that of x; float32 if
+    a sum of 16-bit integers may need more (`chain`)."""
     x, w = types[0].dtype, types[1].dtype
-    wide = DType.i32 if (x, w) in _NARROW else x
-    if (wide is x and w is not x) or any(t.dtype is not wide for t in types[2:3]):
+    sums = DType.i32 if (x, w) in _NARROW else x
+    if (sums is x and w is not x) or any(t.dtype is not sums for t in types[2:3]):
         raise ShapeError(f"{name} of {', '.join(map(str, types[:3]))}")
-    if zero and (wide is x or not np.iinfo(x.numpy).min <= zero <= np.iinfo(x.numpy).max):
+    if zero and (sums is x or not np.iinfo(x.numpy).min <= zero <= np.iinfo(x.numpy).max):
         raise ShapeError(f"{name} of {x.value} with the zero point {zero}")
-    return wide
+    if chain and (chain < 0 or x is not DType.i16 or zero):
+        raise ShapeError(f"{name}: chain={chain} goes with 16-bit integers and the zero point 0")
+    return F32 if chain else sums
 
 
 def _exact(reference: Callable[[Sequence[Array], FrozenDict], Array], *zeros: str,
            ) -> Callable[[Sequence[Array], FrozenDict], Array]:
     """`reference` on 8- and 16-bit integers: operand i minus attribute zeros[i], in float64, whose 53 bits hold
-    every sum of fewer than 2^22 products; the result wraps to 32 bits."""
+    every sum of fewer than 2^22 products; the result wraps to 32 bits, or with `chain` is rounded to float32."""
 
     def run(x: Sequence[Array], a: FrozenDict) -> Array:
         if x[0].dtype.kind not in "iu" or x[0].dtype.itemsize > 2:
             return reference(x, a)
-        wide = [v.astype(np.float64) - (a[zeros[i]] if i < len(zeros) else 0) for i, v in enumerate(x)]
-        return reference(wide, a).astype(np.int64).astype(np.int32)
+        exact = reference([v.astype(np.float64) - (a[zeros[i]] if i < len(zeros) else 0) for i, v in enumerate(x)], a)
+        return exact.astype(np.float32) if a.get("chain") else exact.astype(np.int64).astype(np.int32)
 
     return run
 
@@ -817,11 +820,12 @@ def _infer_linear(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, w = types[:2]
     if x.rank < 1 or w.rank != 2 or x.shape[-1] != w.shape[1] or (len(types) > 2 and types[2].shape != w.shape[:1]):
         raise ShapeError(f"linear of {', '.join(map(str, types))}")
-    return TensorType((*x.shape[:-1], w.shape[0]), _product_dtype("linear", types, a["zero"]))
+    return TensorType((*x.shape[:-1], w.shape[0]), _product_dtype("linear", types, a["zero"], a["chain"]))
 
 
 _add(Op("linear", (2, 3), _infer_linear, _exact(lambda x, a: x[0] @ x[1].T + (x[2] if len(x) > 2 else 0), "zero"),
-        {"zero": 0}, "contract", 1e-5, epilogue=3, doc="x w^T + b with constant w [OC, K] and b [OC]; x [..., K]"))
+        {"zero": 0, "chain": 0}, "contract", 1e-5, epilogue=3,
+        doc="x w^T + b with constant w [OC, K] and b [OC]; x [..., K]; chain as for conv2d"))
 
 
 def window_out(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
@@ -855,8 +859,10 @@ def _infer_conv(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     g = a["groups"]
     if g < 1 or x.shape[3] != ic * g or oc % g or (len(types) > 2 and types[2].shape != (oc,)):
         raise ShapeError(f"conv2d: {', '.join(map(str, types))} with {g} groups")
+    if a["chain"] and g == x.shape[3] > 1:
+        raise ShapeError("conv2d: a depthwise convolution has no chain that could be too long")
     return TensorType((x.shape[0], *_window_shape("conv2d", x, a, (kh, kw)), oc),
-                      _product_dtype("conv2d", types, a["zero"]))
+                      _product_dtype("conv2d", types, a["zero"], a["chain"]))
 
 
 def _padded(x: Array, pad: tuple[int, int, int, int], value: float = 0.0) -> Array:
@@ -895,8 +901,10 @@ def _ref_conv(x: Sequence[Array], a: FrozenDict) -> Array:
 
 
 _WINDOW = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
-_add(Op("conv2d", (2, 3), _infer_conv, _exact(_ref_conv, "zero"), {**_WINDOW, "groups": 1, "zero": 0}, "window", 1e-5, epilogue=3,
-        doc="convolution of [N, H, W, C] with [OC, KH, KW, C/groups] and bias [OC]; groups = C is depthwise"))
+_add(Op("conv2d", (2, 3), _infer_conv, _exact(_ref_conv, "zero"),
+        {**_WINDOW, "groups": 1, "zero": 0, "chain": 0}, "window", 1e-5, epilogue=3,
+        doc="convolution of [N, H, W, C] with [OC, KH, KW, C/groups] and bias [OC]; groups = C is depthwise; "
+            "with chain, float32 of the exact sum of 16-bit products, of which so many in a row fit 32 bits"))
 
 
 def _infer_conv_transpose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:

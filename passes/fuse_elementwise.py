@@ -236,7 +236,8 @@ def _fused(region: _Region, new: dict[Node, Node], narrow: dict[Node, Node]) -> 
     carried = bool(host.attrs.get("epilogue"))
     inputs = [new[i] for i in (host.inputs[:base] if carried else host.inputs)]
     if len(inputs) < base:  # an epilogue follows the bias: make it explicit
-        inputs.append(constant(np.zeros(host.shape[-1], host.dtype.numpy), origin=host.origin))
+        sums = DType.i32 if host.inputs[0].dtype in ops.QUANTIZED else host.dtype
+        inputs.append(constant(np.zeros(host.shape[-1], sums.numpy), origin=host.origin))
     b = _Builder([host])
     if carried:
         extra = [b.operand(i, outside(i)) for i in host.inputs[base:]]

@@ -220,6 +220,42 @@ def reach(q: Node, zero: int, weights: np.ndarray) -> np.ndarray:
     return np.maximum(high * up - low * down, high * down - low * up)
 
 
+WIDEST = 2**40  # sums below it are exact in float32 but for one rounding, as conv.h adds their parts
+SHORTEST = 8  # products in a row, below which spilling takes more time than they do
+
+
+def window_reach(weights: np.ndarray, low: float, high: float, size: int) -> np.ndarray:
+    """[OC] how far from 0 the sum of any `size` consecutive products of weights [OC, ...] and values in low..high
+    can come; low <= 0 <= high. Exact for integers."""
+    w = weights.reshape(len(weights), -1)
+    kind = np.int64 if w.dtype.kind in "iu" else np.float64
+    size = min(size, w.shape[1])
+    found = np.zeros(len(w), kind)
+    rows = max(1, 2**21 // max(1, w.shape[1]))
+    for i in range(0, len(w), rows):
+        part = w[i:i + rows].astype(kind)
+        up, down = np.zeros((2, len(part), w.shape[1] + 1), kind)  # sums of what stands before
+        np.cumsum(np.maximum(part, 0), 1, out=up[:, 1:])
+        np.cumsum(np.maximum(-part, 0), 1, out=down[:, 1:])
+        p, m = (v[:, size:] - v[:, : w.shape[1] + 1 - size] for v in (up, down))
+        found[i:i + rows] = np.maximum(high * p - low * m, high * m - low * p).max(1)
+    return found
+
+
+def chain(q: Node, weights: np.ndarray) -> int:
+    """How many products of q and consecutive weights [OC, ...] always fit 32 bits together with 65535, for every
+    channel and every q: a multiple of SHORTEST, 0 if there are not that many."""
+    low, high = limits(q)
+    size, found, step = weights[0].size, 0, SHORTEST
+    while step < size:
+        step *= 2
+    while step >= SHORTEST:
+        if window_reach(weights, min(low, 0), max(high, 0), found + step).max(initial=0) + 65535 < 2**31:
+            found += step
+        step //= 2
+    return found
+
+
 def _weights(node: Node, x: DType) -> np.ndarray | None:
     """The integers of a `dequantize` of constants as `x` is multiplied by them; None if they do not fit."""
     q, _, zero = node.inputs
@@ -268,17 +304,38 @@ def integer_product(m: Match) -> Node | Declined | None:
         else:
             return Declined("the bias is not constant")
     bound = reach(q, zero_x, values) + np.abs(total)
-    if bound.size and bound.max() >= 2**31:
-        return Declined(f"a sum may reach {bound.max():,}, more than 32 bits hold")
     operands = [q, constant(values, origin=w.origin)]
+    attrs = {**node.attrs, "zero": zero_x}
+    if bound.size and bound.max() >= 2**31:
+        if q.dtype is not DType.i16 or zero_x or not may_spill(node) or bound.max() >= WIDEST:
+            return Declined(f"a sum may reach {bound.max():,}, more than 32 bits hold")
+        attrs["chain"] = chain(q, values)
+        if not attrs["chain"]:
+            return Declined(f"{SHORTEST} products may leave 32 bits")
     if total.any():
         operands.append(constant(total.astype(np.int32), origin=node.origin))
-    sums = _like(m, node.op, *operands, **{**node.attrs, "zero": zero_x})
-    y = ops.make("dequantize", sums, _f32(factor), NO_ZERO, origin=node.origin)
+    sums = _like(m, node.op, *operands, **attrs)
+    if attrs.get("chain"):
+        y = ops.make("mul", sums, _f32(factor), origin=node.origin)
+    else:
+        y = ops.make("dequantize", sums, _f32(factor), NO_ZERO, origin=node.origin)
     return y if extra is None else ops.make("add", y, extra, origin=node.origin)
 
 
+def may_spill(node: Node) -> bool:
+    """True if a kernel adds up sums of `node` that 32 bits do not hold, on 16-bit operands with the zero point 0."""
+    depthwise = node.attrs.get("groups", 1) > 1 and node.inputs[1].shape[-1] == 1
+    return node.op in ("conv2d", "linear") and not depthwise
+
+
 # ----------------------------------------------------------------------------------- requantizing
+
+
+def _is_sum(node: Node) -> bool:
+    """True for the real value of an integer sum."""
+    if node.op == "dequantize":
+        return node.inputs[0].dtype is I32
+    return node.op == "mul" and bool(node.inputs[0].attrs.get("chain")) and node.inputs[1].is_const
 
 
 def _equal(a: Node, b: Node) -> bool:
@@ -300,6 +357,19 @@ def requantized(m: Match) -> Node | None:
     return q if same and _equal(zero, z) and q.dtype is m.root.dtype else None
 
 
+@rule(op("quantize", Var("x"), Var("s"), Var("z"), where=lambda n: n.dtype is DType.i16 and _per_tensor(n)))
+def scaled_by_a_power_of_two(m: Match) -> Node | None:
+    """A division by 2^k is a multiplication by 2^-k, which costs less; one by a factor before it joins that."""
+    x, s, z = m["x"], m["s"], m["z"]
+    scale = float(s.value.item())
+    if x.dtype is not DType.f32 or math.frexp(scale)[0] != 0.5 or not 2.0**-126 < scale < 2.0**126:
+        return None
+    factor = _f32(1 / scale)
+    if _is_sum(x) and x.op == "mul":
+        x, factor = x.inputs[0], _f32(x.inputs[1].value * factor.value)
+    return _like(m, "requantize", x, factor, _scalar(z), to=m.root.dtype)
+
+
 @rule(op(QUANTIZERS, op("relu|clip", Var("v"), name="bound", exclusive=True), Var("s"), Var("z"), where=_per_tensor))
 def bounds_of_integers(m: Match) -> Node | None:
     """Rounding is monotonic: quantize(clip(v)) = clip(quantize(v)) with quantized bounds."""
@@ -314,17 +384,18 @@ def bounds_of_integers(m: Match) -> Node | None:
     return inner if (lo, hi) == (limits.min, limits.max) else _like(m, "clip", inner, lo=lo, hi=hi)
 
 
-@rule(op(QUANTIZERS, op("reshape", op("dequantize", name="v"), exclusive=True), Var("s"), Var("z"), where=_per_tensor))
+@rule(op(QUANTIZERS, op("reshape", op("dequantize|mul", name="v"), exclusive=True), Var("s"), Var("z"),
+         where=_per_tensor))
 def quantize_before_reshape(m: Match) -> Node | None:
     """A sum is quantized where it is made; the reshape follows."""
-    if m["v"].inputs[0].dtype is not I32:
+    if not _is_sum(m["v"]):
         return None
     quantized = _like(m, m.root.op, m["v"], m["s"], m["z"], to=m.root.dtype)
     return _like(m, "reshape", quantized, shape=m.root.shape)
 
 
 RULES = [move_integers, concat_integers, pad_integers, average_of_integers, mean_of_integers, integer_product,
-         requantized, bounds_of_integers, quantize_before_reshape]
+         requantized, scaled_by_a_power_of_two, bounds_of_integers, quantize_before_reshape]
 
 
 def _own_dequantize(graph: Graph) -> Graph:

@@ -28,10 +28,12 @@ def bias_of(node: Node, oc: int) -> np.ndarray:
 
 
 def element_tags(ctx: Lowering, x: Node, node: Node) -> list[object]:
-    """The template arguments behind the block of a convolution: XS and YS, and of integers type and zero point."""
+    """The template arguments behind the block of a convolution: XS and YS, and of integers type, zero point and
+    the steps between two spills of a sum beyond 32 bits."""
     if x.dtype is DType.f32:
         return [*ctx.pixel_strides(x, node)]
-    return [ctx.pixel(x), ctx.pixel(node), x.dtype.ctype, node.attrs["zero"]]
+    spill = [node.attrs["chain"] // 2] if node.attrs.get("chain") else []  # two elements a step
+    return [ctx.pixel(x), ctx.pixel(node), x.dtype.ctype, node.attrs["zero"], *spill]
 
 
 def _packed_conv(

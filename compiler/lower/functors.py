@@ -96,7 +96,8 @@ def fusible_operand(extra: Node, base: Node) -> Access | None:
 
 def sum_dtype(node: Node) -> DType:
     """The element type that the kernel of `node` hands to its epilogue."""
-    return DType.f32 if node.inputs[0].dtype is DType.f32 else DType.i32
+    floats = node.inputs[0].dtype is DType.f32 or node.attrs.get("chain")
+    return DType.f32 if floats else DType.i32
 
 
 def steps_of(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]:

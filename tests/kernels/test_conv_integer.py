@@ -19,6 +19,9 @@ from skive import pack
 # coordinates.
 _PLAIN = "acc + load<L>(offset + channel) + splat<L>(shift[pixel])"
 _CLIPPED = "vmax(splat<L>({low}), vmin(splat<L>({high}), {plain}))"
+_SCALED = (
+    "(acc + to_float(load<L>(offset + channel))) * load<L>(factor + channel) + to_float(splat<L>(shift[pixel]))"
+)
 _ROUNDED = "rounded<{out}, {bounded}>(to_float({plain}) * load<L>(factor + channel), {out_zero})"
 
 
@@ -33,6 +36,7 @@ class Kind:
     epilogue: str = _PLAIN
     bounded: bool = False
     out_zero: int = 0
+    spill: int = 0  # rows of weights whose products fit 32 bits; the epilogue gets float32
 
     @property
     def size(self) -> int:
@@ -50,7 +54,9 @@ NARROW = [
     Kind(np.int16, np.int16, np.int16, 0, _ROUNDED, out_zero=5),
     Kind(np.int16, np.int16, np.uint8, 0, _ROUNDED, out_zero=255),
 ]
-CTYPE = {np.uint8: "uint8_t", np.int16: "int16_t", np.int32: "int32_t", np.int8: "int8_t"}
+# Sums beyond 32 bits, in parts of one pair of products to more than a whole run.
+WIDE = [Kind(np.int16, np.int16, np.float32, 0, _SCALED, spill=n) for n in (1, 2, 5, 32)]
+CTYPE = {np.float32: "float", np.uint8: "uint8_t", np.int16: "int16_t", np.int32: "int32_t", np.int8: "int8_t"}
 
 # Runs shorter than four bytes and runs that end within them; joined taps of a wider pixel; blocks
 # stored by one to four registers.
@@ -83,6 +89,9 @@ JOBS += [(case, NARROW[i % len(NARROW)]) for i, case in enumerate(ALL[1::2] + _S
 _FULL = [Case((1, 3, 13, 9), (lanes * n, 1, 1), block=lanes * n) for lanes in (4, 8, 16) for n in (1, 2, 4)]
 JOBS += [(case, kind) for i, case in enumerate(_FULL) for kind in NARROW[i % 2 : 4 : 2]]
 
+JOBS += [(case, WIDE[i % len(WIDE)]) for i, case in enumerate(c for c in ALL if not isinstance(c, Transposed))]
+JOBS += [(Case((1, 4, 30, 2048), (20, 1, 1)), kind) for kind in WIDE]
+
 _SOURCE = """
 #include "skive/conv.h"
 namespace skive { inline namespace SKIVE_ISA {
@@ -107,7 +116,7 @@ extern "C" void run_%(i)d(const %(element)s* x, const %(weight)s* w, const int32
 
 def source(i: int, case: Case, kind: Kind, isa: str) -> str:
     """The C++ text of job `i`."""
-    limits = np.iinfo(kind.out)
+    limits = np.iinfo(np.int32 if kind.spill else kind.out)
     epilogue = kind.epilogue.format(
         plain=_PLAIN, low=limits.min, high=limits.max, out=CTYPE[kind.out], out_zero=kind.out_zero,
         bounded=str(kind.bounded).lower(),
@@ -120,6 +129,8 @@ def epilogue_result(
     kind: Kind, sums: NDArray[np.int64], offset: NDArray, shift: NDArray, factor: NDArray
 ) -> NDArray[np.generic]:
     """What is stored for exact `sums` [pixels, channels]; int32 arithmetic wraps."""
+    if kind.spill:
+        return (sums.astype(np.float32) + offset.astype(np.float32)) * factor + shift[:, None].astype(np.float32)
     plain = wrapped(sums + offset + shift[:, None], np.int32)
     if kind.epilogue == _PLAIN:
         return plain
@@ -131,7 +142,8 @@ def epilogue_result(
 
 
 def text(case: Case, kind: Kind, isa: str) -> str:
-    return f"{case.cpp(isa)[:-1]}, {CTYPE[kind.element]}, {kind.zero}>"
+    spill = f", {kind.spill}" if kind.spill else ""
+    return f"{case.cpp(isa)[:-1]}, {CTYPE[kind.element]}, {kind.zero}{spill}>"
 
 
 def placed(values: NDArray[np.generic], offset: int) -> NDArray[np.generic]:
@@ -152,18 +164,24 @@ def strided(values: NDArray[np.generic], extra: int) -> NDArray[np.generic]:
 
 
 def operands(case: Case, kind: Kind, seed: int, worst: bool) -> tuple[NDArray, NDArray, NDArray]:
-    """Input, weights and bias: random over the whole range, or the extremes of it."""
+    """Input, weights and bias: random over the whole range, or the extremes of it.
+
+    With `spill`, the range of the weights for which its products and 65535 just fit 32 bits.
+    """
     rng = np.random.default_rng(seed)
     oc, kh, kw = case.kernel
     x_range, w_range = np.iinfo(kind.element), np.iinfo(kind.weight)
+    lowest = -(32767 // kind.spill) if kind.spill else w_range.min
     w_shape = (oc, kh, kw, case.image[3] // case.groups)
     if worst:
         x = np.full(case.image, x_range.max if kind.size == 1 else x_range.min, kind.element)
-        w = np.full(w_shape, w_range.min, kind.weight)
+        w = np.full(w_shape, lowest, kind.weight)
     else:
         x = rng.integers(x_range.min, x_range.max, case.image, kind.element, endpoint=True)
-        w = rng.integers(w_range.min, w_range.max, w_shape, kind.weight, endpoint=True)
-    return x, w, rng.integers(-(2**20), 2**20, oc, np.int32)
+        highest = -lowest if kind.spill else w_range.max
+        w = rng.integers(lowest, highest, w_shape, kind.weight, endpoint=True)
+    bias = 2**31 - 1 if kind.spill else 2**20
+    return x, w, rng.integers(-bias, bias, oc, np.int32, endpoint=True)
 
 
 def wrapped(values: NDArray[np.int64], to: type) -> NDArray[np.generic]:
@@ -204,11 +222,11 @@ def check_case(lib: ctypes.CDLL, index: int, case: Case, kind: Kind, isa: str, w
     sums = reference(case, centred, w.astype(np.float64), bias.astype(np.float64))
     sums = sums.astype(np.int64).reshape(-1, oc)
     # Most results inside the range, some at ties, some far outside unless Bounded forbids it.
-    limits = np.iinfo(kind.out)
+    limits = np.iinfo(np.int32 if kind.spill else kind.out)
     spread = (limits.max - limits.min) / max(1.0, 2 * float(np.abs(sums).max()))
     factor = placed(np.exp2(np.round(np.log2(spread) + rng.uniform(-3, 3, oc))).astype(np.float32), 0)
     factor[::3] *= np.float32(1.1)
-    if not kind.bounded:
+    if not kind.bounded and not kind.spill:
         factor[-1] = 1e25
     expected = epilogue_result(kind, sums, offset, shift, factor)
 
@@ -260,7 +278,7 @@ def test_equals_exact_sums(library: tuple[str, ctypes.CDLL], index: int) -> None
 
 def random_job(rng: np.random.Generator) -> tuple[Case, Kind]:
     """Any convolution, grouped or transposed ones among them, of at most 3 million multiply-adds."""
-    kinds = [U8, U8, I16, *NARROW]
+    kinds = [U8, U8, I16, *NARROW, WIDE[0], WIDE[2]]
     while True:
         groups = int(rng.choice([1, 1, 1, 2, 3, 5]))
         channels = groups * int(rng.choice([1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 64, 130]))
@@ -279,7 +297,9 @@ def random_job(rng: np.random.Generator) -> tuple[Case, Kind]:
         )  # fmt: skip
         work = math.prod(case.image) * outputs // groups * math.prod(two["window"])
         if min(case.output) > 0 and 0 < work < 3_000_000:
-            return case, kinds[rng.integers(len(kinds))]
+            chosen = kinds[rng.integers(len(kinds))]
+            if not (chosen.spill and isinstance(case, Transposed)):
+                return case, chosen
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant
 from skive.passes import integer_arithmetic
 from skive.passes.equalise import Channels, equalised
+from skive.passes.integer_arithmetic import window_reach
 from skive.passes.quantize import Quantizer, Scheme, Storage, affine, fixed, reach
 from skive.pipeline import random_inputs
 from skive.reference import evaluate_graph
@@ -136,7 +137,7 @@ def test_16_bit_sums_fit_where_full_width_operands_overflow() -> None:
     w = np.ones((4, k), np.float32)
     graph = graph_of(ops.make("linear", image(1, k), constant(w), constant(np.float32([0, 1, -1, 1e6])), origin="fc"))
     node = graph.nodes[-1]
-    quantizer = Quantizer(graph, Scheme({graph.inputs[0]: (-1.0, 1.0)}, "int16"))
+    quantizer = Quantizer(graph, Scheme({graph.inputs[0]: (-1.0, 1.0)}, "int16", spill=False))
     form, layer = quantizer.format_of(graph.inputs[0]), quantizer.layers[node]
     naive = np.full(k, 32767, np.int64) @ np.full(k, 32767, np.int64)
     assert naive > 2**31 and naive.astype(np.int32) != naive
@@ -151,6 +152,43 @@ def test_16_bit_sums_fit_where_full_width_operands_overflow() -> None:
     assert any(n.op == "linear" and n.dtype is DType.i32 for n in integers.nodes)
     x = np.full((1, k), 5.0, np.float32)  # far outside the range: saturates, does not wrap
     np.testing.assert_array_equal(evaluate_graph(integers, [x])[0] > 0, True)
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_a_spilled_chain_keeps_more_bits_and_fits(positive: bool) -> None:
+    k = 576
+    w = RNG.standard_normal((6, k)).astype(np.float32)
+    w = np.abs(w) if positive else w
+    bias = constant(np.float32([0, 1, -1, 9, 0, 2]))
+    graph = graph_of(ops.make("linear", image(1, k), constant(w), bias, origin="fc"))
+    node = graph.nodes[-1]
+    quantizers = [Quantizer(graph, Scheme({graph.inputs[0]: (-1.0, 1.0)}, "int16", spill=s)) for s in (False, True)]
+    layers, forms = [q.layers[node] for q in quantizers], [q.format_of(graph.inputs[0]) for q in quantizers]
+    assert [bool(layer.chain) for layer in layers] == [False, True]
+    steps = [layer.scales.max() * form.scale for layer, form in zip(layers, forms, strict=True)]
+    assert steps[1] <= steps[0] / 4
+
+    quantizer, form, integers = quantizers[1], forms[1], layers[1].weights.astype(np.int64)
+    fused = integer_arithmetic(quantizer.build())
+    product = next(n for n in fused.nodes if n.op == "linear")
+    assert product.dtype is DType.f32 and product.attrs["chain"] >= layers[1].chain
+    # The worst input of each channel: the whole sum leaves 32 bits, no part of it does.
+    for channel in integers:
+        worst = np.where(channel > 0, form.high, form.low)
+        assert channel @ worst > 2**31
+        parts = np.cumsum(np.concatenate([[0], channel * worst]))
+        assert (np.abs(parts[product.attrs["chain"]:] - parts[: -product.attrs["chain"]]) < 2**31 - 65535).all()
+        x = (worst * form.scale).astype(np.float32)[None]
+        want = (integers @ worst).astype(np.float32) * (layers[1].scales * np.float32(form.scale))
+        np.testing.assert_allclose(evaluate_graph(fused, [x])[0][0], want + bias.value, rtol=1e-6)
+
+
+def test_the_window_that_reaches_farthest_is_found() -> None:
+    w = RNG.integers(-9, 9, (3, 4, 5))
+    for low, high, size in ((-7, 3, 6), (0, 5, 1), (-2, 2, 20), (-2, 2, 99)):
+        windows = np.lib.stride_tricks.sliding_window_view(w.reshape(3, -1), min(size, 20), 1)
+        most = np.maximum(windows * low, windows * high).sum(-1), np.minimum(windows * low, windows * high).sum(-1)
+        np.testing.assert_array_equal(window_reach(w, low, high, size), np.maximum(most[0], -most[1]).max(1))
 
 
 def test_integer_arithmetic_computes_the_same() -> None:

@@ -10,6 +10,11 @@
 // 16 bits: modulo 2^32), so their order is free, and the border holds the input's zero point: the
 // bias has the zero point's share taken out, uniformly for every pixel.
 //
+// With Spill > 0 a sum of 16-bit products may be larger than 32 bits hold, up to 2^40: no more than Spill
+// rows of weights are multiplied before the accumulators are spilled (tile.h), and the epilogue gets the
+// exact sum in float32, rounded once. The caller vouches that 65535 plus the products of any Spill * kStep
+// consecutive elements of a window stay below 2^31.
+//
 // The nest: chunks of output rows (whose input stays in L2), blocks of NB output channels (whose
 // weights then are reused by every tile of the chunk), register tiles (tile.h), filter rows, filter
 // columns, input channels. Each output element is one chain of multiply-adds in the order
@@ -146,8 +151,9 @@ SKIVE_INLINE void fill_elements(T* to, ptrdiff_t n) {
 }
 
 // The loop nest. Geometry has `shape` (a canonical ConvShape), OC and YS. The border is `Zero`.
-template <class Geometry, int NB, class Element = float, int Zero = 0>
+template <class Geometry, int NB, class Element = float, int Zero = 0, int Spill = 0>
 struct DenseConv {
+  static_assert(Spill == 0 || Zero == 0, "parts of a sum know no zero point");
   using Policy = typename tile_policy<Element>::type;
   using Weight = typename Policy::Weight;
   using Sum = typename Policy::Sum;
@@ -243,23 +249,68 @@ struct DenseConv {
                                           Y* y, ptrdiff_t pixel, int channel,
                                           const E& epilogue) {
     using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>, kAhead>;
-    typename T::Accumulators acc;
-    T::start(acc, bias, typename T::EachRegister{});
-    for (int kh = 0; kh < shape.kh; ++kh) {
-      for (int kw = 0; kw < kTaps; ++kw) {
-        T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
-        w += div_up(kRun, kStep) * T::kRow;
-      }
-    }
     const auto at = [=](int p) __attribute__((always_inline)) {
       return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
     };
-    T::finish(
-        acc,
-        [&](int p, int c, auto value) __attribute__((always_inline)) {
-          return epilogue(value, at(p), channel + c);
-        },
-        [&](int p) __attribute__((always_inline)) { return y + at(p) * YS + channel; });
+    const auto to = [&](int p) __attribute__((always_inline)) { return y + at(p) * YS + channel; };
+    typename T::Accumulators acc;
+    T::start(acc, bias, typename T::EachRegister{});
+    if constexpr (Spill == 0) {
+      for (int kh = 0; kh < shape.kh; ++kh) {
+        for (int kw = 0; kw < kTaps; ++kw) {
+          T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
+          w += div_up(kRun, kStep) * T::kRow;
+        }
+      }
+      T::finish(
+          acc,
+          [&](int p, int c, auto value) __attribute__((always_inline)) {
+            return epilogue(value, at(p), channel + c);
+          },
+          to);
+    } else {
+      typename T::High high;
+      sum_in_parts<T>(acc, high, x, w);
+      T::finish(
+          acc,
+          [&](int p, int c, auto low) __attribute__((always_inline)) {
+            // Both are exact in float32, and so is the product: the addition rounds the sum.
+            const auto above = load<decltype(low)::lanes>(high.lanes + p * T::kVectors * kLanes + c);
+            return epilogue(to_float(above) * splat<decltype(low)::lanes>(65536.0f) + to_float(low), at(p),
+                            channel + c);
+          },
+          to);
+    }
+  }
+
+  // All products: accumulators are spilled before the first, after no more than Spill rows of weights, and
+  // at the end.
+  template <class T>
+  static SKIVE_INLINE void sum_in_parts(typename T::Accumulators& acc, typename T::High& high, const Element* x,
+                                        const Weight* w) {
+    constexpr int kRows = div_up(kRun, kStep), kParts = (kRows - 1) / Spill;  // full ones; something follows
+    T::template spill<true>(acc, high, typename T::EachRegister{});
+    int rows = 0;
+    for (int kh = 0; kh < shape.kh; ++kh) {
+      for (int kw = 0; kw < kTaps; ++kw) {
+        const Element* p = x + kh * shape.dh * kRow + kw * shape.dw * kPixel;
+        if (rows > 0 && rows + kRows > Spill) {
+          T::template spill<false>(acc, high, typename T::EachRegister{});
+          rows = 0;
+        }
+        for (int part = 0; part < kParts; ++part) {
+          T::template run<Spill * kStep>(acc, p, w);
+          T::template spill<false>(acc, high, typename T::EachRegister{});
+          p += Spill * kStep;
+          w += Spill * T::kRow;
+        }
+        constexpr int kRest = kRows - kParts * Spill;
+        T::template run<kRun - kParts * Spill * kStep, kRun>(acc, p, w);
+        w += kRest * T::kRow;
+        rows = kParts > 0 ? Spill : rows + kRows;
+      }
+    }
+    T::template spill<false>(acc, high, typename T::EachRegister{});
   }
 
   // One strip: Rows output rows from `pixel`, one block of channels.
@@ -403,20 +454,20 @@ struct ConvGeometry {
 template <class Element>
 constexpr int tile_step() { return tile_policy<Element>::type::kStep; }
 template <class In, class Filter, class Strides, class Padding, class Dilations, int NB,
-          int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0>
+          int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0, int Spill = 0>
 struct conv2d
     : DenseConv<ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS, tile_step<Element>()>, NB,
-                Element, Zero> {};
+                Element, Zero, Spill> {};
 
 // Groups of channels side by side: each is a dense convolution over a slice of x and of y.
 // Weights and bias: those of the groups one after the other, each packed as for conv2d.
 template <class In, class Filter, class Strides, class Padding, class Dilations, int Groups, int NB,
-          int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0>
+          int XS = In::C, int YS = Filter::OC, class Element = float, int Zero = 0, int Spill = 0>
 struct grouped_conv2d {
   static_assert(In::C % Groups == 0 && Filter::OC % Groups == 0, "groups divide the channels");
   static constexpr int IC = In::C / Groups, OC = Filter::OC / Groups;
   using Dense = conv2d<Image<In::N, In::H, In::W, IC>, Kernel<OC, Filter::KH, Filter::KW>, Strides,
-                       Padding, Dilations, NB, XS, YS, Element, Zero>;
+                       Padding, Dilations, NB, XS, YS, Element, Zero, Spill>;
   using Weight = typename Dense::Weight;
   using Sum = typename Dense::Sum;
   static constexpr ptrdiff_t weight_count = Groups * Dense::weight_count;

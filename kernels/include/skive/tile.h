@@ -12,6 +12,9 @@
 //   F32Tile   float     float    float     1
 //   U8Tile    uint8_t   int8_t   int32_t   4
 //   I16Tile   int16_t   int16_t  int32_t   2       sums wrap
+//
+// Sums that may leave 32 bits are computed in parts: `spill` moves what stands above the lowest 16 bits
+// of each accumulator to memory, so that the sum is 65536 times that plus the accumulator, exactly.
 #ifndef SKIVE_TILE_H
 #define SKIVE_TILE_H
 
@@ -117,6 +120,16 @@ struct Tile {
     ((slot<I>(acc) = Policy::template load_lanes<lanes(I % kVectors)>(bias + I % kVectors * kLanes)),
      ...);
   }
+  // The accumulators' share above 16 bits in memory, kLanes for each; they keep 0..65535.
+  struct High {
+    alignas(64) int32_t lanes[Pixels * kVectors * kLanes];
+  };
+  template <bool First, int... I>
+  static SKIVE_INLINE void spill(Accumulators& acc, High& high, Index<I...>) {
+    ((slot<I>(acc) =
+          Policy::template spill<First, lanes(I % kVectors)>(slot<I>(acc), high.lanes + I * kLanes)),
+     ...);
+  }
   template <int... V>
   static SKIVE_INLINE void load_weights(WeightRow& w, const Weight* p, Index<V...>) {
     ((slot<V>(w) = Policy::template load_weights<lanes(V)>(p + V * kLanes * kStep)), ...);
@@ -164,15 +177,15 @@ struct Tile {
 
   // `Length` consecutive input elements against weight rows. Of a length that is not a multiple of
   // kStep the last kStep elements make the last row, with zero weights where they were met before;
-  // a length below kStep reads kStep elements.
-  template <int Length>
+  // a length below kStep reads kStep elements. `Whole`: the length of the run of which these are the end.
+  template <int Length, int Whole = Length>
   static SKIVE_INLINE void run(Accumulators& acc, const Element* x, const Weight* w) {
     constexpr int kWhole = Length / kStep, U = unroll(kWhole), kRest = Length % kStep;
     const Element* const end = x + kWhole / U * U * kStep;
     for (; x != end; x += U * kStep, w += U * kRow) steps<U>(acc, Policy::opaque(x), w);
     steps<kWhole % U>(acc, x, w);
     if constexpr (kRest != 0) {
-      constexpr int kBack = Length < kStep ? 0 : kStep - kRest;
+      constexpr int kBack = Whole < kStep ? 0 : kStep - kRest;
       steps<1>(acc, Policy::opaque(x + kWhole % U * kStep - kBack), w + kWhole % U * kRow);
     }
   }

@@ -125,6 +125,12 @@ struct IntegerTile {
     for (int k = 0; k < kStep; ++k) acc.v += wide(x.p[k]) * w.k[k];
     return acc;
   }
+  // The lowest 16 bits of `acc`; the others, as signed numbers, are added to `high`, the First ones stored.
+  template <bool First, int L>
+  static SKIVE_INLINE Lanes<L> spill(Lanes<L> acc, int32_t* high) {
+    for (int i = 0; i < 4; ++i) high[i] = (First ? 0 : high[i]) + (static_cast<int32_t>(acc.v[i]) >> 16);
+    return {acc.v & 0xffff};
+  }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {
     IVec<N> r;
