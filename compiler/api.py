@@ -81,10 +81,11 @@ def compile(
 
     `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
     ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
-    process if not given). `quantize`: "int8", "int16", "auto" or a `skive.Quantize`, which also holds
-    the calibration data. `prune`, `sparsify` and `exits` are reserved: this version refuses them. `tune`:
-    seconds that may go into measuring other ways to compute each layer on this processor; what was
-    measured is remembered, and what was chosen stands in the manifest.
+    process if not given). `quantize`: "int8", "int16", "auto", "weights8", "weights4" or a `skive.Quantize`,
+    which also holds the calibration data (weights8 and weights4 need none). `prune`, `sparsify` and
+    `exits` are reserved: this version refuses them. `tune`: seconds that may go into measuring other ways
+    to compute each layer on this processor; what was measured is remembered, and what was chosen stands
+    in the manifest.
     `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
     where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
     a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones otherwise.
@@ -200,9 +201,9 @@ def compile(
         verdict = None
         if verify and not emit_only:
             progress("verify", 0.85)
-            if data is None and wanted:
+            if data is None and wanted and wanted.calibration is not None:
                 data = next(iter(wanted.data(imported)))
-            check_with = _verify_integers if check.has_roundings(optimised) else _verify
+            check_with = _verify_integers if wanted or check.has_roundings(optimised) else _verify
             verdict = check_with(imported, optimised, temporary, chosen, threads, data, source)
         report = _report(
             source,
@@ -495,6 +496,8 @@ def _explained(details: dict[str, Any] | None, optimised: Graph, kept: Sequence[
     """The `quantization` of report.json: what quantization found (None: the model came quantized), where the
     final graph leaves the integers, and what to try."""
     result = details or explanation.of_quantized_model(optimised)
+    if result["dtype"] in quantization.WEIGHT_ONLY:
+        return result  # nothing is stored as integers between kernels
     result |= explanation.conversions(optimised, kept)
     return result | {"advice": explanation.advice(result)}
 
@@ -545,7 +548,7 @@ def verdict_against(
     if calls is None:
         calls = [check.sample_inputs(graph) if graph.inputs else random_inputs(graph)]
     rounds = check.has_roundings(graph)
-    fixed = any(layer.get("dtype") in ("int8", "int16") for layer in module.report["layers"])
+    fixed = any(layer.get("dtype") in ("int8", "int16", "weights8", "weights4") for layer in module.report["layers"])
     agreement = Agreement([p.name for p in module.outputs])
     worst: check.Verdict | None = None
     at = 0

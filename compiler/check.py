@@ -110,6 +110,7 @@ def exactness(graph: Graph) -> Exactness:
         base = 0 if e is not None and "epilogue" not in node.attrs else row.epilogue or len(node.inputs)
         blurred = any(i in inexact for i in node.inputs[:base]) if base else False
         if row.kind != "elementwise" and row.tolerance and any(i.dtype.is_float for i in node.inputs[:base]):
+            flips |= blurred and node.op == "compressed_linear" and node.attrs["activation"] < 32
             blurred, exact = True, False
         if e is not None:
             # x0 is the result of the base operation; the operands behind it are those of the epilogue.

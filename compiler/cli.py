@@ -259,8 +259,9 @@ def cli() -> None:
 @click.option("--target", default="host", show_default=True, help="One of `skive targets`.")
 @click.option("--threads", type=_THREADS, default=1, show_default=True, help="Threads of one call.")
 @_shape_options
-@click.option("--quantize", type=click.Choice(["int8", "int16", "auto"]),
-              help="Fixed point instead of float32; needs --calibrate.")
+@click.option("--quantize", type=click.Choice(["int8", "int16", "auto", "weights8", "weights4"]),
+              help="Fixed point instead of float32; needs --calibrate. weights8 and weights4: only the weights of "
+                   "fully connected layers and tables, with or without --calibrate.")
 @click.option("--calibrate", metavar="FILE.npz[:KEY]",
               help="Inputs such as the network will meet (also a folder of .npz or .npy): value ranges come from "
                    "them, and the artefact is verified with them.")
@@ -276,6 +277,12 @@ def cli() -> None:
                    "element types that keep it are taken.")
 @click.option("--budget-us", type=click.FloatRange(0, min_open=True), metavar="US",
               help="With --quantize auto, instead: microseconds of one run; the most accurate types that keep it.")
+@click.option("--block", type=click.IntRange(8), metavar="N",
+              help="With --quantize weights8 or weights4: weights that share a scale, a multiple of 8 (64 of 4 bits, "
+                   "a whole channel of 8 bits by default).")
+@click.option("--activations", type=click.Choice(["8", "16", "32"]), default="16", show_default=True,
+              help="With --quantize weights8 or weights4: bits to which each row of activations is rounded as it is "
+                   "read; 32 computes in float32.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--tune", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Measure other blocks and algorithms for each layer on this processor, for about so long, and "
@@ -295,9 +302,9 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
-                    budget_us: float | None, export_onnx: str | None, tune: float | None,
-                    max_ram: int | None, max_flash: int | None, backend: str, emit_only: bool, no_verify: bool,
-                    strict: bool, dump_ir: str | None, as_json: bool) -> None:
+                    budget_us: float | None, block: int | None, activations: str, export_onnx: str | None,
+                    tune: float | None, max_ram: int | None, max_flash: int | None, backend: str, emit_only: bool,
+                    no_verify: bool, strict: bool, dump_ir: str | None, as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
 
     MODEL is an .onnx file, a .pt2 exported program, skive's text form, or package.module:callable
@@ -309,6 +316,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
       skive compile kws.onnx -o kws/ --calibrate test.npz:x --max-ram 64K --max-flash 256K
       skive compile kws.onnx -o kws/ --quantize int8 --calibrate train.npz:x
       skive compile kws.onnx -o kws/ --quantize auto --calibrate train.npz:x --budget-sqnr 40
+      skive compile bert.onnx -o bert/ --quantize weights4
       skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
       skive compile mypackage.nets:build -o net/ --example inputs.npz
       skive compile net.onnx -o net/ --config build.toml
@@ -323,6 +331,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
     if quantize is not None:
         wanted = _quantization(quantize, calibrate, method=ranges, rounding=rounding, keep=keep,
                                integer_only=integer_only, budget_sqnr_db=budget_sqnr, budget_us=budget_us,
+                               block=block, activations=int(activations),
                                ports=_graph_ports(_open(model, **request).graph().inputs))
     elif calibrate is not None:
         ports = _graph_ports(_open(model, **request).graph().inputs)
@@ -355,6 +364,8 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
 
 def _quantization(dtype: str, calibrate: str | None, ports: Sequence[TensorInfo], **options: Any) -> Quantize:
     """What --quantize and its companions ask for."""
+    if calibrate is None and dtype.startswith("weights"):
+        return skive.Quantize(dtype, **options)
     if calibrate is None:
         raise click.UsageError("--quantize needs --calibrate FILE.npz[:KEY]: inputs such as the network will meet")
     source: Any = calibrate

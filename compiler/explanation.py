@@ -300,6 +300,8 @@ def _reader_of_float(graph: Graph, node: Node) -> str:
 
 def kernel_types(call: Call) -> dict[str, Any]:
     """`dtype` a kernel computes in, and the element types it `reads` and `writes`."""
+    if call.op == "compressed_linear":
+        return {"dtype": f"weights{call.template[0]}", "reads": ["f32"], "writes": "f32"}
     fn_reads = {o.arg for o in call.fn.operands if o.mode in ("channel", "scalar")} if call.fn else set()
     tensors = [a for a in call.args if a.kind != "weights" and a.ctype in _CTYPES and a.name not in fn_reads]
     reads = list(dict.fromkeys(_CTYPES[a.ctype].value for a in tensors if a.const))

@@ -828,6 +828,49 @@ _add(Op("linear", (2, 3), _infer_linear, _exact(lambda x, a: x[0] @ x[1].T + (x[
         doc="x w^T + b with constant w [OC, K] and b [OC]; x [..., K]; chain as for conv2d"))
 
 
+def _infer_compressed(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, q, scale, zero, bias = types
+    bits, group = a["bits"], a["group"]
+    if bits not in (4, 8) or a["activation"] not in (8, 16, 32):
+        raise ShapeError(f"compressed_linear with weights of {bits} bits and activations of {a['activation']}")
+    if x.dtype is not F32 or x.rank < 1 or q.rank != 2 or q.dtype is not DType.u8 or x.shape[-1] != q.shape[1]:
+        raise ShapeError(f"compressed_linear of {x} and {q}")
+    oc, k = q.shape
+    if k < 1 or not (group == k or (0 < group < k and group % (32 // bits) == 0)):
+        raise ShapeError(f"compressed_linear: groups of {group} of {k} weights of {bits} bits")
+    groups = TensorType((oc, -(-k // group)), F32)
+    if scale != groups or zero != groups.with_dtype(DType.u8) or bias != TensorType((oc,), F32):
+        raise ShapeError(f"compressed_linear: {q} with scale {scale}, zero point {zero} and bias {bias}")
+    return TensorType((*x.shape[:-1], oc), F32)
+
+
+def rounded_rows(x: Array, bits: int) -> Array:
+    """The rows of `x` as compressed_linear multiplies them, in float64; `bits` of 32 leaves them alone."""
+    if bits == 32 or not x.size:
+        return x.astype(np.float64)
+    limit = np.float32(32639 if bits == 16 else 127)
+    top = np.max(np.abs(x), -1, keepdims=True)
+    inverse = np.where(top > np.float32(1e-30), limit / top, np.float32(0))
+    whole = np.rint(x * inverse).astype(np.float64) * (top / limit).astype(np.float64)
+    return np.where(np.isfinite(x).all(-1, keepdims=True), whole, np.nan)
+
+
+def compressed_weights(q: Array, scale: Array, zero: Array, group: int) -> Array:
+    """[OC, K] the real numbers that the weights of a compressed_linear stand for."""
+    each = np.arange(q.shape[1]) // group
+    return (q.astype(np.int32) - zero[:, each].astype(np.int32)).astype(np.float32) * scale[:, each]
+
+
+_add(Op("compressed_linear", (5, 5), _infer_compressed,
+        lambda x, a: (rounded_rows(x[0], a["activation"])
+                      @ compressed_weights(x[1], x[2], x[3], a["group"]).astype(np.float64).T + x[4]).astype(np.float32),
+        {"bits": REQUIRED, "group": REQUIRED, "activation": 32}, "contract", 1e-5, epilogue=5,
+        doc="linear on weights that stay integers: x' w^T + bias with w[o, k] = (q[o, k] - zero[o, g]) scale[o, g], "
+            "g = k / group; operands x [..., K], q u8 [OC, K] of `bits` bits, scale and zero [OC, groups], bias [OC]. "
+            "x' is x, or with activation 16 or 8 each row rounded to 32639 or 127 steps of its largest magnitude "
+            "(NaN where a row is not finite)"))
+
+
 def window_out(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> int:
     """Positions of a window of `kernel` taps, `dilation` apart, moved by `stride` over a padded axis."""
     return (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
@@ -1210,7 +1253,7 @@ def macs(node: Node) -> int:
         return node.type.size * math.prod(node.inputs[1].shape[1:])
     if node.op == "conv_transpose2d":
         return node.inputs[0].type.size * math.prod(node.inputs[1].shape[:3]) // node.attrs["groups"]
-    if node.op == "linear":
+    if node.op in ("linear", "compressed_linear"):
         return node.type.size * node.inputs[0].shape[-1]
     if node.op == "matmul":
         return node.type.size * node.inputs[0].shape[-2 if node.attrs["trans_a"] else -1]

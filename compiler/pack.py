@@ -592,3 +592,54 @@ def pack_depthwise_i16(
     if multiplier != 1:
         return _pack_multiplied(weights, bias, zero, np.int16)
     return _pack_depthwise_integer(weights, bias, zero, attrs, isa, _DEPTHWISE_ROWS[isa][1], np.int16)
+
+
+# ------------------------------------------------------------------------------ compressed weights
+
+
+def pack_compressed(
+    weights: np.ndarray, scale: Floats, zero: np.ndarray | None, bias: Floats, bits: int, isa: str, activation: int
+) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8], Floats]:
+    """(words, scales, zero points, bias) of `compressed_linear`, as compressed.h describes them.
+
+    `weights` [OC, K] holds 0 .. 2^bits - 1; `scale` and `zero` (None: 2^(bits - 1) everywhere, and no zero
+    points are packed) are [OC, groups]; `bias` is [OC]. `isa` and the bits of an activation decide the block and
+    whether the integers are signed.
+    """
+    channels, depth = weights.shape
+    lanes, step = _BLOCK_VECTORS[isa], 32 // bits
+    padded, words = _round_up(channels, lanes), -(-depth // step)
+    whole = np.full((padded, words * step), 1 << (bits - 1), np.uint8)
+    whole[:channels, :depth] = weights
+    if isa != "avx512vnni" or activation == 32:
+        whole = (whole - (1 << (bits - 1))).astype(np.uint8) & ((1 << bits) - 1)
+    bytes_ = whole.reshape(padded, words, step)
+    if bits == 4:
+        bytes_ = bytes_[:, :, :4] | bytes_[:, :, 4:] << 4
+    packed = np.ascontiguousarray(bytes_.astype(np.uint8)).view(np.uint32).reshape(padded, words)
+
+    def blocks(rows: np.ndarray) -> np.ndarray:
+        """[OC, ...] as [OC / block][...][block], flat."""
+        block = 4 * lanes
+        return np.concatenate([rows[i : i + block].T.ravel() for i in range(0, padded, block)])
+
+    def side(values: np.ndarray) -> np.ndarray:
+        full = np.zeros((padded, values.shape[1]), values.dtype)
+        full[:channels] = values
+        return blocks(full)
+
+    zeros = np.zeros(0, np.uint8) if zero is None else side(np.asarray(zero, np.uint8))
+    full_bias = np.zeros(padded, np.float32)
+    full_bias[:channels] = bias
+    return blocks(packed).view(np.uint8), side(np.asarray(scale, np.float32)), zeros, full_bias
+
+
+def compressed_scratch_bytes(rows: int, depth: int, bits: int, activation: int, group: int, isa: str) -> int:
+    """`compressed_linear::scratch_bytes()` for one part."""
+    bytes_ = isa == "avx512vnni" and activation < 32
+    halves = activation // 8 if bytes_ else 1
+    half = _round_up(_round_up(depth, 32 // bits) * (1 if bytes_ else 4), 64) + 64
+    sums = -(-depth // group) * halves if bytes_ else 0
+    row = _round_up(half * halves + 4 * sums, 64) + 64
+    most = 256 * 1024 // row // 4 * 4
+    return (min(rows, 4) if most < 4 else min(most, rows)) * row

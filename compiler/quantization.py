@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("skive.quantization")
 
-DTYPES = ("int8", "int16", "auto")
+DTYPES = ("int8", "int16", "auto", "weights8", "weights4")
+WEIGHT_ONLY = frozenset({"weights8", "weights4"})  # activations stay float32, no data is needed
 METHODS = ("minmax", "percentile", "mse", "entropy")
 ROUNDINGS = ("nearest", "adaround")
 REPORTED = ("per_channel", "integer_only", "bias_correction", "equalise", "rounding", "smooth")
@@ -59,6 +60,10 @@ class Quantize:
     migration strength behind normalisations (Xiao et al., SmoothQuant, 2023; None: found for each of
     them, 0: none): see the passes of these names. `state`: a file that holds what was observed, so that
     calibration continues where it was interrupted.
+
+    With "weights8" and "weights4" only weights become integers, and `calibration` may be None. `block`: weights
+    of a channel that share a scale, a multiple of 8 (None: 64 of 4 bits, all of 8 bits). `activations`: 16, or 8
+    bits to which each row of activations is rounded as it is read, or 32 for float32 arithmetic.
     """
 
     dtype: str = "int8"
@@ -76,6 +81,8 @@ class Quantize:
     state: str | Path | None = None
     budget_sqnr_db: float | None = None
     budget_us: float | None = None
+    block: int | None = None
+    activations: int = 16
 
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", DTYPES), ("method", METHODS), ("rounding", ROUNDINGS)):
@@ -98,6 +105,10 @@ class Quantize:
                 raise QuantizationError(f"{name} is {value!r}; a positive limit goes with dtype 'auto'")
         if self.budget_sqnr_db is not None and self.budget_us is not None:
             raise QuantizationError("budget_sqnr_db and budget_us exclude each other: give one of them")
+        if self.block is not None and not (self.dtype in WEIGHT_ONLY and self.block > 0 and self.block % 8 == 0):
+            raise QuantizationError(f"block is {self.block!r}; a multiple of 8 goes with weights8 and weights4")
+        if self.activations not in (8, 16, 32) or (self.activations != 16 and self.dtype not in WEIGHT_ONLY):
+            raise QuantizationError(f"activations is {self.activations!r}; 8, 16 or 32 goes with weights8 and weights4")
         if isinstance(self.keep, str):
             object.__setattr__(self, "keep", (self.keep,))
         object.__setattr__(self, "keep", tuple(self.keep))
@@ -478,6 +489,10 @@ def apply(
         from skive import mixed_precision
 
         return mixed_precision.apply(graph, options, progress, target=target, threads=threads)
+    if options.dtype in WEIGHT_ONLY:
+        from skive import compression
+
+        return compression.apply(graph, options, progress, measure)
     # Always the best code that runs here: the graph must not depend on what it is compiled for (the last bits
     # of float sums do), and another processor's code may not run at all.
     name = "host"

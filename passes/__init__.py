@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from skive.ir import Graph
+from skive.passes.compress_weights import compress_weights
 from skive.passes.eliminate_common import eliminate_common
 from skive.passes.eliminate_dead import eliminate_dead
 from skive.passes.eliminate_identity import eliminate_identity
@@ -21,10 +22,10 @@ from skive.passes.tabulate import tabulate
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
-__all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "eliminate_common", "eliminate_dead", "eliminate_identity",
-           "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic",
-           "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes",
-           "tabulate", "transpose_free_attention"]
+__all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "compress_weights", "eliminate_common", "eliminate_dead",
+           "eliminate_identity", "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise",
+           "integer_arithmetic", "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes",
+           "sink_transposes", "tabulate", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.

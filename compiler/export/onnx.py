@@ -66,12 +66,13 @@ def export_onnx(graph: Graph, path: str | Path | None = None, *, opset: int | No
     Inputs and outputs keep their names, shapes and element types; an open batch is a symbolic
     dimension, unless some operation needs to know its size: then one sample is written. Quantized
     values become QuantizeLinear and DequantizeLinear, sums of integers ConvInteger, MatMulInteger or
-    QLinearConv. The opset is 20, or 21 where 16-bit values are quantized. Raises UnsupportedOpError
-    with every node that has no equivalent, InvalidModelError for an opset other than 18 to 23.
+    QLinearConv. The opset is 20, or 21 where 16-bit values are quantized or weights have blocks or 4 bits.
+    Raises UnsupportedOpError with every node that has no equivalent, InvalidModelError for an opset
+    other than 18 to 23.
     """
     if opset is None:
         # onnxruntime 1.31 moves quantizations of opset 21 about without correcting their output type.
-        opset = 21 if any(n.dtype in WIDE for n in graph.nodes) else 20
+        opset = 21 if any(n.dtype in WIDE or _has_blocks(n) for n in graph.nodes) else 20
     if opset not in OPSETS:
         raise InvalidModelError(f"opset {opset}: {OPSETS.start} to {OPSETS.stop - 1} can be written")
     plain_graph = columns_as_stored(unfused(graph))
@@ -303,6 +304,15 @@ class Writer:
         self.initializers[name] = numpy_helper.from_array(value, name)
         if key is not None:
             self.known[key] = name
+        return name
+
+    def nibbles(self, value: np.ndarray) -> str:
+        """The name of a constant of unsigned 4-bit integers."""
+        flat = np.append(value.reshape(-1), [0] * (value.size % 2)).astype(np.uint8)
+        name = self.fresh("constant")
+        tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.UINT4, dims=value.shape)
+        tensor.raw_data = (flat[0::2] | flat[1::2] << 4).tobytes()
+        self.initializers[name] = tensor
         return name
 
     # ----------------------------------------------------------------------------------- layouts
@@ -938,6 +948,33 @@ def linear(w: Writer, n: Node) -> None:
     else:
         y = w.emit("MatMul", w.get(x), w.get(weights, (1, 0)))
         w.put(n, w.emit("Add", y, w.get(bias[0])) if bias else y)
+
+
+def _has_blocks(node: Node) -> bool:
+    """True for weights of 4 bits, or with several scales a channel."""
+    return node.op == "compressed_linear" and (node.attrs["bits"] == 4 or node.inputs[2].shape[1] > 1)
+
+
+@row("compressed_linear")
+def compressed_linear(w: Writer, n: Node) -> None:
+    """Weights by DequantizeLinear, the product in float32 whatever bits of the activations ours takes."""
+    x, q, scale, zero, bias = n.inputs
+    if not all(i.is_const for i in n.inputs[1:]):
+        raise Inexpressible("compressed_linear with weights that are computed")
+    if _has_blocks(n):
+        if w.opset < 21:
+            raise Inexpressible("weights in blocks or of 4 bits need opset 21")
+        values = [q.value, zero.value] if n.attrs["bits"] == 8 else [w.nibbles(q.value), w.nibbles(zero.value)]
+        block = {"axis": 1, "block_size": n.attrs["group"]}
+    else:
+        values, block = [q.value, zero.value[:, 0]], {"axis": 0}
+    scales = scale.value if "block_size" in block else scale.value[:, 0]
+    weights = w.emit("DequantizeLinear", values[0], scales, values[1], **block)
+    if x.type.rank == 2:
+        w.put(n, w.emit("Gemm", w.get(x), weights, w.get(bias), transB=1))
+        return
+    y = w.emit("MatMul", w.get(x), w.emit("Transpose", weights, perm=(1, 0)))
+    w.put(n, w.emit("Add", y, w.get(bias)))
 
 
 @row("matmul")

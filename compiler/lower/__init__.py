@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from skive.ir import Graph
 from skive.lower import (
+    compressed,
     convolution,
     elementwise,
     indexing,
@@ -28,7 +29,7 @@ from skive.types import DType
 __all__ = ["LOWER", "Lowering", "lower", "lowers"]
 
 # Each registers the lowering of its operations.
-FAMILIES = (convolution, pooling, elementwise, movement, indexing, recurrence, reductions, products)
+FAMILIES = (compressed, convolution, pooling, elementwise, movement, indexing, recurrence, reductions, products)
 
 
 def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None = None) -> Plan:
