@@ -7,6 +7,7 @@
 #   make onnx       compiles every backend case of ONNX and counts what passes in docs/onnx.md
 #   make bench      the example in turns with onnxruntime and OpenVINO
 #   make fuzz       random graphs and damaged files, ten minutes
+#   make exhaustive every integer kernel against NumPy on hundreds of shapes: hours; goes on where it stopped
 #   make lint       ruff
 #   make typing     mypy
 #   make asan       the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -31,7 +32,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 # What the build of the package depends on.
 PACKAGE := pyproject.toml setup.py CMakeLists.txt bindings/module.cpp
 
-.PHONY: demo test test-all onnx bench fuzz lint typing asan clean
+.PHONY: demo test test-all onnx bench fuzz exhaustive lint typing asan clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -58,6 +59,11 @@ fuzz: $(VENV)/.installed-dev
 	$(BIN)/python tests/fuzz/fuzz_files.py --seconds 180 --jobs $(JOBS) --command-every 200
 	$(BIN)/python tests/fuzz/fuzz_graphs.py --seconds 300 --jobs $(JOBS)
 	$(BIN)/python tests/fuzz/fuzz_quantized.py --seconds 120
+
+# Zig's clang where there is no other.
+exhaustive: $(VENV)/.installed-dev
+	@command -v clang++ >/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[zig]"
+	$(BIN)/python tests/kernels/exhaustive.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
