@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from batch import CTYPE  # noqa: E402
 from exhaustive_kernels import GAP, KERNELS, Array, Sample, Subject  # noqa: E402
 
-from skive import _native  # noqa: E402
+from skive import _native, pack  # noqa: E402
 from skive.build import header_closure  # noqa: E402
 from skive.emit.cxx import FLAGS  # noqa: E402
 from skive.kernels import include_dir  # noqa: E402
@@ -65,7 +65,8 @@ STATE = Path(__file__).resolve().parents[2] / "build" / "exhaustive.json"
 class Finding:
     """What one piece gave on one target."""
 
-    key: str = ""
+    key: str = ""  # of the C++ text, headers, flags and compiler
+    origin: str = ""  # of the same with the Python text that draws the C++ text: quick to tell
     shapes: int = 0
     outputs: int = 0
     differences: int = 0  # results that differ, or calls that crashed or wrote elsewhere
@@ -138,6 +139,18 @@ def header_text(headers: tuple[str, ...], vectors: str) -> str:
             lines = [re.sub(r"\s*//.*", "", line) for line in (root / name).read_text().splitlines()]
             text += [name, *filter(None, lines)]
     return "\n".join(text)
+
+
+@lru_cache(maxsize=1)
+def python_text() -> str:
+    """What draws the instantiations: the modules that are loaded from this folder, and the one that packs weights."""
+    here = Path(__file__).parent
+    files = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
+    return "\0".join(f.read_text() for f in sorted(files) if f.parent == here or f == Path(pack.__file__))
+
+
+def short_hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def source(subjects: Sequence[Subject], samples: Sequence[Sample], kernel: str, isa: str) -> str:
@@ -226,10 +239,10 @@ def samples_of(subject: Subject, rng: np.random.Generator, outputs: int) -> Iter
         calls -= some
 
 
-def _measure(piece: Piece, libraries: dict[str, str], keys: dict[str, str], pipe: Connection) -> None:
+def _measure(piece: Piece, libraries: dict[str, str], keys: dict[str, tuple[str, str]], pipe: Connection) -> None:
     """In a process of its own: compares all of the piece and sends the findings by target."""
     faulthandler.disable()  # pytest's would print the crash that is only recorded here
-    findings = {isa: Finding(keys[isa], PIECE) for isa in libraries}
+    findings = {isa: Finding(*keys[isa], PIECE) for isa in libraries}
     loaded = {isa: ctypes.CDLL(path) for isa, path in libraries.items()}
     for n, subject in enumerate(piece.subjects()):
         rng = np.random.default_rng([n, piece.number])
@@ -242,18 +255,25 @@ def _measure(piece: Piece, libraries: dict[str, str], keys: dict[str, str], pipe
 
 def run_piece(piece: Piece, state: State, folder: Path) -> dict[str, Finding]:
     """Compiles and compares what of `piece` is not known yet."""
-    subjects = piece.subjects()
-    samples = [s.draw(np.random.default_rng(0), 1, False) for s in subjects]
     flags = [piece.level if f == SHIPPED else f for f in FLAGS]
     results: dict[str, Finding] = {}
     libraries, keys = {}, {}
+    subjects: list[Subject] = []
+    samples: list[Sample] = []
     for isa in piece.targets:
-        text = source(subjects, samples, piece.kernel, isa)
         command = [*compilers()[piece.compiler], *flags, *TARGETS[isa].flags]
-        parts = [text, header_text(KERNELS[piece.kernel].headers, TARGETS[isa].vectors), *command[1:],
+        parts = [header_text(KERNELS[piece.kernel].headers, TARGETS[isa].vectors), *command[1:],
                  version(piece.compiler), str(piece.outputs)]  # fmt: skip
-        key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-        if state.known(piece.name(isa), key):
+        origin = short_hash(*parts, python_text())
+        if state.known(piece.name(isa), origin=origin):
+            continue
+        if not subjects:
+            subjects = piece.subjects()
+            samples = [s.draw(np.random.default_rng(0), 1, False) for s in subjects]
+        text = source(subjects, samples, piece.kernel, isa)
+        key = short_hash(*parts, text)
+        if state.known(piece.name(isa), key=key):
+            state.findings[piece.name(isa)].origin = origin
             continue
         file, library = folder / f"{isa}.cpp", folder / f"{isa}.so"
         file.write_text(text)
@@ -261,15 +281,15 @@ def run_piece(piece: Piece, state: State, folder: Path) -> dict[str, Finding]:
                                "-o", str(library)], capture_output=True, text=True)  # fmt: skip
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line][:2]
-            results[isa] = Finding(key, PIECE, 0, 1, [f"does not compile: {' / '.join(errors)[:600]}"])
+            results[isa] = Finding(key, origin, PIECE, 0, 1, [f"does not compile: {' / '.join(errors)[:600]}"])
         else:
-            libraries[isa], keys[isa] = str(library), key
+            libraries[isa], keys[isa] = str(library), (key, origin)
     if libraries:
         results |= _in_process(piece, libraries, keys)
     return results
 
 
-def _in_process(piece: Piece, libraries: dict[str, str], keys: dict[str, str]) -> dict[str, Finding]:
+def _in_process(piece: Piece, libraries: dict[str, str], keys: dict[str, tuple[str, str]]) -> dict[str, Finding]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(piece, libraries, keys, there), daemon=True)
@@ -289,7 +309,7 @@ def _in_process(piece: Piece, libraries: dict[str, str], keys: dict[str, str]) -
         # The others are compared again without the one that crashed.
         others = {k: v for k, v in libraries.items() if k != isa}
         found = {isa if isa in libraries else piece.targets[0]:
-                 Finding(keys.get(isa, ""), PIECE, 0, 1, [crashed])}  # fmt: skip
+                 Finding(*keys.get(isa, ("", "")), PIECE, 0, 1, [crashed])}  # fmt: skip
         return found | (_in_process(piece, others, keys) if others and isa in libraries else {})
     finally:
         process.join()
@@ -304,8 +324,10 @@ class State:
         if path.exists():
             self.findings = {k: Finding(**v) for k, v in json.loads(path.read_text())["findings"].items()}
 
-    def known(self, name: str, key: str) -> bool:
-        return name in self.findings and self.findings[name].key == key and not self.findings[name].differences
+    def known(self, name: str, *, key: str | None = None, origin: str | None = None) -> bool:
+        """Whether the piece agreed when it had this key, or this origin."""
+        f = self.findings.get(name)
+        return f is not None and not f.differences and (f.key == key or f.origin == origin)
 
     def add(self, found: dict[str, Finding]) -> None:
         self.findings |= found
