@@ -25,6 +25,7 @@ from skive import ops
 from skive.ir import FrozenDict, Graph, Node, constant
 from skive.types import DType
 
+WINDOW = "a window moves along this axis"  # no channels: not worth a line in a report
 Labels = np.ndarray  # [n] int64, the label of each index of an axis
 
 
@@ -408,7 +409,7 @@ def _with_epilogue(at: _Analysis, node: Node, count: int, axes: Axes) -> Axes:
 def _convolution(at: _Analysis, node: Node) -> Axes:
     x, w = at(node.inputs[0]), at(node.inputs[1])
     for a in (*x[1:3], *w[1:3]):
-        at.joins.keep(a, f"a window moves along this axis ({node.label()})")
+        at.joins.keep(a, f"{WINDOW} ({node.label()})")
     groups = node.attrs["groups"]
     outs, ins = len(w[0]), len(x[3])
     if groups == 1:
@@ -422,7 +423,7 @@ def _convolution(at: _Analysis, node: Node) -> Axes:
         at.joins.join(w[0], np.tile(per_group[0], groups))
     for bias in node.inputs[2:3]:
         at.joins.join(w[0], at(bias)[0])
-    spatial = (at.joins.kept(d, f"a window moves along this axis ({node.label()})") for d in node.shape[1:3])
+    spatial = (at.joins.kept(d, f"{WINDOW} ({node.label()})") for d in node.shape[1:3])
     return _with_epilogue(at, node, 3, (x[0], *spatial, w[0]))
 
 
@@ -430,8 +431,8 @@ def _convolution(at: _Analysis, node: Node) -> Axes:
 def _window(at: _Analysis, node: Node) -> Axes:
     x = at(node.inputs[0])
     for a in (*x[1:3], *(a for i in node.inputs[1:] for a in at(i))):
-        at.joins.keep(a, f"a window moves along this axis ({node.label()})")
-    spatial = (at.joins.kept(d, f"a window moves along this axis ({node.label()})") for d in node.shape[1:3])
+        at.joins.keep(a, f"{WINDOW} ({node.label()})")
+    spatial = (at.joins.kept(d, f"{WINDOW} ({node.label()})") for d in node.shape[1:3])
     return (x[0], *spatial, x[3])
 
 
