@@ -43,16 +43,20 @@ class Case:
             self.kernel[0] // self.groups, isa, math.prod(self.output[:3])
         )
 
-    def cpp(self, isa: str) -> str:
-        def tag(name: str, values: tuple[int, ...]) -> str:
-            return f"{name}<{', '.join(map(str, values))}>"
+    def tags(self) -> list[str]:
+        """Shape and window as template arguments."""
+        named = [("Image", self.image), ("Kernel", self.kernel), ("Stride", self.stride), ("Pad", self.pad),
+                 ("Dilation", self.dilation)]  # fmt: skip
+        return [f"{name}<{', '.join(map(str, values))}>" for name, values in named]
 
+    def pitches(self) -> str:
+        """The distances between pixels as template arguments."""
+        return f"{self.image[3] + self.xs}, {self.kernel[0] + self.ys}"
+
+    def cpp(self, isa: str) -> str:
         kind = "conv2d" if self.groups == 1 else "grouped_conv2d"
         groups = "" if self.groups == 1 else f"{self.groups}, "
-        shape = [tag("Image", self.image), tag("Kernel", self.kernel), tag("Stride", self.stride),
-                 tag("Pad", self.pad), tag("Dilation", self.dilation)]  # fmt: skip
-        strides = f"{self.image[3] + self.xs}, {self.kernel[0] + self.ys}"
-        return f"{kind}<{', '.join(shape)}, {groups}{self.nb(isa)}, {strides}>"
+        return f"{kind}<{', '.join(self.tags())}, {groups}{self.nb(isa)}, {self.pitches()}>"
 
 
 # Every kind of border, tile remainder and channel remainder that the nest distinguishes.
@@ -107,14 +111,9 @@ class Transposed(Case):
         return n, oh, ow, oc
 
     def cpp(self, isa: str) -> str:
-        dense = super().cpp(isa)
-        inner = dense[dense.index("<") + 1 : -1].replace(f", {self.groups}, {self.nb(isa)}", "")
-        shape, strides = inner.rsplit("Dilation<", 1)
-        dilation, strides = strides.split(">, ", 1)
         out = ", ".join(map(str, self.output))
-        strides = ", ".join(strides.split(", ")[-2:])
-        return (f"conv_transpose2d<{shape}Dilation<{dilation}>, Image<{out}>, {self.groups}, "
-                f"{self.nb(isa)}, {strides}>")  # fmt: skip
+        return (f"conv_transpose2d<{', '.join(self.tags())}, Image<{out}>, {self.groups}, "
+                f"{self.nb(isa)}, {self.pitches()}>")  # fmt: skip
 
 
 # Phases with unequal numbers of taps, without taps, without outputs, and with cropped input.
