@@ -129,7 +129,7 @@ def _adapted(
     from skive import calibration
     from skive.passes.compress_weights import matrix_of
 
-    layers = [n for n, c in found.items() if c.bits == 4 and c.q.shape[1] <= WIDEST]
+    layers = [n for n, c in found.items() if c.bits == 4 and c.q.shape[1] <= WIDEST and matrix_of(n) is not None]
     run = calibration.runner(graph, [n.inputs[0] for n in layers], target="host")
     result: dict[Node, Compressed] = {}
     for node, moments in second_moments(layers, run, samples).items():
@@ -152,14 +152,15 @@ def _layers(graph: Graph, found: Mapping[Node, Compressed], activation: int) -> 
         if c is None:
             entry["reason"] = "not a product of rows with a constant matrix" if ops.macs(node) else ""
         else:
-            w = (node.inputs[1] if ops.macs(node) else node.inputs[0]).value.reshape(c.q.shape)
-            error = (c.real - w).astype(np.float64)
             entry["dtype"] = f"weights{c.bits}"
             entry["bits"] = {"activations": activation if ops.macs(node) else 32, "weights": c.bits}
             entry["block"] = c.group
             entry["weight_bytes"] = c.bytes
-            power = float((w.astype(np.float64) ** 2).sum())
-            entry["weight_sqnr_db"] = explanation.decibels(power, float((error**2).sum()))
+            w = node.inputs[1 if ops.macs(node) else 0]
+            if w.is_const:  # else the model came with these integers
+                error = (c.real - w.value.reshape(c.q.shape)).astype(np.float64)
+                power = float((w.value.astype(np.float64) ** 2).sum())
+                entry["weight_sqnr_db"] = explanation.decibels(power, float((error**2).sum()))
         entries.append(entry)
     return entries
 

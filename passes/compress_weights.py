@@ -12,6 +12,7 @@ gathered from, and the layer that makes an output, get 8 bits in either case: th
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,9 @@ LEAST_TABLE = 16384  # elements of a table
 GROUP = 64  # weights of 4 bits that share a scale
 LONGEST_BYTES = 65536  # weights of one group whose sum of bytes fits 32 bits
 # Shares of the largest magnitude at which a group of 4-bit weights may saturate.
+# Weights that came as integers, one scale a channel, stay so where this many rows read at least so many: float32
+# arithmetic on them then waits for memory. With scales in blocks they always stay.
+FEW_ROWS, MANY_WEIGHTS = 4, 1 << 18
 _SHRINK = np.linspace(1.0, 0.7, 13, dtype=np.float32)
 
 
@@ -125,6 +129,11 @@ def _makes_output(node: Node, graph: Graph) -> bool:
     return False
 
 
+def _is_pointwise(node: Node) -> bool:
+    a = node.attrs
+    return node.inputs[1].shape[1:3] == (1, 1) and a["stride"] == (1, 1) and not any(a["pad"]) and a["groups"] == 1
+
+
 def matrix_of(node: Node) -> np.ndarray | None:
     """[OC, K] the constant weights of a layer that is a product of rows and a matrix; None for others."""
     if node.op not in ("linear", "conv2d") or node.attrs.get("epilogue") or node.dtype is not DType.f32:
@@ -132,12 +141,68 @@ def matrix_of(node: Node) -> np.ndarray | None:
     if not all(i.is_const for i in node.inputs[1:]) or node.inputs[0].is_const:
         return None
     w = node.inputs[1].value
-    if node.op == "conv2d":
-        a = node.attrs
-        if w.shape[1:3] != (1, 1) or a["stride"] != (1, 1) or any(a["pad"]) or a["groups"] != 1:
-            return None
+    if node.op == "conv2d" and not _is_pointwise(node):
+        return None
     w = w.reshape(w.shape[0], -1)
     return w if w.size >= LEAST_WEIGHTS and node.type.size and np.isfinite(w).all() else None
+
+
+def stored(node: Node) -> Compressed | None:
+    """The weights of a layer as `matrix_of` takes them, that are integers in the model; None for others."""
+    if node.op not in ("linear", "conv2d") or node.attrs.get("epilogue") or node.dtype is not DType.f32:
+        return None
+    w = node.inputs[1]
+    if w.op != "dequantize" or not all(i.is_const for i in w.inputs) or w.inputs[0].dtype not in (DType.i8, DType.u8):
+        return None
+    if node.op == "conv2d" and not _is_pointwise(node) or not w.type.size or not node.type.size:
+        return None
+    q, scale, zero = (np.broadcast_to(i.value, w.shape).reshape(w.shape[0], -1) for i in w.inputs)
+    lift = 128 if w.inputs[0].dtype is DType.i8 else 0
+    whole, points = q.astype(np.int16) + lift, zero.astype(np.int16) + lift
+    bits, low = 8, 0
+    first = 120 if lift else 0  # of 4 bits: -8 to 7 or 0 to 15
+    if all(first <= v.min() and v.max() <= first + 15 for v in (whole, points)):
+        bits, low = 4, first
+    changes = ((scale[:, 1:] != scale[:, :-1]) | (points[:, 1:] != points[:, :-1])).any(0)
+    group = math.gcd(*(np.flatnonzero(changes) + 1).tolist()) or q.shape[1]
+    if bits == 4 and group % 8 and group < q.shape[1]:
+        bits, low = 8, 0
+    if group % 4 and group < q.shape[1]:
+        return None
+    starts = np.arange(0, q.shape[1], group)
+    return Compressed(
+        (whole - low).astype(np.uint8),
+        np.ascontiguousarray(scale[:, starts]),
+        (points[:, starts] - low).astype(np.uint8),
+        bits,
+        group,
+    )
+
+
+def keep_weights(graph: Graph) -> Graph:
+    """Weights that came as integers, in layers on float32 activations, stay integers where that pays."""
+
+    def one(node: Node, inputs: tuple[Node, ...]) -> Node:
+        c = stored(node)
+        if c is None:
+            return rebuilt(node, inputs)
+        rows, depth = node.type.size // len(c.q), c.q.shape[1]
+        if c.group == depth and (rows > FEW_ROWS or c.q.size < MANY_WEIGHTS):
+            return rebuilt(node, inputs)
+        bias = _bias(node)
+        return rebuilt(node, inputs) if bias is None else compressed_node(node, inputs[0], c, bias, 32)
+
+    return graph.map_nodes(one)
+
+
+def _bias(node: Node) -> np.ndarray | None:
+    """[OC] float32, zeros where there is none; None if it is computed."""
+    if len(node.inputs) < 3:
+        return np.zeros(node.shape[-1], np.float32)
+    b = node.inputs[2]
+    if b.op == "dequantize" and all(i.is_const for i in b.inputs):
+        return ops.evaluate(b, [i.value for i in b.inputs])
+    return b.value if b.is_const else None
 
 
 def is_table(node: Node) -> bool:
@@ -148,7 +213,7 @@ def is_table(node: Node) -> bool:
     return table.type.rank == 2 and node.attrs["axis"] % 2 == 0 and table.type.size >= LEAST_TABLE
 
 
-def compressed_node(node: Node, x: Node, c: Compressed, bias: np.ndarray | None, activation: int) -> Node:
+def compressed_node(node: Node, x: Node, c: Compressed, bias: np.ndarray, activation: int) -> Node:
     """`node` as a product of `x` and compressed weights."""
     if activation < 32 and c.group > LONGEST_BYTES:
         activation = 32
@@ -157,7 +222,7 @@ def compressed_node(node: Node, x: Node, c: Compressed, bias: np.ndarray | None,
         constant(c.q, name=w.name, origin=w.origin),
         constant(c.scale),
         constant(c.zero),
-        constant(np.zeros(len(c.q), np.float32) if bias is None else bias.astype(np.float32)),
+        constant(np.array(bias, np.float32)),
     ]
     attrs = {"bits": c.bits, "group": c.group, "activation": activation}
     return ops.make("compressed_linear", x, *operands, origin=node.origin, label=node.name, **attrs)
@@ -183,15 +248,13 @@ def compress(graph: Graph, scheme: Scheme) -> tuple[Graph, dict[Node, Compressed
             rows, scales = (ops.make("gather", v, inputs[1], axis=0, origin=node.origin) for v in (q, scale))
             zero = constant(np.asarray(128, np.uint8))
             return ops.make("dequantize", rows, scales, zero, origin=node.origin, label=node.name)
-        w = matrix_of(node)
-        if w is None:
-            return rebuilt(node, inputs)
-        c = scheme.weights.get(node)
-        if c is None:
+        w, c, bias = matrix_of(node), scheme.weights.get(node) or stored(node), _bias(node)
+        if c is None and w is not None:
             bits = scheme.bits_of(node, graph)
             c = compressed(w, bits, group_of(w.shape[1], bits, scheme.group))
+        if c is None or bias is None:
+            return rebuilt(node, inputs)
         found[node] = c
-        bias = node.inputs[2].value if len(node.inputs) > 2 else None
         return compressed_node(node, inputs[0], c, bias, scheme.activation)
 
     result = graph.map_nodes(one)

@@ -22,6 +22,7 @@ import numpy as np
 
 from skive import ops
 from skive.ir import Graph, Node, constant, rebuilt
+from skive.passes.compress_weights import keep_weights
 from skive.pipeline import pass_
 from skive.rewrite import Declined, Match, Var, op, rewrite, rule
 from skive.types import DType
@@ -422,4 +423,4 @@ def integer_arithmetic(graph: Graph, options: object) -> Graph:
     if not any(n.op in ("dequantize", "quantize", "requantize") or (n.dtype is I32 and ops.macs(n))
                for n in graph.nodes):
         return graph
-    return _folded(_own_dequantize(rewrite(unsigned(graph), RULES)))
+    return _folded(_own_dequantize(keep_weights(rewrite(unsigned(graph), RULES))))

@@ -129,6 +129,15 @@ def _open_onnx(
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
+        # It would round activations to 8 bits where weights have 4: in float32, if at all, it is an oracle.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        if any(
+            a.name == "accuracy_level" and a.i > 1
+            for n in proto.graph.node
+            if n.op_type == "MatMulNBits"
+            for a in n.attribute
+        ):
+            return None
         try:
             session = ort.InferenceSession(
                 path or proto.SerializeToString(), options, providers=["CPUExecutionProvider"]

@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
+from onnx import helper, numpy_helper
 
 import skive
 from skive import compression, ops
 from skive.cli import cli
-from skive.errors import QuantizationError
+from skive.errors import InvalidModelError, QuantizationError, UnsupportedOpError
 from skive.export.onnx import export_onnx
+from skive.frontend.onnx import import_onnx
 from skive.ir import Graph, Node, constant
+from skive.passes import canonical, optimize
 from skive.passes.compress_weights import Scheme, compress, compress_weights, compressed, group_of
 from skive.pipeline import random_inputs
 from skive.reference import evaluate_graph
@@ -161,6 +165,113 @@ def test_export() -> None:
         session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         (got,) = session.run(None, {"x": x[0]})
         np.testing.assert_allclose(got, evaluate_graph(small, x)[0], rtol=1e-4, atol=1e-5)
+
+
+def model_of(nodes: list[onnx.NodeProto], values: dict[str, np.ndarray | onnx.TensorProto], x: tuple[int, ...],
+             y: tuple[int, ...], *domains: str) -> onnx.ModelProto:
+    tensors = [v if isinstance(v, onnx.TensorProto) else numpy_helper.from_array(v, k) for k, v in values.items()]
+    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("x", 1, x)],
+                              [helper.make_tensor_value_info("y", 1, y)], tensors)
+    opsets = [helper.make_opsetid("", 21), *(helper.make_opsetid(d, 1) for d in domains)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def nibbles(values: np.ndarray) -> np.ndarray:
+    """Pairs of 4-bit integers along the last axis, the first in the low half."""
+    even = np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, values.shape[-1] % 2)]).astype(np.uint8) & 15
+    return even[..., 0::2] | even[..., 1::2] << 4
+
+
+def packed(name: str, values: np.ndarray, elem: int) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=elem, dims=values.shape)
+    tensor.raw_data = nibbles(values.reshape(1, -1)).tobytes()
+    return tensor
+
+
+def compared(model: onnx.ModelProto, rows: int, **attrs: int) -> None:
+    """The model stays compressed, with `attrs`; the artefact computes what onnxruntime computes."""
+    ort = pytest.importorskip("onnxruntime")
+    x = RNG.standard_normal((rows, model.graph.input[0].type.tensor_type.shape.dim[1].dim_value)).astype(np.float32)
+    module = skive.compile(model)
+    calls = [c for c in optimize(import_onnx(model))[0].nodes if c.op == "compressed_linear"]
+    assert len(calls) == 1 and {k: calls[0].attrs[k] for k in attrs} == attrs
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")  # else 8 bits of activations
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (want,) = session.run(None, {"x": x})
+    np.testing.assert_allclose(module(x), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("points", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_matmulnbits(bits: int, points: bool) -> None:
+    n, k, block = 40, 100, 32  # the last block is shorter
+    q = RNG.integers(0, 1 << bits, (n, 4, block), np.uint8)
+    values = {
+        "w": nibbles(q) if bits == 4 else q,
+        "s": RNG.uniform(0.5, 1, (n, 4)).astype(np.float32),
+        "z": (lambda z: nibbles(z) if bits == 4 else z)(RNG.integers(0, 1 << bits, (n, 4), np.uint8)),
+    }
+    node = helper.make_node("MatMulNBits", ["x", "w", "s", *["z"] * points], ["y"], domain="com.microsoft", N=n, K=k,
+                            bits=bits, block_size=block)
+    compared(model_of([node], values, (7, k), (7, n), "com.microsoft"), 7, bits=bits, group=block, activation=32)
+
+
+@pytest.mark.parametrize("elem", [onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.INT8])
+def test_weights_in_blocks(elem: int) -> None:
+    """DequantizeLinear with block_size on [K, N] in front of a MatMul."""
+    k, n, block = 96, 33, 16
+    low, high = {onnx.TensorProto.INT4: (-8, 8), onnx.TensorProto.UINT4: (0, 16)}.get(elem, (-128, 128))
+    q, z = (RNG.integers(low, high, s, np.int16) for s in ((k, n), (k // block, n)))
+    whole = (lambda name, v: packed(name, v, elem)) if elem != onnx.TensorProto.INT8 else (
+        lambda name, v: numpy_helper.from_array(v.astype(np.int8), name))
+    values = {"q": whole("q", q), "z": whole("z", z), "s": RNG.uniform(0.5, 1, z.shape).astype(np.float32)}
+    nodes = [helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=0, block_size=block),
+             helper.make_node("MatMul", ["x", "w"], ["y"])]
+    compared(model_of(nodes, values, (5, k), (5, n)), 5, bits=8 if elem == onnx.TensorProto.INT8 else 4, group=block)
+
+
+def test_one_scale_a_channel_stays_where_few_rows_read_many_weights() -> None:
+    values = {"q": RNG.integers(-128, 128, (512, 600), np.int8), "s": RNG.uniform(0.5, 1, 600).astype(np.float32),
+              "z": np.zeros(600, np.int8)}
+    nodes = [helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], axis=1),
+             helper.make_node("MatMul", ["x", "w"], ["y"])]
+    compared(model_of(nodes, values, (2, 512), (2, 600)), 2, bits=8, group=512)
+    many = optimize(import_onnx(model_of(nodes, values, (64, 512), (64, 600))))[0]
+    assert [n.op for n in many.nodes if ops.macs(n)] == ["linear"]
+
+
+def test_four_bits_outside_dequantizelinear_are_refused() -> None:
+    q = packed("q", RNG.integers(0, 16, (4, 6)), onnx.TensorProto.UINT4)
+    nodes = [helper.make_node("Cast", ["q"], ["w"], to=1), helper.make_node("MatMul", ["x", "w"], ["y"])]
+    with pytest.raises(UnsupportedOpError, match="4-bit integers"):
+        import_onnx(model_of(nodes, {"q": q}, (1, 4), (1, 6)))
+    del q.dims[:]
+    q.dims.extend([4, 8])
+    with pytest.raises(InvalidModelError, match="16 bytes, but 12"):
+        import_onnx(model_of(nodes, {"q": q}, (1, 4), (1, 6)))
+
+
+@pytest.mark.parametrize("change", [{"bits": 2}, {"block_size": 8}, {"N": 41}, {"K": 120}])
+def test_damaged_matmulnbits(change: dict[str, int]) -> None:
+    values = {"w": np.zeros((40, 4, 16), np.uint8), "s": np.ones((40, 4), np.float32)}
+    attrs = {"N": 40, "K": 100, "bits": 4, "block_size": 32, **change}
+    node = helper.make_node("MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft", **attrs)
+    with pytest.raises((InvalidModelError, UnsupportedOpError)):
+        import_onnx(model_of([node], values, (7, 100), (7, 40), "com.microsoft"))
+
+
+def test_stored_weights_can_have_rounded_rows() -> None:
+    """`weights4` on a model that has its weights in 4 bits already takes them as they are."""
+    small = export_onnx(compress_weights(perceptron(), bits=4, activation=32))
+    graph = optimize(import_onnx(small))[0]
+    again = compress(canonical(import_onnx(small))[0], Scheme(4))[0]
+    # The last layer has one scale a channel and is small: by itself it becomes float32.
+    as_it_is, rounded = ([n for n in g.nodes if n.op == "compressed_linear"] for g in (graph, again))
+    assert len(as_it_is) == 2 and len(rounded) == 3
+    for a, b in zip(as_it_is, rounded):
+        assert (a.attrs["activation"], b.attrs["activation"]) == (32, 16)
+        assert all(np.array_equal(i.value, j.value) for i, j in zip(a.inputs[1:4], b.inputs[1:4], strict=True))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,17 @@ from skive import ops
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
 from skive.frontend.onnx.batch import check_separable
-from skive.frontend.onnx.load import DTYPES, ELEM_TYPES, Loaded, elem_name, load_model, sparse_array, tensor_array
+from skive.frontend.onnx.load import (
+    DTYPES,
+    ELEM_TYPES,
+    NIBBLES,
+    Loaded,
+    elem_name,
+    load_model,
+    nibble_array,
+    sparse_array,
+    tensor_array,
+)
 from skive.frontend.onnx.table import (
     ROWS,
     UNKNOWN,
@@ -101,6 +111,7 @@ class Importer:
         self.to_fix: dict[str, None] = {}
         self.inputs: list[Node] = []
         self.batched: set[Node] = set()
+        self.nibbles: set[Node] = set()  # constants of 4-bit integers, which stand in 8 bits
         self.depth = 0
         self.steps = 0
 
@@ -253,6 +264,10 @@ class Importer:
         return [self.lookup(o.name, scope, "the output of the graph") or UNKNOWN for o in graph.output]
 
     def initializer(self, tensor: onnx.TensorProto) -> Value:
+        if tensor.data_type in NIBBLES:
+            node = constant(nibble_array(tensor, self.folder), name=tensor.name, origin=tensor.name)
+            self.nibbles.add(node)
+            return node
         if tensor.data_type not in DTYPES:
             self.problems.append((tensor.name, f"element type {elem_name(tensor.data_type)} is not supported", ""))
             return UNKNOWN
@@ -299,6 +314,8 @@ class Importer:
                 inputs: list[Value | None]) -> Sequence[Value | None]:
         """The values of the outputs of `node`, by a function of the model, a row, or ONNX's own function."""
         unknown = any(isinstance(i, UnknownValue) for i in inputs)
+        if node.op_type != "DequantizeLinear" and any(i in self.nibbles for i in inputs if isinstance(i, Node)):
+            raise Unsupported("4-bit integers are read as constants of DequantizeLinear only")
         attrs = {a.name: env.refs.get(a.ref_attr_name) if a.ref_attr_name else a for a in node.attribute}
         bound = {k: a for k, a in attrs.items() if a is not None}
         own = self.functions.get((domain, node.op_type))

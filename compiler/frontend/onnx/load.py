@@ -31,6 +31,8 @@ DTYPES: dict[int, DType] = {
     TensorProto.INT64: DType.i64, TensorProto.UINT8: DType.u8, TensorProto.UINT16: DType.u16,
     TensorProto.UINT32: DType.u32, TensorProto.UINT64: DType.u64, TensorProto.BOOL: DType.bool}
 ELEM_TYPES = {d: e for e, d in DTYPES.items()}
+# Two elements to a byte, the first in the low half; read into the integers of 8 bits that hold their values.
+NIBBLES: dict[int, DType] = {TensorProto.INT4: DType.i8, TensorProto.UINT4: DType.u8}
 # The field that holds the elements when they are not raw bytes, by element type.
 FIELDS = {DType.f32: "float_data", DType.f64: "double_data", DType.i64: "int64_data", DType.u32: "uint64_data",
           DType.u64: "uint64_data"}
@@ -217,6 +219,11 @@ def check_tensor(tensor: TensorProto) -> None:
     """InvalidModelError if the stored data is not exactly what the shape needs."""
     count = element_count(list(tensor.dims), tensor.name or "a tensor")
     dtype = DTYPES.get(tensor.data_type)
+    if tensor.data_type in NIBBLES and tensor.data_location != TensorProto.EXTERNAL:
+        bytes_ = len(tensor.raw_data if tensor.HasField("raw_data") else tensor.int32_data)
+        if bytes_ != (count + 1) // 2:
+            raise InvalidModelError(f"{tensor.name or 'a tensor'}: shape {list(tensor.dims)} of 4-bit integers needs "
+                                    f"{(count + 1) // 2} bytes, but {bytes_} are stored")
     if dtype is None or tensor.data_location == TensorProto.EXTERNAL:
         return  # reported where it is used; external data is measured when it is read
     stored = len(tensor.raw_data) // dtype.bytes if tensor.HasField("raw_data") else len(
@@ -246,6 +253,20 @@ def tensor_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
     return np.array(values, wide).astype(dtype.numpy).reshape(shape)
 
 
+def nibble_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
+    """The value of a tensor of 4-bit integers, in 8 bits; InvalidModelError if its data is not there."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        packed = np.frombuffer(external_bytes(tensor, folder), np.uint8)
+    else:
+        check_tensor(tensor)
+        packed = np.frombuffer(tensor.raw_data, np.uint8) if tensor.HasField("raw_data") else np.array(
+            tensor.int32_data, np.int64).astype(np.uint8)
+    values = np.stack([packed & 15, packed >> 4], -1).reshape(-1)[: math.prod(tensor.dims)].reshape(tuple(tensor.dims))
+    if tensor.data_type == TensorProto.INT4:
+        return ((values ^ 8).astype(np.int8) - 8).astype(np.int8)
+    return values
+
+
 def external_bytes(tensor: TensorProto, folder: Path | None) -> bytes:
     """The data of a tensor in another file, which must lie in the folder of the model."""
     entries = {e.key: e.value for e in tensor.external_data}
@@ -266,7 +287,8 @@ def external_bytes(tensor: TensorProto, folder: Path | None) -> bytes:
         raise InvalidModelError(f"{name}: external data {location!r} is a link that leaves the folder of the model")
     if not path.is_file():
         raise InvalidModelError(f"{name}: external data {location!r} is missing")
-    needed = element_count(list(tensor.dims), name) * DTYPES[tensor.data_type].bytes
+    count = element_count(list(tensor.dims), name)
+    needed = (count + 1) // 2 if tensor.data_type in NIBBLES else count * DTYPES[tensor.data_type].bytes
     try:
         offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(needed)))
     except ValueError:
@@ -313,7 +335,8 @@ def model_sha256(model: str | Path | ModelProto | Loaded) -> str:
             raise InvalidModelError(f"the model: {str(e).splitlines()[0]}") from None
     external = False
     for tensor in (*proto.graph.initializer, *attribute_tensors(proto)):
-        if tensor.data_location == TensorProto.EXTERNAL and tensor.data_type in DTYPES:
+        known = tensor.data_type in DTYPES or tensor.data_type in NIBBLES
+        if tensor.data_location == TensorProto.EXTERNAL and known:
             digest.update(external_bytes(tensor, folder))
             external = True
     return file_sha256 if file_sha256 and not external else digest.hexdigest()

@@ -2,8 +2,8 @@
 
 Where ONNX or onnxruntime define an operator by integer sums, so does its row: integer contractions and
 `requantize` by the one factor x_scale * w_scale / y_scale in float32. The others are `dequantize`, the
-float operation and `quantize`. Scales and zero points that only the run decides, float16, blocks and
-numbers of 4 bits are spelled out in float and 32-bit operations (docs/quantized-models.md).
+float operation and `quantize`. Scales and zero points that only the run decides, float16, and blocks of
+what is no constant are spelled out in float and 32-bit operations (docs/quantized-models.md).
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ def along(c: Call, v: Node, x: Node, axis: int, block: int) -> Node:
     if v.shape[axis] < x.shape[axis]:
         raise InvalidModelError(f"blocks of {block} do not cover axis {axis} of {x.type}")
     return c.slice(v, axis, 0, x.shape[axis])
+
+
+def each_element(v: Node, x: Node, axis: int, block: int) -> np.ndarray:
+    """A constant scale or zero point per block of `axis`, repeated for each element of `x`."""
+    if v.type.rank != x.type.rank or any(s != d for i, (s, d) in enumerate(zip(v.shape, x.shape)) if i != axis):
+        raise InvalidModelError(f"{v.type} for blocks of {x.type}")
+    block = block or -(-x.shape[axis] // max(1, v.shape[axis]))
+    if block < 1 or v.shape[axis] != -(-x.shape[axis] // block):
+        raise InvalidModelError(f"blocks of {block} do not cover axis {axis} of {x.type}")
+    return v.value.take(np.arange(x.shape[axis]) // block, axis)
 
 
 def scalar(c: Call, v: Node) -> Node:
@@ -124,6 +134,10 @@ def dequantize_linear(c: Call) -> Node:
     x, scale, zero = c[0], c[1], c.get(2)
     axis, block = int(c.attr("axis", 1)), int(c.attr("block_size", 0))
     blocks = scale.type.rank > 1 and scale.type.size > 1
+    if blocks and x.is_const and scale.is_const and (zero is None or zero.is_const) and scale.dtype is DType.f32:
+        full = [None if v is None else c.lit(each_element(v, x, checked_axis(axis, x.type.rank), block))
+                for v in (scale, zero)]
+        return dequantized(c, x, full[0] or scale, full[1])
     scale = along(c, scale, x, axis, block)
     return dequantized(c, x, scale, None if zero is None else along(c, zero, x, axis, block), blocks=blocks)
 
@@ -281,6 +295,51 @@ def with_bias(c: Call, total: Node, bias: Node) -> Node:
             flat = c.lit(np.broadcast_to(bias.value.reshape(-1), (columns,)))
             return c.make("linear", *total.inputs, flat, zero=total.attrs["zero"])
     return c.make("add", total, bias)
+
+
+@onnx_op("MatMulNBits", domain=MICROSOFT)
+def matmul_nbits(c: Call) -> Node:
+    """x w^T + bias with constant weights [N, K] of 4 or 8 bits, packed [N, blocks, bytes], a scale for each block.
+
+    Without zero points they are 2^(bits - 1). `accuracy_level`, which permits rounding x, is not used.
+    """
+    x, packed, scales, zero, order, bias = c[0], c[1], c[2], c.get(3), c.get(4), c.get(5)
+    n, k, block = (int(c.required(name)) for name in ("N", "K", "block_size"))
+    bits = int(c.attr("bits", 4))
+    if bits not in (4, 8) or order is not None:
+        raise Unsupported(f"MatMulNBits with {bits} bits" if order is None else "MatMulNBits with g_idx",
+                          "4 and 8 bits, in order, are supported")
+    if block < 16 or n < 1 or k < 1:
+        raise InvalidModelError(f"MatMulNBits with N={n}, K={k}, block_size={block}")
+    groups = -(-k // block)
+
+    def unpacked(v: Node, per_row: int, what: str) -> np.ndarray:
+        """[N, per_row] integers; each row starts with a byte of its own."""
+        stored = c.known(v, what, data=True)
+        row = -(-per_row * bits // 8)
+        if stored.dtype != np.uint8 or stored.size != n * row:
+            raise InvalidModelError(f"{what} {v.type}: {n * row} bytes are needed")
+        flat = stored.reshape(n, row)
+        if bits == 4:
+            flat = np.stack([flat & 15, flat >> 4], -1).reshape(n, -1)
+        return flat[:, :per_row]
+
+    q = unpacked(packed, groups * block, "the weights")[:, :k]
+    scale = c.known(scales, "the scales", data=True)
+    if scale.size != n * groups or scale.dtype != np.float32:
+        raise Unsupported(f"MatMulNBits with scales {scales.type}", "float32 scales, one for each block, are supported")
+    if zero is None:
+        points = np.full((n, groups), 1 << (bits - 1), np.uint8)
+    elif zero.dtype is DType.u8:
+        points = unpacked(zero, groups, "the zero points")
+    else:
+        raise Unsupported(f"MatMulNBits with zero points of {zero.dtype.value}")
+    each = np.arange(k) // block
+    w = c.make("dequantize", c.lit(q), c.lit(scale.reshape(n, groups)[:, each]), c.lit(points[:, each]))
+    if x.type.rank < 1 or x.shape[-1] != k or x.dtype is not DType.f32:
+        raise InvalidModelError(f"MatMulNBits of {x.type} with K={k}")
+    y = c.make("linear", x, w)
+    return y if bias is None else c.make("add", y, bias)
 
 
 @onnx_op("MatMulIntegerToFloat", domain=MICROSOFT)
