@@ -155,8 +155,9 @@ def compile(
             return graph
 
         steps.append(Step(Pass("export-onnx", keep, exact=True), NoOptions()))
+    last = passes.INTEGER_ONLY if wanted and wanted.integer_only else passes.FUSED
     optimised, records = PassManager().run(
-        imported, [*steps, *passes.FUSED], dump_dir=dump_ir, check="always" if strict else "never"
+        imported, [*steps, *last], dump_dir=dump_ir, check="always" if strict else "never"
     )
     progress("lower", 0.25)
     choices = tuning.Tuning()
@@ -167,7 +168,7 @@ def compile(
         if tuned is not None:
             key = _tuned_key(tuned.stem, text)
             build.store_text(text, tuned)
-    plan = lower(optimised, chosen, threads, choices)
+    plan = _with_scales(lower(optimised, chosen, threads, choices), found)
     sources = cxx.emit(plan, chosen)
     with write_folder(folder) as temporary:
         build.write_sources(temporary, sources, plan.weights, plan.name)
@@ -255,7 +256,23 @@ def _temporary_folder() -> Path:
 
 def _ports(plan: Plan, side: str) -> list[dict[str, Any]]:
     lead = (lambda s: [-1, *s[1:]]) if plan.batch_max else list
-    return [{"name": p.name, "shape": lead(p.shape), "dtype": p.dtype} for p in getattr(plan, side)]
+    return [
+        {"name": p.name, "shape": lead(p.shape), "dtype": p.dtype}
+        | ({"scale": p.scale, "zero": p.zero} if p.scale is not None else {})
+        for p in getattr(plan, side)
+    ]
+
+
+def _with_scales(plan: Plan, found: Mapping[str, Any]) -> Plan:
+    """`plan` whose inputs and outputs say which real numbers their integers stand for."""
+    known = found.get("quantization", {}).get("ports")
+    if not known:
+        return plan
+    sides = {
+        side: tuple(dataclasses.replace(p, **(q or {})) for p, q in zip(getattr(plan, side), known[side], strict=True))
+        for side in ("inputs", "outputs")
+    }
+    return dataclasses.replace(plan, **sides)
 
 
 def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
@@ -433,6 +450,7 @@ def _verify_integers(
         if data is not None
         else check.sample_inputs(imported)
     )
+    inputs = [p.quantize(a) for p, a in zip(module.inputs, inputs, strict=True)]
     got = module(*inputs)
     got = got if isinstance(got, tuple) else (got,)
     pairs = list(zip(got, evaluate_graph(optimised, inputs), strict=True))
@@ -541,7 +559,8 @@ def verdict_against(
         ("inputs", module.inputs, graph.inputs),
         ("outputs", module.outputs, graph.outputs),
     ):
-        if [(p.shape[1:], p.dtype) for p in mine] != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
+        types = [p.dtype if p.scale is None else "float32" for p in mine]
+        if [(p.shape[1:], t) for p, t in zip(mine, types, strict=True)] != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
             raise ShapeError(
                 f"the model's {what} are not those of {module.folder}: it was compiled from another model"
             )
@@ -553,8 +572,10 @@ def verdict_against(
     worst: check.Verdict | None = None
     at = 0
     for done, inputs in enumerate(calls, 1):
-        got = module(*inputs)
+        given = [p.quantize(a) for p, a in zip(module.inputs, inputs, strict=True)]
+        got = module(*given)
         got = got if isinstance(got, tuple) else (got,)
+        got = tuple(p.dequantize(g) for p, g in zip(module.outputs, got, strict=True))
         pairs = list(zip(got, evaluate_graph(graph, inputs), strict=True))
         verdict = check.compare(pairs, "numpy", 1)
         if not verdict.passed and fixed and (not rounds or check.rounds_alike(pairs)):
@@ -567,7 +588,8 @@ def verdict_against(
         worst = _worse(worst, verdict)
         progress(done)
     assert worst is not None
-    ratios = [o.sqnr_db for o, p in zip(agreement.outputs, module.outputs, strict=True) if p.dtype.startswith("float")]
+    ratios = [o.sqnr_db for o, p in zip(agreement.outputs, module.outputs, strict=True)
+              if p.dtype.startswith("float") or p.scale is not None]
     return dataclasses.replace(worst, samples=agreement.samples, sqnr_db=min(ratios, default=None)), agreement
 
 

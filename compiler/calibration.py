@@ -245,13 +245,19 @@ def _digest(graph: Graph, values: Sequence[Node]) -> str:
 
 
 def runner(
-    graph: Graph, values: Sequence[Node], *, also: Sequence[Node] = (), threads: int = 1, target: str = "host"
+    graph: Graph,
+    values: Sequence[Node],
+    *,
+    also: Sequence[Node] = (),
+    threads: int = 1,
+    target: str = "host",
+    pipeline: Sequence[str] | None = None,
 ) -> Run:
     """A call that maps a sample to the arrays of `values`, compiled; by the numpy reference where there is no
     C++ compiler. Values that are inputs or constants are allowed.
 
     `also`: values that the artefact computes as well. Runners of one network with the same values in all
-    consist of the same code, which is compiled once.
+    consist of the same code, which is compiled once. `pipeline`: the passes before lowering, FUSED if None.
     """
     from skive import check, passes
     from skive.pipeline import PassManager
@@ -266,7 +272,8 @@ def runner(
     if computed:
         part = replace(check.prefix(graph, computed), name="calibration", batch_max=None)
         try:
-            run = _compiled(PassManager().run(part, passes.FUSED, check="never")[0], target, threads)
+            fused, _ = PassManager().run(part, pipeline or passes.FUSED, check="never")
+            run = _compiled(fused, target, threads)
         except ToolchainError as e:
             log.warning("calibrating with the numpy reference, which is slow: %s", e)
             run = lambda sample: evaluate_graph(part, sample)  # noqa: E731

@@ -72,6 +72,8 @@ def layers(
         root = root_of.get(node, node)
         if node.is_const or root in described or storage.is_moved(node) and node.op != "concat":
             continue
+        if storage.integer_only and node is not root:
+            continue  # its other operands may come later
         members = members_of.get(root, [node])
         core = next((n for n in members if ops.macs(n)), node if ops.macs(node) else root)
         stored = root in quantizer.integers

@@ -404,12 +404,13 @@ def _ref_requantize_fixed(x: Sequence[Array], a: FrozenDict) -> Array:
 
 
 def _quantization(name: str, sources: frozenset[DType], others: tuple[DType, ...],
-                  reference: Callable[[Sequence[Array], FrozenDict], Array], doc: str) -> None:
+                  reference: Callable[[Sequence[Array], FrozenDict], Array], doc: str,
+                  results: frozenset[DType] = QUANTIZED) -> None:
     """A row whose operands are x (of `sources`), `others`, and the zero point in the type of the result `to`."""
 
     def rule(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
         got = [t.dtype for t in types]
-        if a["to"] not in QUANTIZED or got[0] not in sources or got[1:] != [*others, a["to"]]:
+        if a["to"] not in results or got[0] not in sources or got[1:] != [*others, a["to"]]:
             raise ShapeError(f"{name} to {a['to'].value} of {', '.join(map(str, types))}")
         return TensorType(broadcast_shapes(*(t.shape for t in types)), a["to"])
 
@@ -425,7 +426,7 @@ _quantization("requantize", frozenset({F32, DType.i32}), (F32,),
               "saturate(round_even(f32(x) factor) + zero), operands x, factor, zero")
 _quantization("requantize_fixed", frozenset({DType.i32}), (DType.i32, DType.i32), _ref_requantize_fixed,
               "saturate(((i64(x) multiplier + 2^(shift-1)) >> shift) + zero), operands x, multiplier, shift in 1..62, "
-              "zero; no float instruction")
+              "zero; no float instruction", QUANTIZED | {DType.i32})
 
 
 def _infer_dequantize(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
@@ -1054,14 +1055,14 @@ _add(Op("sum_pool2d", (1, 1), _infer_sum_pool, _ref_sum_pool, {"kernel": REQUIRE
 
 def _infer_resize(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, *tables = types
-    if x.rank != 4 or x.dtype is not F32:
+    if x.rank != 4 or not (x.dtype is F32 or (x.dtype in QUANTIZED and all(t.shape[1:] == (1,) for t in tables))):
         raise ShapeError(f"resize2d of {x}")
     for i, (sources, weights) in enumerate((tables[:2], tables[2:])):
         if (sources.dtype, weights.dtype) != (DType.i32, F32) or sources.rank != 2 or sources.shape != weights.shape:
             raise ShapeError(f"resize2d: tables {sources} and {weights}")
         if sources.size == 0 or x.shape[1 + i] == 0:
             raise ShapeError(f"resize2d of {x} with tables {sources}: nothing to sample")
-    return TensorType((x.shape[0], tables[0].shape[0], tables[2].shape[0], x.shape[3]), F32)
+    return TensorType((x.shape[0], tables[0].shape[0], tables[2].shape[0], x.shape[3]), x.dtype)
 
 
 def _ref_resize(x: Sequence[Array], a: FrozenDict) -> Array:
@@ -1072,12 +1073,13 @@ def _ref_resize(x: Sequence[Array], a: FrozenDict) -> Array:
         spread = [1, 1, 1, 1, weights.shape[1]]
         spread[axis] = weights.shape[0]
         image = np.sum(taps * weights.astype(np.float64).reshape(spread), -1)
-    return image.astype(np.float32)
+    return image.astype(x[0].dtype)
 
 
 _add(Op("resize2d", (5, 5), _infer_resize, _ref_resize, {}, "window", 1e-5, epilogue=5,
         doc="image [N, H, W, C] resampled: row i of the result is the sum over t of row_weights[i, t] times row rows[i, t], "
-            "columns likewise; operands x, rows, row_weights [OH, T], columns, column_weights [OW, S]"))
+            "columns likewise; operands x, rows, row_weights [OH, T], columns, column_weights [OW, S]; of 8- and 16-bit "
+            "integers one neighbour of weight 1"))
 
 # ------------------------------------------------------------------------------------ normalisation
 
@@ -1126,6 +1128,67 @@ def _ref_rms_norm(x: Sequence[Array], a: FrozenDict) -> Array:
     return (v / np.sqrt((v * v).mean(axes, keepdims=True) + a["eps"]) * x[1]).astype(x[0].dtype)
 
 
+
+
+def _infer_integer_softmax(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, table = types
+    if x.dtype not in (DType.u8, DType.i8) or table != TensorType((256,), DType.u32) or a["to"] not in QUANTIZED:
+        raise ShapeError(f"integer_softmax to {a['to'].value} of {x} with exponentials {table}")
+    if not 1 <= a["levels"] < 2**31:
+        raise ShapeError(f"integer_softmax with {a['levels']} levels")
+    _axis(a["axis"], x.rank, "integer_softmax")
+    return x.with_dtype(a["to"])
+
+
+def _ref_integer_softmax(x: Sequence[Array], a: FrozenDict) -> Array:
+    v = x[0].astype(np.int64)
+    e = x[1][np.max(v, a["axis"], keepdims=True) - v].astype(np.uint64) if v.size else v.astype(np.uint64)
+    inverse = np.uint64(a["levels"] << 32) // np.maximum(e.sum(a["axis"], dtype=np.uint64, keepdims=True), np.uint64(1))
+    y = ((e * inverse + np.uint64(2**31)) >> np.uint64(32)).astype(np.int64) + a["zero"]
+    limits = np.iinfo(a["to"].numpy)
+    return np.clip(y, limits.min, limits.max).astype(a["to"].numpy)
+
+
+_add(Op("integer_softmax", (2, 2), _infer_integer_softmax, _ref_integer_softmax,
+        {"axis": -1, "levels": REQUIRED, "zero": 0, "to": REQUIRED}, "normalize", 0.0,
+        doc="softmax of bytes without a float instruction: e = table[max x - x], r = floor(levels 2^32 / sum e), "
+            "saturate(((e r + 2^31) >> 32) + zero); operands x and the u32 table of 2^F exp(-k scale); levels is 1 / scale "
+            "of the result (after Kim et al.: I-BERT, 2021)"))
+
+
+def _infer_integer_layer_norm(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x, scale, bias = types
+    tail = TensorType(x.shape[_axis(a["axis"], x.rank, "integer_layer_norm"):], DType.i32)
+    if x.dtype not in QUANTIZED or a["to"] not in QUANTIZED or scale != tail or bias != tail or tail.size >= 2**15:
+        raise ShapeError(f"integer_layer_norm to {a['to'].value} of {', '.join(map(str, types))}")
+    if not (16 <= a["shift"] <= 46 and 1 <= a["eps"] < 2**60):
+        raise ShapeError(f"integer_layer_norm with eps {a['eps']} and shift {a['shift']}")
+    return x.with_dtype(a["to"])
+
+
+def _ref_integer_layer_norm(x: Sequence[Array], a: FrozenDict) -> Array:
+    n = x[1].size
+    v = x[0].astype(np.int64).reshape(-1, n)
+    scale, bias = (p.astype(np.int64).reshape(-1) for p in x[1:])
+    total = v.sum(1, keepdims=True)
+    variance = n * (v * v).sum(1, keepdims=True) - total * total + a["eps"]
+    bits = np.zeros_like(variance)
+    for _ in range(30):
+        small = variance < 2**60
+        variance, bits = np.where(small, variance << 2, variance), bits + small
+    root = np.frompyfunc(math.isqrt, 1, 1)(variance).astype(np.int64) if v.size else variance
+    z = ((n * v - total) * (np.int64(2**61) // root) + (np.int64(1) << (45 - bits))) >> (46 - bits)
+    y = ((z * scale + (bias << (a["shift"] - 15)) + (np.int64(1) << (a["shift"] - 1))) >> a["shift"]) + a["zero"]
+    limits = np.iinfo(a["to"].numpy)
+    return np.clip(y, limits.min, limits.max).astype(a["to"].numpy).reshape(x[0].shape)
+
+
+_add(Op("integer_layer_norm", (3, 3), _infer_integer_layer_norm, _ref_integer_layer_norm,
+        {"axis": -1, "eps": REQUIRED, "shift": REQUIRED, "zero": 0, "to": REQUIRED}, "normalize", 0.0,
+        doc="layer normalisation of integers without a float instruction, over the axes from `axis`: with s and q the sums "
+            "of x and x^2 of N values, z = (N x - s) / sqrt(N q - s^2 + eps) with 15 fraction bits, "
+            "saturate(((z scale + bias 2^(shift-15) + 2^(shift-1)) >> shift) + zero); each rounding as in norm.h; scale and "
+            "bias i32 (after Kim et al.: I-BERT, 2021)"))
 _add(Op("layer_norm", (2, 3), _infer_norm, _ref_layer_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
         doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
 _add(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,

@@ -93,12 +93,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """A graph input or output as the caller sees it; `bytes` of one sample."""
+    """A graph input or output as the caller sees it; `bytes` of one sample. Integers that stand for real numbers
+    have a `scale`: real = scale (integer - zero)."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     bytes: int
+    scale: float | None = None
+    zero: int | None = None
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ class Quantize:
     be read once only is kept on disk, never in memory. `samples`: how many are used, spread evenly over
     what has a length, the first ones of what has none. `method`: how ranges follow from what was
     observed; `percentile` belongs to the method of that name. `per_channel`: one weight scale per output
-    channel. `keep`: patterns of layer names that stay float32. `bias_correction`, `equalise` and
+    channel. `integer_only`: no float instruction in the artefact, whose inputs and outputs are then integers
+    with a scale and a zero point. `keep`: patterns of layer names that stay float32. `bias_correction`, `equalise` and
     `rounding` (Nagel et al., Data-Free Quantization, 2019, and Up or Down?, 2020), `smooth`, the
     migration strength behind normalisations (Xiao et al., SmoothQuant, 2023; None: found for each of
     them, 0: none): see the passes of these names. `state`: a file that holds what was observed, so that
@@ -88,11 +89,9 @@ class Quantize:
         for name, allowed in (("dtype", DTYPES), ("method", METHODS), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in allowed:
                 raise QuantizationError(f"{name} is {getattr(self, name)!r}; it can be {', '.join(allowed)}")
-        if self.integer_only:
-            raise QuantizationError(
-                "integer_only is not available yet: layers without an integer form compute in float32 between "
-                "integers; leave it out, and see the report's islands"
-            )
+        if self.integer_only and (self.dtype != "int8" or self.keep):
+            what = f"dtype is {self.dtype!r}" if self.dtype != "int8" else "keep names layers that stay float32"
+            raise QuantizationError(f"{what}; integer_only goes with int8 and keeps nothing")
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"percentile is {self.percentile!r}, not above 50 and at most 100")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
@@ -117,6 +116,13 @@ class Quantize:
         """True if the layer of `node` is to stay float32."""
         return any(fnmatch.fnmatchcase(name, p) for p in self.keep for name in (node.origin, node.name) if name)
 
+
+    def storage(self, graph: Graph) -> Storage:
+        """What of the float `graph` is stored as integers."""
+        from skive.passes.integer_only import Storage as IntegerStorage
+        from skive.passes.quantize import Storage
+
+        return (IntegerStorage if self.integer_only else Storage)(graph, self.keeps)
 
     def data(self, graph: Graph) -> Samples:
         """The calibration samples for `graph`; the same object again for inputs of the same names and types,
@@ -390,6 +396,8 @@ class Calibrated:
 
         keep = keep or options.keeps
         storage, observed = Storage(self.graph, keep), self.observed
+        if options.integer_only:
+            storage = options.storage(self.graph)
         levels = 256 if dtype == "int8" else 65536
         ranges = {}
         for v in filter(observed.__contains__, storage.sources):
@@ -451,7 +459,7 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
     from skive import calibration
     from skive.passes.quantize import Storage
 
-    storage = Storage(graph, options.keeps)
+    storage = options.storage(graph)
     if not storage.products:
         raise QuantizationError(f"{graph.name}: no layer can be computed in integers")
     samples = options.data(graph)
@@ -496,6 +504,11 @@ def apply(
     # Always the best code that runs here: the graph must not depend on what it is compiled for (the last bits
     # of float sums do), and another processor's code may not run at all.
     name = "host"
+    if options.integer_only:
+        from skive.passes.integer_only import prepared, require_integer_forms
+
+        graph = prepared(graph)
+        require_integer_forms(graph)  # before the data is looked at
     known = calibrated(graph, options, progress, name)
     quantizer = known.quantizer(options, options.dtype)
     quantized = quantizer.build()
@@ -511,8 +524,20 @@ def apply(
             measured, details["sqnr_db"] = signal_to_noise(known.graph, quantized, quantizer, chosen, name)
         except UnsupportedOpError as e:
             log.warning("%s: signal-to-noise ratios are not measured: %s", graph.name, e)
+    if options.integer_only:
+        details["ports"] = {
+            side: [_port(quantizer, v) for v in getattr(known.graph, side)] for side in ("inputs", "outputs")
+        }
     details["layers"] = explanation.layers(known.graph, quantizer, known.observed, measured, options.keep)
     return quantized, details
+
+
+def _port(quantizer: Quantizer, value: Node) -> dict[str, float | int] | None:
+    """real = scale (integer - zero) of an input or output that is integers; None of another."""
+    if value not in quantizer.integers:
+        return None
+    form = quantizer.format_of(value)
+    return {"scale": form.scale, "zero": form.zero}
 
 
 def measured_samples(graph: Graph, known: Calibrated) -> list[Sample]:
@@ -589,23 +614,29 @@ def signal_to_noise(
     graph: Graph, quantized: Graph, quantizer: Quantizer, samples: Sequence[Sample], target: str
 ) -> tuple[dict[Node, float], float | None]:
     """(dB of each stored value of `graph` in the quantized network, the smallest dB of the outputs)."""
-    from skive import calibration
+    from skive import calibration, passes
 
+    whole = quantizer.storage.integer_only
     stored = [v for v in quantizer.integers if v.op != "input"]
     wanted = [o for o in graph.outputs if o.dtype.is_float and o.type.size]
     pairs = [(o, q) for o, q in zip(graph.outputs, quantized.outputs, strict=True) if o in wanted]
     values = [*stored, *(o for o, _ in pairs)]
     float_run = calibration.runner(graph, values, also=_every_value(graph), target=target)
     fixed_run = calibration.runner(
-        quantized, [*(quantizer.integers[v] for v in stored), *(q for _, q in pairs)], target=target
+        quantized,
+        [*(quantizer.integers[v] for v in stored), *(q for _, q in pairs)],
+        target=target,
+        pipeline=passes.INTEGER_ONLY if whole else passes.FUSED,
     )
+    forms = [quantizer.format_of(v) for v in (*stored, *(o for o, _ in pairs if whole))]
+    entries = [quantizer.format_of(i) if i in quantizer.integers and whole else None for i in graph.inputs]
     signal, noise = np.zeros(len(stored) + len(pairs)), np.zeros(len(stored) + len(pairs))
     for sample in samples:
-        want, got = float_run(sample), fixed_run(sample)
+        integers = [a if f is None else f.integers(a).astype(f.dtype.numpy) for a, f in zip(sample, entries, strict=True)]
+        want, got = float_run(sample), fixed_run(integers)
         for i, (w, g) in enumerate(zip(want, got, strict=True)):
-            if i < len(stored):
-                form = quantizer.format_of(stored[i])
-                g = (g.astype(np.int32) - form.zero) * np.float32(form.scale)
+            if i < len(forms):
+                g = (g.astype(np.int32) - forms[i].zero) * np.float32(forms[i].scale)
             difference = (g - w).reshape(-1)
             flat = w.reshape(-1)
             signal[i] += float(np.vdot(flat, flat))

@@ -23,11 +23,28 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Name, shape and numpy dtype name of an input or output. Dimension 0 may be the largest batch."""
+    """Name, shape and numpy dtype name of an input or output. Dimension 0 may be the largest batch. Where integers
+    stand for real numbers: real = scale (integer - zero)."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    scale: float | None = None
+    zero: int | None = None
+
+    def quantize(self, real: np.ndarray) -> np.ndarray:
+        """`real` as the integers of this tensor, rounded to even and saturated; itself if it has no scale."""
+        if self.scale is None or self.zero is None:
+            return real
+        limits = np.iinfo(self.dtype)
+        steps = np.rint(np.asarray(real, np.float32) / np.float32(self.scale)) + self.zero
+        return np.clip(steps, limits.min, limits.max).astype(self.dtype)
+
+    def dequantize(self, integers: np.ndarray) -> np.ndarray:
+        """The float32 numbers that `integers` of this tensor stand for; itself if it has no scale."""
+        if self.scale is None or self.zero is None:
+            return integers
+        return (np.asarray(integers, np.int32) - self.zero).astype(np.float32) * np.float32(self.scale)
 
 
 class Module:
@@ -39,7 +56,10 @@ class Module:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
             name, threads = self.manifest["name"], self.manifest["threads"]
             ports = [
-                [TensorInfo(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.manifest[k]]
+                [
+                    TensorInfo(p["name"], tuple(p["shape"]), p["dtype"], p.get("scale"), p.get("zero"))
+                    for p in self.manifest[k]
+                ]
                 for k in ("inputs", "outputs")
             ]
             arena, batch, isa = (

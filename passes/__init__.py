@@ -13,6 +13,7 @@ from skive.passes.fold_constants import fold_constants
 from skive.passes.fold_padding import fold_padding
 from skive.passes.fuse_elementwise import fuse_elementwise
 from skive.passes.integer_arithmetic import integer_arithmetic
+from skive.passes.integer_only import integer_only
 from skive.passes.merge_linear import merge_linear
 from skive.passes.quantize import quantize
 from skive.passes.recognise_patterns import recognise_patterns
@@ -22,9 +23,9 @@ from skive.passes.tabulate import tabulate
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
-__all__ = ["CANONICAL", "EXACT", "FUSED", "canonical", "compress_weights", "eliminate_common", "eliminate_dead",
+__all__ = ["CANONICAL", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights", "eliminate_common", "eliminate_dead",
            "eliminate_identity", "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise",
-           "integer_arithmetic", "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes",
+           "integer_arithmetic", "integer_only", "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes",
            "sink_transposes", "tabulate", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
@@ -50,6 +51,14 @@ CANONICAL: list[str] = [
 FUSED: list[str] = [
     "integer-arithmetic",  # leaves a float32 graph alone
     "tabulate",
+    "fuse-elementwise",
+    "eliminate-dead",
+]
+
+# The same where nothing may be float32.
+INTEGER_ONLY: list[str] = [
+    "integer-arithmetic",
+    "integer-only",
     "fuse-elementwise",
     "eliminate-dead",
 ]

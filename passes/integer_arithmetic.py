@@ -114,6 +114,17 @@ def move_integers(m: Match) -> Node | None:
     return _like(m, "dequantize", _like(m, m.root.op, q, **m.root.attrs), _scalar(scale), _scalar(zero))
 
 
+@rule(op("resize2d", op("dequantize", name="x", where=_per_tensor), Var(), Var(), Var(), Var()))
+def nearest_integers(m: Match) -> Node | None:
+    """Nearest neighbours are copied as integers."""
+    q, scale, zero = m["x"].inputs
+    tables = m.root.inputs[1:]
+    plain = all(t.is_const for t in tables) and all((w.value == 1).all() and w.shape[1] == 1 for w in tables[1::2])
+    if not plain or q.dtype not in ops.QUANTIZED or m.root.attrs.get("epilogue"):
+        return None
+    return _like(m, "dequantize", _like(m, "resize2d", q, *tables), _scalar(scale), _scalar(zero))
+
+
 @rule(op("concat"))
 def concat_integers(m: Match) -> Node | None:
     """Operands with one scale and zero point are joined as integers."""
@@ -395,7 +406,7 @@ def quantize_before_reshape(m: Match) -> Node | None:
     return _like(m, "reshape", quantized, shape=m.root.shape)
 
 
-RULES = [move_integers, concat_integers, pad_integers, average_of_integers, mean_of_integers, integer_product,
+RULES = [move_integers, nearest_integers, concat_integers, pad_integers, average_of_integers, mean_of_integers, integer_product,
          requantized, scaled_by_a_power_of_two, bounds_of_integers, quantize_before_reshape]
 
 

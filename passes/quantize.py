@@ -166,6 +166,8 @@ class Storage:
         self.products = [n for n in graph.nodes if self.is_product(n) and n.inputs[0] in self.stored]
         self.sources = [n for n in graph.nodes if n in self.stored and not self.is_moved(n)]
 
+    integer_only = False  # whether the inputs and outputs of the graph are integers too
+
     def is_product(self, node: Node) -> bool:
         """True for a contraction with constant weights that may be computed in integers."""
         return (
@@ -478,9 +480,11 @@ class Quantizer:
         exact: dict[Node, Node] = {}  # the value before it was rounded, for the outputs of the graph
         self.integers: dict[Node, Node] = {}
         for node in graph.nodes:
+            value: Node | None = None
             if node in storage.stored and storage.is_moved(node):
                 integers = self._moved(node, floats)
-                value = None
+            elif node in storage.stored and node.op == "input" and storage.integer_only:
+                integers = ops.make("input", shape=node.shape, dtype=self.format_of(node).dtype, label=node.name)
             else:
                 value = self._float(node, floats)
                 if node not in storage.stored:
@@ -490,7 +494,7 @@ class Quantizer:
             self.integers[node] = integers
             form = self.format_of(node)
             floats[node] = ops.make("dequantize", integers, *_constants(form), origin=node.origin)
-            exact[node] = value if value is not None else floats[node]
+            exact[node] = integers if storage.integer_only else value if value is not None else floats[node]
         return graph.with_nodes(exact)
 
     def _float(self, node: Node, floats: Mapping[Node, Node]) -> Node:

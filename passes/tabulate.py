@@ -75,8 +75,6 @@ def _chain(graph: Graph, root: Node, index: dict[Node, int], through_bytes: bool
 
 def _pays(graph: Graph, chain: Chain) -> bool:
     """Whether looking up is faster than computing."""
-    if not any(n.dtype.is_float for n in chain.nodes):
-        return False  # bytes in vectors
     maker = chain.source
     while is_elementwise(maker) and len(graph.users[maker]) == 1 and maker.inputs[0].shape == maker.shape:
         maker = maker.inputs[0]
@@ -85,9 +83,8 @@ def _pays(graph: Graph, chain: Chain) -> bool:
     return any(ops.op_of(n.op).tolerance > EASY for n in chain.nodes)
 
 
-@pass_("tabulate", exact=True)
-def tabulate(graph: Graph, options: object) -> Graph:
-    """Functions of one byte as tables."""
+def tabulated(graph: Graph, always: bool = False) -> Graph:
+    """`graph` with functions of one byte that pass through floats as tables, where that pays or `always`."""
     index = {n: i for i, n in enumerate(graph.nodes)}
     chains: dict[Node, Chain] = {}
     inside: set[Node] = set()
@@ -95,7 +92,7 @@ def tabulate(graph: Graph, options: object) -> Graph:
         if root.dtype not in BYTES or not is_elementwise(root) or root in inside or not root.type.size:
             continue
         chain = _chain(graph, root, index) or _chain(graph, root, index, through_bytes=False)
-        if chain is not None and _pays(graph, chain):
+        if chain is not None and any(n.dtype.is_float for n in chain.nodes) and (always or _pays(graph, chain)):
             chains[root] = chain
             inside.update(chain.nodes)
     if not chains:
@@ -108,3 +105,9 @@ def tabulate(graph: Graph, options: object) -> Graph:
         else:
             new[n] = rebuilt(n, tuple(new[i] for i in n.inputs))
     return graph.with_nodes(new)
+
+
+@pass_("tabulate", exact=True)
+def tabulate(graph: Graph, options: object) -> Graph:
+    """Functions of one byte as tables."""
+    return tabulated(graph)

@@ -217,7 +217,8 @@ def _public_header(plan: Plan, upper: str) -> str:
     lines = [f"// {n}: a compiled network. Generated; do not edit.", "//"]
     for kind, ports in (("input", plan.inputs), ("output", plan.outputs)):
         for i, p in enumerate(ports):
-            lines.append(f"// {kind} {i}: {comment(p.name)} {p.dtype}[{','.join(map(str, p.shape))}]")
+            real = f", real = {p.scale!r} * (integer - {p.zero})" if p.scale is not None else ""
+            lines.append(f"// {kind} {i}: {comment(p.name)} {p.dtype}[{','.join(map(str, p.shape))}]{real}")
     lines += [
         f"#ifndef {upper}_MODEL_H",
         f"#define {upper}_MODEL_H",
@@ -230,7 +231,10 @@ def _public_header(plan: Plan, upper: str) -> str:
         f"#define {upper}_OUTPUT_COUNT {len(plan.outputs)}",
     ]
     for kind, ports in (("INPUT", plan.inputs), ("OUTPUT", plan.outputs)):
-        lines += [f"#define {upper}_{kind}{i}_BYTES {p.bytes}" for i, p in enumerate(ports)]
+        for i, p in enumerate(ports):
+            lines.append(f"#define {upper}_{kind}{i}_BYTES {p.bytes}")
+            if p.scale is not None:
+                lines += [f"#define {upper}_{kind}{i}_SCALE {p.scale!r}", f"#define {upper}_{kind}{i}_ZERO {p.zero}"]
     lines += [
         f"#define {upper}_ARENA_BYTES {plan.arena_bytes}",
         f"#define {upper}_ARENA_ALIGN 64",

@@ -72,7 +72,7 @@ def _resize2d(ctx: Lowering, node: Node) -> None:
         "resize2d",
         "resize.h",
         [image(x.shape), *node.shape[1:3], *taps, ctx.pixel(x), ctx.pixel(node)],
-        ["x", *spelled, "y", "nullptr", "part", "fn"],
+        ["x", *spelled, "y", "nullptr", "part", "fn" if x.dtype is DType.f32 else "NoEpilogue{}"],
         [*args, ctx.write("y", node, strided=True), *extra],
         fn,
     )

@@ -89,6 +89,34 @@ def _softmax(ctx: Lowering, node: Node) -> None:
     ctx.call(node, "softmax", "softmax.h", template, ["x", "y", "part"], [ctx.read("x", x), ctx.write("y", node)])
 
 
+@lowers("integer_softmax")
+def _integer_softmax(ctx: Lowering, node: Node) -> None:
+    x, table = node.inputs
+    ctx.call(
+        node,
+        "integer_softmax",
+        "softmax.h",
+        [x.dtype.ctype, node.dtype.ctype, *_outer_axis_inner(x.shape, node.attrs["axis"])],
+        ["x", "exponentials", "y", "part", f"{node.attrs['levels']}u", literal(node.attrs["zero"], DType.i32)],
+        [ctx.read("x", x), ctx.read("exponentials", table), ctx.write("y", node)],
+    )
+
+
+@lowers("integer_layer_norm")
+def _integer_layer_norm(ctx: Lowering, node: Node) -> None:
+    x, scale, bias = node.inputs
+    axis = node.attrs["axis"] % x.type.rank
+    parameters = [literal(node.attrs["eps"], DType.i64), str(node.attrs["shift"])]
+    ctx.call(
+        node,
+        "integer_layer_norm",
+        "norm.h",
+        [x.dtype.ctype, node.dtype.ctype, math.prod(x.shape[:axis]), math.prod(x.shape[axis:])],
+        ["x", "scale", "bias", "y", "part", *parameters, literal(node.attrs["zero"], DType.i32)],
+        [ctx.read("x", x), ctx.read("scale", scale), ctx.read("bias", bias), ctx.write("y", node)],
+    )
+
+
 @lowers("layer_norm", "rms_norm")
 def _norm(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]

@@ -714,6 +714,10 @@ template <>
 struct limits<uint16_t> {
   static constexpr int32_t lowest = 0, highest = UINT16_MAX;
 };
+template <>
+struct limits<int32_t> {
+  static constexpr int32_t lowest = INT32_MIN, highest = INT32_MAX;
+};
 
 // float(a) for |a| < 2^22 by integer arithmetic, which compilers fold where a is constant; they do
 // not fold the conversion instruction.
