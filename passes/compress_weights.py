@@ -6,7 +6,8 @@
 
 No data is needed. With 8 bits a channel has one scale unless `group` says otherwise; with 4 bits every
 `group` neighbouring weights have one, which is searched for the least squared error. Tables that are
-gathered from, and the layer that makes an output, get 8 bits in either case: they decide more than they weigh.
+gathered from, and of several layers the one that makes an output, get 8 bits in either case: they decide
+more than they weigh.
 """
 
 from __future__ import annotations
@@ -111,9 +112,6 @@ class Scheme:
     activation: int = 16
     keep: Callable[[Node], bool] = lambda node: False
     weights: Mapping[Node, Compressed] = field(default_factory=dict)
-
-    def bits_of(self, node: Node, graph: Graph) -> int:
-        return 8 if self.bits == 4 and _makes_output(node, graph) else self.bits
 
 
 def _makes_output(node: Node, graph: Graph) -> bool:
@@ -231,6 +229,8 @@ def compressed_node(node: Node, x: Node, c: Compressed, bias: np.ndarray, activa
 def compress(graph: Graph, scheme: Scheme) -> tuple[Graph, dict[Node, Compressed]]:
     """(the canonical `graph` on compressed weights, those weights by the node of `graph` that reads them)."""
     found: dict[Node, Compressed] = {}
+    layers = [n for n in graph.nodes if matrix_of(n) is not None and not scheme.keep(n)]
+    last = {n for n in layers if len(layers) > 1 and _makes_output(n, graph)}
     tables: dict[Node, tuple[Node, Node]] = {}
 
     def table_of(table: Node) -> tuple[Node, Node]:
@@ -250,7 +250,7 @@ def compress(graph: Graph, scheme: Scheme) -> tuple[Graph, dict[Node, Compressed
             return ops.make("dequantize", rows, scales, zero, origin=node.origin, label=node.name)
         w, c, bias = matrix_of(node), scheme.weights.get(node) or stored(node), _bias(node)
         if c is None and w is not None:
-            bits = scheme.bits_of(node, graph)
+            bits = 8 if node in last else scheme.bits
             c = compressed(w, bits, group_of(w.shape[1], bits, scheme.group))
         if c is None or bias is None:
             return rebuilt(node, inputs)

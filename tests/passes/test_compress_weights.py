@@ -99,6 +99,9 @@ def test_what_is_compressed() -> None:
     nodes = [n for n in graph.nodes if n.op == "compressed_linear"]
     assert [n.attrs["bits"] for n in nodes] == [4, 4, 8]  # the layer that makes the output
     assert [n.attrs["group"] for n in nodes] == [64, 64, 130] and len(found) == 3
+    x = value("x", 2, 64)
+    single = compress(Graph("g", (x,), (ops.make("linear", x, weights(32, 64)),), ("y",)), Scheme(4))[0]
+    assert single.outputs[0].attrs["bits"] == 4  # of one layer there is no other to save on
     graph, found = compress(words(), Scheme(4))
     assert [n.op for n in graph.nodes if n.op in ("conv2d", "linear", "compressed_linear", "gather")] == [
         "gather", "gather", "compressed_linear", "linear"]  # fmt: skip
