@@ -1222,13 +1222,63 @@ def _ref_attention(x: Sequence[Array], a: FrozenDict) -> Array:
     if a["causal"]:
         s = np.where(np.tril(np.ones(s.shape[-2:], bool), 0), s, -np.inf)
     e = np.exp(s - s.max(-1, keepdims=True))
+    if a["levels"]:
+        e = np.rint(e * a["levels"])
     y = e / e.sum(-1, keepdims=True) @ v
     return (np.swapaxes(y, 1, 2) if a["token_major"] else y).astype(x[0].dtype)
 
 
-_add(Op("attention", (3, 4), _infer_attention, _ref_attention, {"scale": REQUIRED, "causal": False, "token_major": False},
-        "contract", 1e-5, doc="softmax(q k^T scale + mask) v on [B, heads, N, D], or [B, N, heads, D] if token_major "
-                              "(Vaswani et al.: Attention Is All You Need, 2017)"))
+_add(Op("attention", (3, 4), _infer_attention, _ref_attention,
+        {"scale": REQUIRED, "causal": False, "token_major": False, "levels": 0}, "contract", 1e-5,
+        doc="softmax(q k^T scale + mask) v on [B, heads, N, D], or [B, N, heads, D] if token_major (Vaswani et al.: "
+            "Attention Is All You Need, 2017). With levels, exp(s - max s) of each score s is rounded to a multiple of "
+            "1 / levels before its row is divided by its sum: what quantized_attention computes"))
+
+
+def _infer_quantized_attention(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    if any(t.dtype is not DType.u8 for t in types[:3]) or any(t.dtype is not F32 for t in types[3:]):
+        raise ShapeError(f"quantized_attention of {', '.join(map(str, types))}")
+    if a["to"] not in (F32, DType.u8):
+        raise ShapeError(f"quantized_attention to {a['to'].value}")
+    return TensorType(_infer_attention(types, a).shape, a["to"])
+
+
+def _byte_exponential(x: Array) -> Array:
+    """255 * 2^x of attention_integer.h, for x <= 0, in its order of float32 operations."""
+    f32 = np.float32
+    x = np.where(x > f32(-30), x, f32(-30))
+    n = np.rint(x)
+    f = x - n
+    p = f32(2.443626)
+    for c in (14.256141, 61.26145, 176.74667, 255.0):
+        p = p * f + f32(c)
+    return np.ldexp(p, n.astype(np.int32))
+
+
+def _ref_quantized_attention(x: Sequence[Array], a: FrozenDict) -> Array:
+    q, k, v = (i.astype(np.float64) - a[zero] for i, zero in zip(x[:3], ("q_zero", "k_zero", "v_zero"), strict=True))
+    if a["token_major"]:
+        q, k, v = (np.swapaxes(i, 1, 2) for i in (q, k, v))
+    s = (q @ np.swapaxes(k, -1, -2)).astype(np.float32)  # whole numbers: exact in float64
+    exponent = np.float32(np.float64(np.float32(a["scale"])) * np.log2(np.e))
+    if len(x) > 3:
+        s, exponent = s * np.float32(a["scale"]) + x[3], np.float32(np.log2(np.e))
+    if a["causal"]:
+        s = np.where(np.tril(np.ones(s.shape[-2:], bool), 0), s, np.float32(-np.inf))
+    p = np.rint(_byte_exponential((s - s.max(-1, keepdims=True)) * exponent))
+    factor = np.float32(a["factor"]) / p.sum(-1, keepdims=True, dtype=np.float64).astype(np.float32)
+    y = (p.astype(np.float64) @ v).astype(np.float32) * factor
+    y = np.swapaxes(y, 1, 2) if a["token_major"] else y
+    return y if a["to"] is F32 else _saturate(y, np.asarray(a["y_zero"], np.uint8), a["to"])
+
+
+_add(Op("quantized_attention", (3, 4), _infer_quantized_attention, _ref_quantized_attention,
+        {"scale": REQUIRED, "factor": REQUIRED, "q_zero": 0, "k_zero": 0, "v_zero": 0, "y_zero": 0, "to": F32,
+         "causal": False, "token_major": False}, "contract", 0.0,
+        doc="attention of u8 operands q, k, v. s = sum of (q - q_zero)(k - k_zero), scaled (and masked); weights "
+            "p = round_even(255 exp(s - max s)); sum of p (v - v_zero), times factor / sum of p, to `to` plus y_zero. "
+            "exp is 2^x by a polynomial in float32 whose operations are each correctly rounded, so that p is exactly "
+            "defined (kernels/include/skive/attention_integer.h)"))
 
 # ------------------------------------------------------------------------------------ recurrence
 
@@ -1320,7 +1370,7 @@ def macs(node: Node) -> int:
         return node.type.size * node.inputs[0].shape[-1]
     if node.op == "matmul":
         return node.type.size * node.inputs[0].shape[-2 if node.attrs["trans_a"] else -1]
-    if node.op == "attention":
+    if node.op in ("attention", "quantized_attention"):
         q, k, v = (heads_first(i.shape, node.attrs["token_major"]) for i in node.inputs[:3])
         return math.prod(q[:3]) * k[2] * (q[3] + v[3])
     if node.op in ("lstm", "gru", "rnn"):

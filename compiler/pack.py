@@ -278,6 +278,31 @@ def attention_scratch_bytes(queries: int, keys: int, width: int, value_width: in
     )
 
 
+def quantized_attention_scratch_bytes(
+    queries: int, keys: int, width: int, value_width: int, query_row: int, isa: str
+) -> int:
+    """quantized_attention::scratch_bytes() of attention_integer.h for one part; `query_row`: bytes between queries."""
+
+    def blocks(k: int, n: int) -> int:
+        return 4 * _panel_floats(k // 4, n, _panel_block(n, isa))
+
+    most = min(max(24 * 1024 // 4 // keys, 8), 64)
+    rows = -(-queries // -(-queries // most))
+    lanes = _BLOCK_VECTORS[isa]
+    weight_row = _round_up(keys, 64)
+    weight_row += 64 if weight_row % 4096 == 0 else 0
+    return (
+        blocks(width, keys)
+        + blocks(_round_up(keys, 4), value_width)
+        + 4 * _round_up(keys + 3 * lanes, 16)
+        + 4 * _round_up(value_width + 3 * lanes, 16)
+        + 4 * rows * _round_up(keys, 16)
+        + rows * weight_row
+        + 3 * 4 * _round_up(rows, 16)
+        + (rows * _round_up(width + 64, 64) if query_row % 4096 == 0 else 0)
+    )
+
+
 def _gate_block(gates: int, rows: int, isa: str) -> int:
     """rnn_block of rnn.h."""
     wide = (8 if rows == 1 else 2) * _BLOCK_VECTORS[isa]

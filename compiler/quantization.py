@@ -138,10 +138,10 @@ class Quantize:
         once or whose kind cannot be hashed."""
         options = {k: v for k, v in self.__dict__.items() if k not in ("calibration", "state", "_data")}
         h = hashlib.sha256()
-        return json.dumps(options, sort_keys=True) + h.hexdigest() if _hashed(self.calibration, h) else None
+        return json.dumps(options, sort_keys=True) + h.hexdigest() if hashed(self.calibration, h) else None
 
 
-def _hashed(source: Any, h: Any) -> bool:
+def hashed(source: Any, h: Any) -> bool:
     """Feeds calibration data of any kind that can be read again to the hash `h`; False for other kinds."""
     if isinstance(source, (str, Path)):
         text = str(source)
@@ -156,10 +156,10 @@ def _hashed(source: Any, h: Any) -> bool:
     if source is None:
         return True
     if isinstance(source, Mapping):
-        return all(h.update(str(k).encode()) is None and _hashed(v, h) for k, v in source.items())
+        return all(h.update(str(k).encode()) is None and hashed(v, h) for k, v in source.items())
     if isinstance(source, (list, tuple)):
         h.update(f"[{len(source)}".encode())
-        return all(_hashed(v, h) for v in source)
+        return all(hashed(v, h) for v in source)
     if isinstance(source, (np.ndarray, np.generic)) or hasattr(source, "__array__"):
         a = np.asarray(source)
         h.update(f"{a.dtype.str}{a.shape}".encode())
@@ -395,7 +395,8 @@ class Calibrated:
         from skive.passes.quantize import Quantizer, Scheme, Storage
 
         keep = keep or options.keeps
-        storage, observed = Storage(self.graph, keep), self.observed
+        attention = "int16" not in {dtype, *(dtypes or {}).values()}
+        storage, observed = Storage(self.graph, keep, attention), self.observed
         if options.integer_only:
             storage = options.storage(self.graph)
         levels = 256 if dtype == "int8" else 65536
@@ -468,8 +469,9 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
     def done(count: int) -> None:
         progress("calibrate", 0.1 + 0.1 * count / total)
 
+    sources = list(dict.fromkeys([*storage.sources, *Storage(graph, options.keeps, attention=False).sources]))
     statistics = calibration.observe(
-        graph, storage.sources, samples, also=_every_value(graph), target=target, state=options.state, progress=done
+        graph, sources, samples, also=_every_value(graph), target=target, state=options.state, progress=done
     )
     observed: Mapping[Node, Observation] = statistics.observed
     room: dict[Node, float] = {}
@@ -573,7 +575,7 @@ def _equalised(
     moved, room = {}, {}
     for v, o in observed.items():
         moved[result.node[v]] = o.scaled(result.factors[v]) if v in result.factors else o
-        if v in result.factors:
+        if v in result.balanced:
             room[result.node[v]] = HEADROOM[bytes_]
     log.info("%s: channels of %d of %d values balanced", graph.name, len(room), len(observed))
     return result.graph, moved, room

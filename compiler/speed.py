@@ -397,9 +397,8 @@ def uniform_plans(graph: Graph, target: Target, threads: int = 1) -> dict[str, P
     from skive.pipeline import PassManager
 
     plans = {}
-    storage = Storage(graph)
     for dtype in DTYPES:
-        form = graph
+        form, storage = graph, Storage(graph, attention=dtype == "int8")
         if dtype != "float32" and storage.products:
             ranges = {n: guessed_range(n) for n in storage.sources}
             form = Quantizer(graph, Scheme(ranges, dtype), storage).build()

@@ -340,6 +340,34 @@ def may_spill(node: Node) -> bool:
     return node.op in ("conv2d", "linear") and not depthwise
 
 
+# -------------------------------------------------------------------------------------- attention
+
+
+@rule(op("attention", where=lambda n: n.attrs["levels"] == 255 and all(i.op == "dequantize" for i in n.inputs[:3])))
+def attention_of_bytes(m: Match) -> Node | Declined:
+    """Both products on integers; the scales of q and k join that of the scores, v's that of the result."""
+    operands = m.root.inputs[:3]
+    if not all(x.inputs[0].dtype is DType.u8 and _per_tensor(x) for x in operands):
+        return Declined("queries, keys and values are not bytes with one scale each")
+    sq, sk, sv = (float(x.inputs[1].value.item()) for x in operands)
+    zeros = {f"{n}_zero": int(x.inputs[2].value.item()) for n, x in zip("qkv", operands, strict=True)}
+    attrs = {k: v for k, v in m.root.attrs.items() if k != "levels"}
+    attrs["scale"] = float(np.float32(attrs["scale"] * sq * sk))
+    return _like(m, "quantized_attention", *(x.inputs[0] for x in operands), *m.root.inputs[3:], factor=sv,
+                 **zeros, **attrs)
+
+
+@rule(op("quantize", op("quantized_attention", name="x", exclusive=True), Var("s"), Var("z"), where=_per_tensor))
+def attention_to_bytes(m: Match) -> Node | None:
+    """The step of the result joins the division by the sum of the weights."""
+    x, s, z = m["x"], m["s"], m["z"]
+    if m.root.dtype is not DType.u8 or x.dtype is not DType.f32:
+        return None
+    factor = np.float32(x.attrs["factor"]) / np.float32(s.value.item())
+    attrs = {**x.attrs, "to": DType.u8, "factor": float(factor), "y_zero": int(z.value.item())}
+    return _like(m, "quantized_attention", *x.inputs, **attrs)
+
+
 # ----------------------------------------------------------------------------------- requantizing
 
 
@@ -406,8 +434,9 @@ def quantize_before_reshape(m: Match) -> Node | None:
     return _like(m, "reshape", quantized, shape=m.root.shape)
 
 
-RULES = [move_integers, nearest_integers, concat_integers, pad_integers, average_of_integers, mean_of_integers, integer_product,
-         requantized, scaled_by_a_power_of_two, bounds_of_integers, quantize_before_reshape]
+RULES = [move_integers, nearest_integers, concat_integers, pad_integers, average_of_integers, mean_of_integers,
+         integer_product, requantized, scaled_by_a_power_of_two, bounds_of_integers, quantize_before_reshape,
+         attention_of_bytes, attention_to_bytes]
 
 
 def _own_dequantize(graph: Graph) -> Graph:

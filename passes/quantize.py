@@ -45,6 +45,9 @@ HEADROOM = 1.25
 # a gate of a squeeze-and-excitation block.
 SMALL = 4
 INT32 = 2**31 - 1
+# Attention in bytes: features of a head with which scores are exact in float32, and keys with which the sums
+# of their values fit 32 bits.
+ATTENTION_WIDTH, ATTENTION_KEYS = 256, 32768
 # A chain of 16-bit products is spilled after so many, if at all. A spill takes about as long as SPILL products
 # (measured: 6 on AVX-512, 2 to 6 on AVX2); for PRICE dB less noise a layer may take one per cent more time.
 CHAINS = (1024, 512, 256, 128, 64)
@@ -133,6 +136,11 @@ class Scheme:
     dtypes: Mapping[Node, str] = field(default_factory=dict)
     spill: bool = True
 
+    @property
+    def attention(self) -> bool:
+        """True if all stored values are bytes, which attention can read."""
+        return "int16" not in {self.dtype, *self.dtypes.values()}
+
     def dtype_of(self, products: Iterable[Node]) -> str:
         """The element type in which what `products` share is stored."""
         return "int16" if "int16" in ({self.dtypes.get(p, self.dtype) for p in products} or {self.dtype}) else "int8"
@@ -147,12 +155,14 @@ class Storage:
     """Which values of a float graph are stored as integers, and which of them share a scale.
 
     `sources`: values that are quantized where they are computed; their ranges must be known.
-    `products`: contractions that read integers. `source_of` leads from a stored value through
+    `products`: contractions with constant weights that read integers. `attention`: attention reads its
+    operands as bytes (there is no such kernel of 16 bits). `source_of` leads from a stored value through
     operations that only move it to the source (or concatenation) whose format it has.
     """
 
-    def __init__(self, graph: Graph, keep: Callable[[Node], bool] = lambda node: False):
+    def __init__(self, graph: Graph, keep: Callable[[Node], bool] = lambda node: False, attention: bool = True):
         self.graph = graph
+        self._attention = attention
         fusion = _Fusion(graph, FuseElementwise())
         regions = fusion.regions()
         self._root = {n: r.root for r in regions.values() for n in r.nodes}
@@ -179,6 +189,20 @@ class Storage:
             and not self._keep(node)
         )
 
+    def is_attention(self, node: Node) -> bool:
+        """True for attention whose queries, keys and values may be read as bytes."""
+        if not self._attention or node.op != "attention" or node.dtype is not DType.f32 or self._keep(node):
+            return False
+        keys, width = ops.heads_first(node.inputs[1].shape, node.attrs["token_major"])[2:]
+        fits = width % 4 == 0 and width <= ATTENTION_WIDTH and 0 < keys <= ATTENTION_KEYS and node.type.size > 0
+        return fits and not any(i.is_const for i in node.inputs[:3])
+
+    def _reads_integers(self, user: Node, node: Node) -> bool:
+        """True if `user` multiplies the stored integers of `node`."""
+        if self.is_attention(user):
+            return node in user.inputs[:3] and node not in user.inputs[3:]
+        return self.is_product(user) and user.inputs[0] is node
+
     def is_moved(self, node: Node) -> bool:
         """True if the stored `node` is made by moving stored integers."""
         return _is_move(node) and node not in self._interior and any(i in self.stored for i in node.inputs)
@@ -192,7 +216,7 @@ class Storage:
         for user in self.graph.users[node]:
             if self._keep(user):
                 other = True
-            elif self.is_product(user) and user.inputs[0] is node:
+            elif self._reads_integers(user, node):
                 product = True
             elif _is_move(user) and user in self.stored:
                 move = True
@@ -308,7 +332,7 @@ class Quantizer:
 
     def __init__(self, graph: Graph, scheme: Scheme, storage: Storage | None = None):
         self.graph, self.scheme = graph, scheme
-        self.storage = storage or Storage(graph, scheme.keep)
+        self.storage = storage or Storage(graph, scheme.keep, scheme.attention)
         for node in self.storage.sources:
             lo, hi = scheme.ranges.get(node, (math.nan, math.nan))
             if not (math.isfinite(lo) and math.isfinite(hi) and lo <= hi):
@@ -500,6 +524,10 @@ class Quantizer:
     def _float(self, node: Node, floats: Mapping[Node, Node]) -> Node:
         """`node` on the operands as they are read now; a contraction on integer weights."""
         inputs = tuple(floats[i] for i in node.inputs)
+        if self.storage.is_attention(node) and all(
+            i in self.storage.stored and self.format_of(i).dtype is DType.u8 for i in node.inputs[:3]
+        ):
+            return ops.make(node.op, *inputs, origin=node.origin, label=node.name, **{**node.attrs, "levels": 255})
         if node not in self.layers:
             return rebuilt(node, inputs)
         layer, form = self.layers[node], self.format_of(node.inputs[0])
@@ -592,7 +620,7 @@ def quantize(graph: Graph, options: QuantizeOptions) -> Graph:
     if options.dtype not in ("int8", "int16"):
         raise QuantizationError(f"quantize: dtype is {options.dtype!r}, not int8 or int16")
     keep = set(filter(None, options.keep.split(";")))
-    storage = Storage(graph, lambda n: n.origin in keep or n.name in keep)
+    storage = Storage(graph, lambda n: n.origin in keep or n.name in keep, options.dtype == "int8")
     if not storage.sources:
         return graph
     given: dict[str, Range] = {}

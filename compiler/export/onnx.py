@@ -999,7 +999,46 @@ def attention(w: Writer, n: Node) -> None:
     if n.attrs["causal"]:
         hidden = np.triu(np.full((q.shape[heads[2]], k.shape[heads[2]]), -np.inf, n.dtype.numpy), 1)
         scores = w.emit("Add", scores, hidden)
-    w.put(n, w.emit("MatMul", w.emit("Softmax", scores, axis=-1), w.get(v, heads)), heads)
+    if not n.attrs["levels"]:
+        w.put(n, w.emit("MatMul", w.emit("Softmax", scores, axis=-1), w.get(v, heads)), heads)
+        return
+    if n.attrs["levels"] != 255:
+        raise Inexpressible(f"attention with weights of {n.attrs['levels']} levels")
+    p = w.emit("DequantizeLinear", byte_weights(w, scores), scalar(1, F32), scalar(0, DType.u8))
+    w.put(n, w.emit("Div", w.emit("MatMul", p, w.get(v, heads)), row_sums(w, p)), heads)
+
+
+def byte_weights(w: Writer, scores: str) -> str:
+    """255 exp(score - largest of its row), in bytes."""
+    e = w.emit("Exp", w.emit("Sub", scores, w.emit("ReduceMax", scores, integers(-1), keepdims=1)))
+    return w.emit("QuantizeLinear", e, np.float32(1 / 255), scalar(0, DType.u8))
+
+
+def row_sums(w: Writer, p: str) -> str:
+    return w.emit("ReduceSum", p, integers(-1), keepdims=1)
+
+
+@row("quantized_attention")
+def quantized_attention(w: Writer, n: Node) -> None:
+    heads = (0, 2, 1, 3) if n.attrs["token_major"] else (0, 1, 2, 3)
+    q, k, v = n.inputs[:3]
+    zeros = [scalar(n.attrs[z], DType.u8) for z in ("q_zero", "k_zero", "v_zero")]
+    across = (heads[0], heads[1], heads[3], heads[2])
+    sums = w.emit("MatMulInteger", w.get(q, heads), w.get(k, across), zeros[0], zeros[1])
+    scores = w.emit("Mul", w.emit("Cast", sums, to=ELEM_TYPES[F32]), scalar(n.attrs["scale"], F32))
+    if len(n.inputs) > 3:
+        scores = w.emit("Add", scores, w.get(n.inputs[3]))
+    if n.attrs["causal"]:
+        hidden = np.triu(np.full((q.shape[heads[2]], k.shape[heads[2]]), -np.inf, np.float32), 1)
+        scores = w.emit("Add", scores, hidden)
+    p = byte_weights(w, scores)
+    products = w.emit("MatMulInteger", p, w.get(v, heads), scalar(0, DType.u8), zeros[2])
+    total = w.emit("Cast", products, to=ELEM_TYPES[F32])
+    sum_ = row_sums(w, w.emit("DequantizeLinear", p, scalar(1, F32), scalar(0, DType.u8)))
+    y = w.emit("Mul", total, w.emit("Div", scalar(n.attrs["factor"], F32), sum_))
+    if n.dtype is not F32:
+        y = w.emit("QuantizeLinear", y, scalar(1, F32), scalar(n.attrs["y_zero"], n.dtype))
+    w.put(n, y, heads)
 
 
 # -------------------------------------------------------------------------------------- recurrence

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from skive import ops, pack
+from skive.errors import UnsupportedOpError
 from skive.ir import Node
 from skive.lower.calls import Lowering, lowers
 from skive.lower.functors import literal
@@ -42,9 +45,11 @@ def _matmul(ctx: Lowering, node: Node) -> None:
     )
 
 
-@lowers("attention")
+@lowers("attention", "quantized_attention")
 def _attention(ctx: Lowering, node: Node) -> None:
     q, k, v = node.inputs[:3]
+    if node.attrs.get("levels"):
+        raise UnsupportedOpError([(node.label(), node.op, "rounded weights of operands that are not bytes")])
     tokens = node.attrs["token_major"]  # [B, N, heads, D] instead of [B, heads, N, D]
     b, heads, nq, d = ops.heads_first(q.shape, tokens)
     nk, dv = ops.heads_first(k.shape, tokens)[2], v.shape[3]
@@ -73,6 +78,22 @@ def _attention(ctx: Lowering, node: Node) -> None:
         mask,
         boolean(node.attrs["causal"]),
     ]
+    if node.op == "quantized_attention":
+        zeros = [node.attrs[z] for z in ("q_zero", "k_zero", "v_zero")]
+        scale, factor = np.float32(node.attrs["scale"]), np.float32(node.attrs["factor"])
+        exponent = np.float32(np.float64(scale) * np.log2(np.e))
+        query_row = row_strides(q.shape)[1 if tokens else 2]
+        ctx.call(
+            node,
+            "quantized_attention",
+            "attention_integer.h",
+            [node.dtype.ctype, *template, *zeros],
+            ["q", "k", "v", name, "y", "scratch", "part", *(literal(f, DType.f32) for f in (scale, exponent, factor)),
+             str(node.attrs["y_zero"])],
+            [*args, ctx.write("y", node)],
+            scratch=pack.quantized_attention_scratch_bytes(nq, nk, d, dv, query_row, ctx.target.name) * ctx.threads,
+        )
+        return
     ctx.call(
         node,
         "attention",

@@ -13,7 +13,7 @@ from skive import pack
 
 @pytest.mark.parametrize("isa", cpu_isas())
 def test_sizes_agree(isa: str, tmp_path: Path) -> None:
-    lines = ['#include "skive/attention.h"', '#include "skive/rnn.h"', "using namespace skive;"]
+    lines = ['#include "skive/attention_integer.h"', '#include "skive/rnn.h"', "using namespace skive;"]
 
     def claim(kernel: str, size: int) -> None:
         lines.append(f'static_assert({kernel}::scratch_bytes() == {size}, "{kernel}");')
@@ -38,4 +38,10 @@ def test_sizes_agree(isa: str, tmp_path: Path) -> None:
         tag = "HeadStrides<1, 1, 1>"
         kernel = angle("attention", 1, 1, nq, nk, d, dv, tag, tag, tag, tag, "NoMask", "false")
         claim(kernel, pack.attention_scratch_bytes(nq, nk, d, dv, isa))
+    for nq, nk, d, dv, row in [(1, 1, 4, 1, 4), (7, 7, 8, 8, 8), (197, 197, 64, 64, 192), (17, 4000, 32, 17, 4096),
+                               (128, 128, 32, 32, 4096)]:
+        q, t = f"HeadStrides<1, 1, {row}>", "HeadStrides<1, 1, 1>"
+        sizes = (1, 1, nq, nk, d, dv)
+        kernel = angle("quantized_attention", "float", *sizes, q, t, t, t, "NoMask", "false", 3, 4, 5)
+        claim(kernel, pack.quantized_attention_scratch_bytes(nq, nk, d, dv, row, isa))
     compile_library("\n".join(lines), isa, tmp_path, flags=("-O0",))
