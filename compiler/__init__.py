@@ -23,6 +23,7 @@ from skive.errors import (
 
 if TYPE_CHECKING:
     from skive.api import compile  # noqa: A004 - the contract's name
+    from skive.pruning import Prune
     from skive.quantization import Quantize
     from skive.runtime import Module, load
 
@@ -32,6 +33,7 @@ __all__ = [
     "ExitError",
     "InvalidModelError",
     "Module",
+    "Prune",
     "PruningError",
     "QuantizationError",
     "Quantize",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 _LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime",
-         "Quantize": "skive.quantization"}
+         "Prune": "skive.pruning", "Quantize": "skive.quantization"}
 
 
 def __getattr__(name: str) -> Any:

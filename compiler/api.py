@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import _native, build, check, explanation, quantization, speed, tuning
+from skive import _native, build, check, explanation, pruning, quantization, speed, tuning
 from skive.agreement import Agreement
 from skive.artifact import write_folder
 from skive.emit import cxx
@@ -30,6 +30,7 @@ from skive.targets.base import Target, resolve
 
 if TYPE_CHECKING:
     from skive.frontend import Source
+    from skive.pruning import Prune
     from skive.quantization import Quantize
 
 PROFILE_SECONDS = 0.2  # what measuring the layers may add to a compile
@@ -69,7 +70,7 @@ def compile(
     fixed_inputs: Mapping[str, np.ndarray] | None = None,
     data: Sequence[np.ndarray] | None = None,
     quantize: Quantize | str | None = None,
-    prune: Any = None,
+    prune: Prune | float | None = None,
     sparsify: Any = None,
     exits: Any = None,
     tune: float | None = None,
@@ -82,11 +83,11 @@ def compile(
     `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
     ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
     process if not given). `quantize`: "int8", "int16", "auto", "weights8", "weights4" or a `skive.Quantize`,
-    which also holds the calibration data (weights8 and weights4 need none). `prune`, `sparsify` and
-    `exits` are reserved: this version refuses them. `tune`: seconds that may go into measuring other ways
-    to compute each layer on this processor; what was measured is remembered, and what was chosen stands
-    in the manifest.
-    `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
+    which also holds the calibration data (weights8 and weights4 need none). `prune`: the fraction of
+    multiply-accumulates to remove with whole channels, or a `skive.Prune`. `sparsify` and `exits` are
+    reserved: this version refuses them. `tune`: seconds that may go into measuring other ways to compute
+    each layer on this processor; what was measured is remembered, and what was chosen stands in the
+    manifest. `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
     where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
     a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones otherwise.
     Raises the errors of `skive.errors`; nothing is written unless all went well.
@@ -95,7 +96,6 @@ def compile(
 
     started = time.perf_counter()
     for what, value in (
-        ("prune", prune),
         ("sparsify", sparsify),
         ("exits", exits),
     ):
@@ -104,6 +104,7 @@ def compile(
     progress("read", 0.0)
     options = Options(target, threads, verify, strict, emit_only, name, batch_max, tune)
     wanted = quantization.requested(quantize) if quantize is not None else None
+    cut = pruning.requested(prune) if prune is not None else None
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
     if tune is not None and not (isinstance(tune, (int, float)) and 0 < tune < float("inf")):
@@ -119,6 +120,9 @@ def compile(
         batch_max=batch_max,
     )
     asked = wanted.fingerprint() if wanted else ""  # None: the calibration data can be read only once
+    if cut:
+        fewer = cut.fingerprint()
+        asked = None if asked is None or fewer is None else asked + fewer
     if asked is not None and (tune is not None or (wanted and wanted.dtype == "auto")):
         asked += speed.cpu()  # what is chosen by measuring holds for this processor
     key = None
@@ -143,8 +147,11 @@ def compile(
     progress("optimise", 0.1)
     from skive import passes
 
-    found: dict[str, Any] = {}  # what quantization reports
+    found: dict[str, Any] = {}  # what pruning and quantization report
     steps: list[Any] = [*passes.CANONICAL]
+    pruned: list[Graph] = []
+    if cut:
+        steps.append(_prune_step(cut, found, pruned, progress))
     if wanted:
         steps.append(_quantize_step(wanted, chosen, threads, found, progress))
     exported: list[Graph] = []
@@ -204,8 +211,10 @@ def compile(
             progress("verify", 0.85)
             if data is None and wanted and wanted.calibration is not None:
                 data = next(iter(wanted.data(imported)))
+            if pruned:  # no engine knows it, and the network without its channels is what must come out
+                source = dataclasses.replace(source, oracle=lambda inputs: None)
             check_with = _verify_integers if wanted or check.has_roundings(optimised) else _verify
-            verdict = check_with(imported, optimised, temporary, chosen, threads, data, source)
+            verdict = check_with(pruned[0] if pruned else imported, optimised, temporary, chosen, threads, data, source)
         report = _report(
             source,
             imported,
@@ -219,6 +228,8 @@ def compile(
         )
         if found or check.has_roundings(optimised):
             report["quantization"] = _explained(found.get("quantization"), optimised, wanted.keep if wanted else ())
+        if cut:
+            report["sparsity"] = found["sparsity"]
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if export_onnx is not None:
             from skive.export import onnx as exporter
@@ -268,11 +279,11 @@ def _with_scales(plan: Plan, found: Mapping[str, Any]) -> Plan:
     known = found.get("quantization", {}).get("ports")
     if not known:
         return plan
-    sides = {
-        side: tuple(dataclasses.replace(p, **(q or {})) for p, q in zip(getattr(plan, side), known[side], strict=True))
-        for side in ("inputs", "outputs")
-    }
-    return dataclasses.replace(plan, **sides)
+    inputs, outputs = (
+        tuple(dataclasses.replace(p, **(q or {})) for p, q in zip(ports, known[side], strict=True))
+        for side, ports in (("inputs", plan.inputs), ("outputs", plan.outputs))
+    )
+    return dataclasses.replace(plan, inputs=inputs, outputs=outputs)
 
 
 def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
@@ -283,6 +294,18 @@ def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
         h.update(f"{a.dtype.str}{a.shape}".encode())
         h.update(np.ascontiguousarray(a).data)
     return h.hexdigest()
+
+
+def _prune_step(cut: Prune, found: dict[str, Any], pruned: list[Graph], progress: Progress) -> Step:
+    """The pipeline's element that removes channels; `pruned` gets the graph, `found` what the report says of it."""
+
+    def run(graph: Graph, options: Any) -> Graph:
+        result, found["sparsity"] = pruning.apply(graph, cut, progress)
+        if result is not graph:
+            pruned.append(result)
+        return result
+
+    return Step(Pass("prune", run, exact=False), NoOptions())
 
 
 def _quantize_step(
@@ -559,8 +582,8 @@ def verdict_against(
         ("inputs", module.inputs, graph.inputs),
         ("outputs", module.outputs, graph.outputs),
     ):
-        types = [p.dtype if p.scale is None else "float32" for p in mine]
-        if [(p.shape[1:], t) for p, t in zip(mine, types, strict=True)] != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
+        ours = [(p.shape[1:], p.dtype if p.scale is None else "float32") for p in mine]
+        if ours != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
             raise ShapeError(
                 f"the model's {what} are not those of {module.folder}: it was compiled from another model"
             )

@@ -38,7 +38,6 @@ from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedO
 if TYPE_CHECKING:
     from skive.frontend import Source
     from skive.ir import Graph
-    from skive.quantization import Quantize
     from skive.runtime import Module, TensorInfo
     from skive.speed import Forecast
 
@@ -269,7 +268,9 @@ def cli() -> None:
               show_default=True, help="How value ranges follow from what was observed.")
 @click.option("--rounding", type=click.Choice(["nearest", "adaround"]), default="adaround", show_default=True,
               help="How weights are rounded; adaround searches, with the calibration data.")
-@click.option("--integer-only", is_flag=True, help="No float instruction in what is computed.")
+@click.option("--integer-only", is_flag=True,
+              help="With --quantize int8: no float instruction; inputs and outputs are bytes with a scale and a zero "
+                   "point.")
 @click.option("--keep", multiple=True, metavar="PATTERN",
               help="Layers that stay float32, by name (repeatable; * and ? match).")
 @click.option("--budget-sqnr", type=click.FloatRange(0, 300, min_open=True), metavar="DB",
@@ -283,6 +284,11 @@ def cli() -> None:
 @click.option("--activations", type=click.Choice(["8", "16", "32"]), default="16", show_default=True,
               help="With --quantize weights8 or weights4: bits to which each row of activations is rounded as it is "
                    "read; 32 computes in float32.")
+@click.option("--prune", type=click.FloatRange(0, 1, max_open=True), metavar="FRACTION",
+              help="Remove whole channels, until this fraction of the multiply-accumulates is gone; what is left is "
+                   "fitted to --calibrate, or to noise without it.")
+@click.option("--prune-criterion", type=click.Choice(["l1", "l2", "activation", "obspa", "random"]),
+              default="activation", show_default=True, help="Which channels count least.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--tune", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Measure other blocks and algorithms for each layer on this processor, for about so long, and "
@@ -302,9 +308,10 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
-                    budget_us: float | None, block: int | None, activations: str, export_onnx: str | None,
-                    tune: float | None, max_ram: int | None, max_flash: int | None, backend: str, emit_only: bool,
-                    no_verify: bool, strict: bool, dump_ir: str | None, as_json: bool) -> None:
+                    budget_us: float | None, block: int | None, activations: str, prune: float | None,
+                    prune_criterion: str, export_onnx: str | None, tune: float | None, max_ram: int | None,
+                    max_flash: int | None, backend: str, emit_only: bool, no_verify: bool, strict: bool,
+                    dump_ir: str | None, as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
 
     MODEL is an .onnx file, a .pt2 exported program, skive's text form, or package.module:callable
@@ -317,6 +324,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
       skive compile kws.onnx -o kws/ --quantize int8 --calibrate train.npz:x
       skive compile kws.onnx -o kws/ --quantize auto --calibrate train.npz:x --budget-sqnr 40
       skive compile bert.onnx -o bert/ --quantize weights4
+      skive compile net.onnx -o net/ --prune 0.4 --quantize int8 --calibrate train.npz:x
       skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
       skive compile mypackage.nets:build -o net/ --example inputs.npz
       skive compile net.onnx -o net/ --config build.toml
@@ -325,16 +333,19 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
 
     started = time.perf_counter()
     request = _requested(inputs, batch_max, example)
-    data, wanted = None, None
+    data, wanted, cut = None, None, None
     if quantize != "auto" and (budget_sqnr or budget_us):
         raise click.UsageError("--budget-sqnr and --budget-us go with --quantize auto")
+    if quantize is not None and calibrate is None and not quantize.startswith("weights"):
+        raise click.UsageError("--quantize needs --calibrate FILE.npz[:KEY]: inputs such as the network will meet")
+    ports = _graph_ports(_open(model, **request).graph().inputs) if calibrate is not None else []
+    if prune is not None:
+        cut = skive.Prune(macs=prune, criterion=prune_criterion, calibration=_calibration(calibrate, ports))
     if quantize is not None:
-        wanted = _quantization(quantize, calibrate, method=ranges, rounding=rounding, keep=keep,
-                               integer_only=integer_only, budget_sqnr_db=budget_sqnr, budget_us=budget_us,
-                               block=block, activations=int(activations),
-                               ports=_graph_ports(_open(model, **request).graph().inputs))
-    elif calibrate is not None:
-        ports = _graph_ports(_open(model, **request).graph().inputs)
+        wanted = skive.Quantize(quantize, calibration=_calibration(calibrate, ports), method=ranges, rounding=rounding,
+                                keep=keep, integer_only=integer_only, budget_sqnr_db=budget_sqnr,
+                                budget_us=budget_us, block=block, activations=int(activations))
+    elif calibrate is not None and cut is None:
         arrays = fit_arrays(read_arrays(calibrate), ports)
         data = [a[:p.shape[0]] if p.shape else a for a, p in zip(arrays, ports, strict=True)]
     limited = max_ram is not None or max_flash is not None
@@ -343,7 +354,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         module = skive.compile(model, output=None if limited else output, name=name, target=target,
                                threads=threads, verify=not no_verify, strict=strict,
                                emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
-                               quantize=wanted, export_onnx=export_onnx, tune=tune, **request)
+                               quantize=wanted, prune=cut, export_onnx=export_onnx, tune=tune, **request)
     report = module.report
     compiled = report["compiled"]
     if limited:
@@ -362,17 +373,11 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         _print_lines(_summary(report, time.perf_counter() - started))
 
 
-def _quantization(dtype: str, calibrate: str | None, ports: Sequence[TensorInfo], **options: Any) -> Quantize:
-    """What --quantize and its companions ask for."""
-    if calibrate is None and dtype.startswith("weights"):
-        return skive.Quantize(dtype, **options)
-    if calibrate is None:
-        raise click.UsageError("--quantize needs --calibrate FILE.npz[:KEY]: inputs such as the network will meet")
-    source: Any = calibrate
-    if Path(calibrate.rpartition(":")[0] or calibrate).suffix == ".npz" or Path(calibrate).suffix == ".npz":
-        arrays = fit_arrays(read_arrays(calibrate), ports)
-        source = {p.name: a for p, a in zip(ports, arrays, strict=True)}
-    return skive.Quantize(dtype, calibration=source, **options)
+def _calibration(path: str | None, ports: Sequence[TensorInfo]) -> Any:
+    """What --calibrate names, as Quantize and Prune take it."""
+    if path is None or ".npz" not in (Path(path.rpartition(":")[0] or path).suffix, Path(path).suffix):
+        return path
+    return {p.name: a for p, a in zip(ports, fit_arrays(read_arrays(path), ports), strict=True)}
 
 
 def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tuple[str, str]]:
@@ -387,6 +392,10 @@ def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tu
              ("arena", bytes_text(compiled["arena_bytes"]) + over)]
     if compiled["code_bytes"]:
         lines.append(("code", bytes_text(compiled["code_bytes"])))
+    if fewer := report.get("sparsity"):
+        kept, whole = (sum(g[k] for g in fewer["groups"]) for k in ("kept", "channels"))
+        lines.append(("pruned", f"{fewer['macs_removed']:.1%} of the MACs, {whole - kept} of {whole} channels "
+                                f"({fewer['criterion']})"))
     if fixed := report.get("quantization"):
         lines += _quantization_lines(fixed)
     lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
@@ -713,6 +722,11 @@ def _print_forecast(forecast: Forecast) -> None:
         click.echo(printable(f"{layer.name} loses by int8 ({by}): {layer.loses}"))
     if "int8" in totals and not losing:
         click.echo("no layer loses by int8")
+    for layer in forecast.layers:
+        if layer.memory_bound and layer.us.get("weights8", math.inf) < WORTH * layer.us["float32"]:
+            factor = layer.us["float32"] / max(layer.us["weights8"], 1e-3)
+            click.echo(printable(f"{layer.name} waits for its weights: weights8 makes it {factor:.1f} x as fast, "
+                                 "without calibration"))
 
 
 def _print_ports(sides: Mapping[str, Sequence[TensorInfo]]) -> None:

@@ -8,7 +8,9 @@ calibration data.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +78,14 @@ class Prune:
         if isinstance(self.keep, str):
             object.__setattr__(self, "keep", (self.keep,))
         object.__setattr__(self, "keep", tuple(self.keep))
+
+    def fingerprint(self) -> str | None:
+        """As that of `skive.Quantize`: equal for equal options and data; None for data that cannot be hashed."""
+        from skive.quantization import hashed
+
+        h = hashlib.sha256()
+        options = {k: v for k, v in self.__dict__.items() if k != "calibration"}
+        return json.dumps(options, sort_keys=True) + h.hexdigest() if hashed(self.calibration, h) else None
 
     @property
     def measure(self) -> str:

@@ -1,0 +1,74 @@
+"""Networks compiled with channels removed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import skive
+from skive import cli
+from skive.errors import PruningError
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting"
+MODEL = EXAMPLE / "kws_dscnn.onnx"
+
+
+def features() -> tuple[np.ndarray, np.ndarray]:
+    """(features, float32 [600, 1, 49, 10], the class of each)."""
+    with np.load(EXAMPLE / "kws_mfcc_a.npz") as a:
+        return ((a["x"].astype(np.float32) - 83) * np.float32(0.5847029089927673))[:, np.newaxis], a["y"]
+
+
+def compiled(**options: object) -> skive.Module:
+    return skive.compile(MODEL, example_inputs=(features()[0][:1],), name="kws", **options)
+
+
+def accuracy(module: skive.Module) -> float:
+    x, y = features()
+    return float(np.mean([np.argmax(module(v[None])) == c for v, c in zip(x[100:], y[100:], strict=True)]))
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_fitted_weights_keep_the_accuracy(quantize: str | None) -> None:
+    """At 40 % of the work removed, without training, magnitudes alone leave little more than guessing (1 in 12)."""
+    data = features()[0][:100]
+    kind = skive.Quantize(quantize, calibration=data) if quantize else None
+    fitted = compiled(prune=skive.Prune(macs=0.4, calibration=data), quantize=kind)
+    assert accuracy(fitted) > 0.78
+    report = fitted.report
+    assert report["verification"]["passed"] and report["sparsity"]["macs_removed"] >= 0.4
+    assert report["compiled"]["macs"] <= 0.6 * report["model"]["macs"]
+    if quantize is None:
+        plain = compiled(prune=skive.Prune(macs=0.4, criterion="l1", refit=False))
+        assert accuracy(plain) < 0.5
+        whole = compiled()
+        assert fitted.report["compiled"]["weight_bytes"] < 0.8 * whole.report["compiled"]["weight_bytes"]
+        assert fitted.report["compiled"]["arena_bytes"] < whole.report["compiled"]["arena_bytes"]
+
+
+def test_nothing_pruned_is_the_same_code(tmp_path: Path) -> None:
+    compiled(output=tmp_path / "whole", emit_only=True)
+    compiled(output=tmp_path / "same", emit_only=True, prune=0.0)
+    for file in sorted(tmp_path.glob("whole/*")):
+        if file.suffix in (".cpp", ".c", ".h", ".bin", ".S"):
+            assert file.read_bytes() == (tmp_path / "same" / file.name).read_bytes(), file.name
+
+
+def test_the_command_prunes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=features()[0][:30])
+    run = CliRunner().invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "kws"), "--prune", "0.3", "--json",
+                                       "--calibrate", f"{tmp_path}/data.npz:x", "--input", "input=1x1x49x10"])
+    assert run.exit_code == 0, run.output
+    report = json.loads(run.stdout)
+    assert report["sparsity"]["macs_removed"] >= 0.3 and report["sparsity"]["criterion"] == "activation"
+    assert all(set(g) == {"layers", "channels", "kept"} for g in report["sparsity"]["groups"])
+
+
+def test_too_much_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(PruningError, match="at most"):
+        compiled(output=tmp_path / "kws", prune=0.999)
+    assert not (tmp_path / "kws").exists()
