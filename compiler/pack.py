@@ -249,6 +249,13 @@ def _panel_floats(k: int, n: int, block: int) -> int:
     return _round_up(k * (n - last + _round_up(last, _CHANNEL_QUANTUM)), 16)
 
 
+def _product_copy(m: int, k: int, row: int) -> int:
+    """product_copy of matmul.h: floats for rows that lie whole pages apart."""
+    if k == 0 or row % 1024:
+        return 0
+    return _round_up(min(m, max(14, 48 * 1024 // (k + 16))) * (k + 16), 16)
+
+
 def matmul_scratch_bytes(batch: int, m: int, k: int, n: int, trans_a: bool, isa: str) -> int:
     """matmul::scratch_bytes() of matmul.h for one part."""
     if m <= 4:
@@ -262,19 +269,23 @@ def matmul_scratch_bytes(batch: int, m: int, k: int, n: int, trans_a: bool, isa:
         _panel_floats(k, columns, block)
         + _round_up(columns + block, 16)
         + (_round_up(m * k, 16) if trans_a else 0)
+        + _product_copy(m, k, k)
     )
 
 
-def attention_scratch_bytes(queries: int, keys: int, width: int, value_width: int, isa: str) -> int:
-    """attention::scratch_bytes() of attention.h for one part."""
+def attention_scratch_bytes(
+    queries: int, keys: int, width: int, value_width: int, query_row: int, isa: str
+) -> int:
+    """attention::scratch_bytes() of attention.h for one part; `query_row`: floats between queries."""
     rows = min(max(128 * 1024 // 4 // keys // 8 * 8, 8), 64, queries)
     lanes = _BLOCK_VECTORS[isa]
     return 4 * (
         _panel_floats(width, keys, _panel_block(keys, isa))
         + _panel_floats(keys, value_width, _panel_block(value_width, isa))
-        + _round_up(rows * keys, 16)
+        + _round_up(rows * (keys if keys % 1024 else keys + 16), 16)
         + _round_up(max(keys, value_width) + 3 * lanes, 16)
         + _round_up(rows, 16)
+        + _product_copy(rows, width, query_row)
     )
 
 

@@ -39,7 +39,7 @@ def has_fast_kernel(node: Node) -> bool:
             return all(i.is_const for i in node.inputs[1:5]) and all((i.value == 1).all() for i in node.inputs[2:5:2])
         if node.op in ("sum_pool2d", "quantized_attention"):
             return True
-        return (node.op == "max_pool2d" and x in (DType.u8, DType.i8, DType.i16))
+        return node.op == "max_pool2d" and x in (DType.u8, DType.i8, DType.i16)
     if node.op in PRODUCTS:
         return all(i.is_const for i in node.inputs[1:3])
     if node.op == "resize2d":

@@ -78,11 +78,11 @@ def _attention(ctx: Lowering, node: Node) -> None:
         mask,
         boolean(node.attrs["causal"]),
     ]
+    query_row = row_strides(q.shape)[1 if tokens else 2]
     if node.op == "quantized_attention":
         zeros = [node.attrs[z] for z in ("q_zero", "k_zero", "v_zero")]
         scale, factor = np.float32(node.attrs["scale"]), np.float32(node.attrs["factor"])
         exponent = np.float32(np.float64(scale) * np.log2(np.e))
-        query_row = row_strides(q.shape)[1 if tokens else 2]
         ctx.call(
             node,
             "quantized_attention",
@@ -101,5 +101,5 @@ def _attention(ctx: Lowering, node: Node) -> None:
         template,
         ["q", "k", "v", name, "y", "scratch", "part", literal(node.attrs["scale"], DType.f32)],
         [*args, ctx.write("y", node)],
-        scratch=pack.attention_scratch_bytes(nq, nk, d, dv, ctx.target.name) * ctx.threads,
+        scratch=pack.attention_scratch_bytes(nq, nk, d, dv, query_row, ctx.target.name) * ctx.threads,
     )

@@ -30,14 +30,15 @@ def test_sizes_agree(isa: str, tmp_path: Path) -> None:
                 pack.recurrent_scratch_bytes(3, t, n, i, h, packed, isa),
             )
             claim(angle("rnn", t, n, i, h, "TanhFn", text), pack.recurrent_scratch_bytes(1, t, n, i, h, packed, isa))
-    for m, k, n in [(1, 9, 9), (5, 7, 3), (40, 33, 200), (197, 64, 197), (384, 384, 1000)]:
+    for m, k, n in [(1, 9, 9), (5, 7, 3), (40, 33, 200), (197, 64, 197), (384, 384, 1000), (9, 1024, 40), (90, 2048, 9)]:
         for trans in (False, True):
             kernel = angle("matmul", "Shape<>", m, k, n, "Strides<>", "Strides<>", str(trans).lower())
             claim(kernel, pack.matmul_scratch_bytes(1, m, k, n, trans, isa))
-    for nq, nk, d, dv in [(1, 1, 1, 1), (7, 7, 8, 8), (197, 197, 64, 64), (17, 4000, 33, 17)]:
-        tag = "HeadStrides<1, 1, 1>"
-        kernel = angle("attention", 1, 1, nq, nk, d, dv, tag, tag, tag, tag, "NoMask", "false")
-        claim(kernel, pack.attention_scratch_bytes(nq, nk, d, dv, isa))
+    for nq, nk, d, dv, row in [(1, 1, 1, 1, 1), (7, 7, 8, 8, 8), (197, 197, 64, 64, 1024), (17, 4000, 33, 17, 66),
+                               (9, 2048, 32, 32, 2048)]:
+        q, t = f"HeadStrides<1, 1, {row}>", "HeadStrides<1, 1, 1>"
+        kernel = angle("attention", 1, 1, nq, nk, d, dv, q, t, t, t, "NoMask", "false")
+        claim(kernel, pack.attention_scratch_bytes(nq, nk, d, dv, row, isa))
     for nq, nk, d, dv, row in [(1, 1, 4, 1, 4), (7, 7, 8, 8, 8), (197, 197, 64, 64, 192), (17, 4000, 32, 17, 4096),
                                (128, 128, 32, 32, 4096)]:
         q, t = f"HeadStrides<1, 1, {row}>", "HeadStrides<1, 1, 1>"

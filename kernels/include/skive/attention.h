@@ -54,10 +54,13 @@ struct attention {
   static constexpr int kLastRows = Nq - (kBlocks - 1) * kRows;
   using PackKeys = pack_panel<D, Nk, kScoreBlock, 1, K::Row>;
   using PackValues = pack_panel<Nk, Dv, kValueBlock, V::Row, 1>;
-  static constexpr ptrdiff_t kScoreFloats = round_up(kRows * Nk, 16);
+  static constexpr int kScoreRow = Nk % 1024 == 0 ? Nk + 16 : Nk;  // not whole pages, see conv.h
+  static constexpr ptrdiff_t kScoreFloats = round_up(kRows * kScoreRow, 16);
+  static constexpr ptrdiff_t kCopyFloats = product_copy(kRows, D, Q::Row);
   static constexpr ptrdiff_t kZeroFloats = round_up((Nk > Dv ? Nk : Dv) + 3 * kLanes, 16);
   static constexpr ptrdiff_t kSlice =
-      PackKeys::floats + PackValues::floats + kScoreFloats + kZeroFloats + round_up(kRows, 16);
+      PackKeys::floats + PackValues::floats + kScoreFloats + kZeroFloats + round_up(kRows, 16) +
+      kCopyFloats;
   static constexpr size_t scratch_bytes(int parts = 1) {
     return static_cast<size_t>(kSlice) * sizeof(float) * static_cast<size_t>(parts);
   }
@@ -70,6 +73,7 @@ struct attention {
     float* const scores = values + PackValues::floats;
     float* const zeros = scores + kScoreFloats;
     float* const inverse = zeros + kZeroFloats;
+    float* const copy = inverse + round_up(kRows, 16);
     clear_floats(zeros, kZeroFloats);
     constexpr ptrdiff_t count = ptrdiff_t{B} * Heads * kBlocks;
     ptrdiff_t packed = -1;
@@ -87,9 +91,9 @@ struct attention {
           Mask::present ? mask + b * Mask::Batch + h * Mask::Head + first * Mask::Query : nullptr,
           y + b * Y::Batch + h * Y::Head + first * static_cast<ptrdiff_t>(Y::Row), first};
       if (first + kRows <= Nq)
-        block<kRows>(at, keys, values, scores, zeros, inverse, scale);
+        block<kRows>(at, keys, values, scores, zeros, inverse, copy, scale);
       else
-        block<kLastRows>(at, keys, values, scores, zeros, inverse, scale);
+        block<kLastRows>(at, keys, values, scores, zeros, inverse, copy, scale);
     }
   }
 
@@ -102,9 +106,13 @@ struct attention {
   };
   template <int Rows>
   static SKIVE_INLINE void block(const Block& at, const float* keys, const float* values,
-                                 float* scores, const float* zeros, float* inverse, float scale) {
-    packed_product<Rows, D, Nk, kScoreBlock, Q::Row, Nk>::run(
-        at.q, keys, zeros, scores, nullptr, Part{},
+                                 float* scores, const float* zeros, float* inverse, float* copy, float scale) {
+    using Scores = packed_product<Rows, D, Nk, kScoreBlock, Q::Row, kScoreRow>;
+    using Results = packed_product<Rows, Nk, Dv, kValueBlock, kScoreRow, Y::Row>;
+    static_assert(Scores::scratch_bytes() <= kCopyFloats * sizeof(float) && Results::scratch_bytes() == 0,
+                  "room for the copied rows");
+    Scores::run(
+        at.q, keys, zeros, scores, copy, Part{},
         [=](auto acc, ptrdiff_t row, int key) __attribute__((always_inline)) {
           constexpr int n = decltype(acc)::lanes;
           auto s = acc * splat<n>(scale);
@@ -123,8 +131,8 @@ struct attention {
           return s;
         });
     for (int r = 0; r < Rows; ++r)
-      inverse[r] = 1.0f / exp_row(scores + static_cast<ptrdiff_t>(r) * Nk);
-    packed_product<Rows, Nk, Dv, kValueBlock, Nk, Y::Row>::run(
+      inverse[r] = 1.0f / exp_row(scores + static_cast<ptrdiff_t>(r) * kScoreRow);
+    Results::run(
         scores, values, zeros, at.y, nullptr, Part{},
         [=](auto acc, ptrdiff_t row, int) __attribute__((always_inline)) {
           return acc * splat<decltype(acc)::lanes>(inverse[row]);

@@ -63,6 +63,13 @@ template <int M, int K, int N, int NB, int LDA, int LDY>
 using packed_product = conv2d<Image<1, 1, M, K>, Kernel<N, 1, 1>, Stride<1, 1>, Pad<0, 0, 0, 0>,
                               Dilation<1, 1>, NB, LDA, LDY>;
 
+// Floats of scratch in which packed_product copies rows that lie whole pages apart (conv.h): an upper bound.
+constexpr ptrdiff_t product_copy(int m, int k, ptrdiff_t lda) {
+  if (k == 0 || lda % 1024 != 0) return 0;
+  const int room = 48 * 1024 / (k + 16), most = room < 14 ? 14 : room;
+  return round_up((m < most ? m : most) * (k + 16), 16);
+}
+
 // y[batch, M, N] = epilogue(op(a) op(b)); Batch is the result's batch shape, AStrides and BStrides
 // the floats between neighbouring matrices (0 broadcasts). a is [M, K], or [K, M] if TransA, with
 // LDA floats between rows as stored; b likewise. The epilogue's pixel is the flat row of y, its
@@ -89,7 +96,9 @@ struct matmul {
       pack_panel<K, kColumns, NB, kRowStride, kColumnStride>::floats;
   static constexpr ptrdiff_t kZeroFloats = round_up(kColumns + NB, 16);
   static constexpr ptrdiff_t kAFloats = TransA ? round_up(M * K, 16) : 0;
-  static constexpr ptrdiff_t kSlice = kDirect ? 0 : kPanelFloats + kZeroFloats + kAFloats;
+  static constexpr ptrdiff_t kCopyFloats = product_copy(M, K, TransA ? K : LDA);
+  static constexpr ptrdiff_t kSlice =
+      kDirect ? 0 : kPanelFloats + kZeroFloats + kAFloats + kCopyFloats;
   static constexpr size_t scratch_bytes(int parts = 1) {
     return static_cast<size_t>(kSlice) * sizeof(float) * static_cast<size_t>(parts);
   }
@@ -151,9 +160,10 @@ struct matmul {
   static SKIVE_INLINE void one(const float* a, const float* b, Y* y, float* panel,
                                const float* zeros, const E& fn) {
     if constexpr (!kDirect) {
+      using Product = packed_product<M, K, Columns, NB, TransA ? K : LDA, N>;
+      static_assert(Product::scratch_bytes() <= kCopyFloats * sizeof(float), "room for the copied rows");
       pack_panel<K, Columns, NB, kRowStride, kColumnStride>::run(b, panel);
-      packed_product<M, K, Columns, NB, TransA ? K : LDA, N>::run(a, panel, zeros, y, nullptr,
-                                                                  Part{}, fn);
+      Product::run(a, panel, zeros, y, panel + kPanelFloats + kZeroFloats + kAFloats, Part{}, fn);
     } else {
       static_cast<void>(panel), static_cast<void>(zeros);
       constexpr ptrdiff_t am = TransA ? 1 : LDA, ak = TransA ? LDA : 1;
