@@ -570,6 +570,7 @@ def _equalised(
         channels,
         norms=STRENGTHS if options.smooth is None else (options.smooth,) if options.smooth else (),
         convolutions=options.equalise,
+        multiply=not options.integer_only,  # behind a table it would take a rounding of its own
         bytes_=bytes_,
     )
     moved, room = {}, {}
@@ -634,8 +635,8 @@ def signal_to_noise(
     entries = [quantizer.format_of(i) if i in quantizer.integers and whole else None for i in graph.inputs]
     signal, noise = np.zeros(len(stored) + len(pairs)), np.zeros(len(stored) + len(pairs))
     for sample in samples:
-        integers = [a if f is None else f.integers(a).astype(f.dtype.numpy) for a, f in zip(sample, entries, strict=True)]
-        want, got = float_run(sample), fixed_run(integers)
+        given = [f.integers(a).astype(f.dtype.numpy) if f else a for a, f in zip(sample, entries, strict=True)]
+        want, got = float_run(sample), fixed_run(given)
         for i, (w, g) in enumerate(zip(want, got, strict=True)):
             if i < len(forms):
                 g = (g.astype(np.int32) - forms[i].zero) * np.float32(forms[i].scale)

@@ -23,10 +23,10 @@ from skive.passes.tabulate import tabulate
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
-__all__ = ["CANONICAL", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights", "eliminate_common", "eliminate_dead",
-           "eliminate_identity", "equalise", "fold_batchnorm", "fold_constants", "fold_padding", "fuse_elementwise",
-           "integer_arithmetic", "integer_only", "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes",
-           "sink_transposes", "tabulate", "transpose_free_attention"]
+__all__ = ["CANONICAL", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights", "eliminate_common",
+           "eliminate_dead", "eliminate_identity", "equalise", "fold_batchnorm", "fold_constants", "fold_padding",
+           "fuse_elementwise", "integer_arithmetic", "integer_only", "merge_linear", "optimize", "quantize",
+           "recognise_patterns", "sink_reshapes", "sink_transposes", "tabulate", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.

@@ -1,8 +1,8 @@
 """`integer-only`: every operation on integers, so that the artefact has no float instruction.
 
 `Storage` decides what is stored: every value but those that a fixed-point expression keeps in registers
-(a contraction's sum, its bias, bounds, residual additions), since float32 registers are not there. The pass
-then turns the real arithmetic between `dequantize` and `quantize` into integers:
+(a contraction's sum, its bias, bounds, residual additions), since float32 registers are not there. All are
+bytes but the residual sums that normalisations read, which have 16 bits. The pass then turns the real arithmetic between `dequantize` and `quantize` into integers:
 
     sums, additions, products, bounds     32-bit integers in units of a fraction of the result's step; factors
                                           are multipliers and shifts (requantize_fixed)
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,25 @@ class Storage(AnyStorage):
         for n, root in self._root.items():
             self._members.setdefault(root, []).append(n)
         self._interior = set(self._end)
+        self.wide = self._precise()
+
+    def _precise(self) -> set[Node]:
+        """The stored values that take 16 bits: normalisations read them, or sums that normalisations read, and no
+        kernel for bytes. A normalisation makes the small values of one row as large as those of any other."""
+        wide: set[Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node not in self.stored or node.op == "input" or self.graph.is_output(node):
+                continue
+            users = self.graph.users[node]
+            normalised = [u.op == "layer_norm" and u.inputs[0] is node for u in users]
+            moved = [u in wide and self.is_moved(u) for u in users]
+            added = [self._mode.get(u) == "fixed" and not (u.op == "mul" and len(_computed(u)) > 1) for u in users]
+            sums = [u.op in SUMS for u in users]
+            read = zip(normalised, moved, added, sums, strict=True)
+            leads = any(a and self._end.get(u, u) in wide for a, u in zip(added, users, strict=True))
+            if all(map(any, read)) and (any(normalised) or any(moved) or leads):
+                wide.add(node)
+        return wide
 
     def is_moved(self, node: Node) -> bool:
         return _is_move(node) and any(i in self.stored for i in node.inputs)
@@ -132,7 +152,7 @@ def separate_attention(m: Match) -> Node | None:
     if len(m.root.inputs) > 3 or m.root.attrs["causal"]:
         return None
 
-    def make(name: str, *inputs: Node, **attrs: object) -> Node:
+    def make(name: str, *inputs: Node, **attrs: Any) -> Node:
         return ops.make(name, *inputs, origin=m.root.origin, **attrs)
 
     q, k, v = m.root.inputs
@@ -155,6 +175,11 @@ def prepared(graph: Graph) -> Graph:
 
 def _dequantized(m: Match, q: Node, like: Node) -> Node:
     return ops.make("dequantize", q, *like.inputs[1:], origin=m.root.origin)
+
+
+def _is_stored(node: Node) -> bool:
+    """`dequantize` of 8- or 16-bit values with one scale."""
+    return node.op == "dequantize" and node.inputs[0].dtype in ops.QUANTIZED and _per_tensor(node)
 
 
 def _is_byte(node: Node) -> bool:
@@ -221,7 +246,7 @@ def resampled_integers(m: Match) -> Node | None:
     if not all(t.is_const for t in tables):
         return None
     value = ops.make("cast", q, to=I32, origin=m.root.origin)
-    for axis, sources, weights in ((1, *tables[:2]), (2, *tables[2:])):
+    for axis, sources, weights in ((1, tables[0], tables[1]), (2, tables[2], tables[3])):
         w = _weights(weights.value)
         if w is None:
             return None
@@ -277,7 +302,7 @@ def softmax_of_integers(m: Match) -> Node | None:
 def norm_of_integers(m: Match) -> Node | None:
     """Mean and variance are those of the integers: scale and zero point drop out."""
     x, *parameters = m["f"].inputs
-    if not _is_byte(x) or not all(p.is_const for p in parameters):
+    if not _is_stored(x) or not all(p.is_const for p in parameters):
         return None
     q, scale, _ = x.inputs
     step = np.float64(m["s"].value.item())
@@ -333,7 +358,7 @@ class _Expression:
     def __init__(self, origin: str, saturate: bool):
         self.origin, self.saturate = origin, saturate
 
-    def make(self, name: str, *inputs: Node, **attrs: object) -> Node:
+    def make(self, name: str, *inputs: Node, **attrs: Any) -> Node:
         return ops.make(name, *inputs, origin=self.origin, **attrs)
 
     def const(self, value: np.ndarray | float) -> Node:
@@ -567,8 +592,10 @@ def problems(graph: Graph) -> Iterator[tuple[str, str, str]]:
         reads = [i for i in node.inputs if not i.is_const and i.dtype.is_float]
         if node.is_const or not (node.dtype.is_float or reads):
             continue
-        if node.op in ("dequantize", "quantize", "requantize") or any(i.op not in ("dequantize", "input") for i in reads):
-            continue  # around, or behind, a node that is named
+        if node.op in ("dequantize", "quantize", "requantize"):
+            continue
+        if any(i.op not in ("dequantize", "input") for i in reads):
+            continue  # behind a node that is named
         if node.op == "input":
             yield node.label(), f"the input is {node.dtype.value} but not quantized", "report it"
         elif node.op == "attention":

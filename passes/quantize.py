@@ -177,6 +177,7 @@ class Storage:
         self.sources = [n for n in graph.nodes if n in self.stored and not self.is_moved(n)]
 
     integer_only = False  # whether the inputs and outputs of the graph are integers too
+    wide: frozenset[Node] | set[Node] = frozenset()  # stored values that take 16 bits whatever else takes 8
 
     def is_product(self, node: Node) -> bool:
         """True for a contraction with constant weights that may be computed in integers."""
@@ -390,6 +391,9 @@ class Quantizer:
 
     def _format(self, group: Node) -> Format:
         lo, hi = self._scales.range[group]
+        members = [n for n in self.storage.stored if self._group(n) is group]
+        if self.storage.wide and self.storage.wide.issuperset(members):
+            return Format(DType.i16, float(np.float32(max(-lo, hi, 1e-30) * HEADROOM / 32767)), 0, -32768, 32767)
         if self.scheme.dtype_of(self._sharing(group)) == "int8":
             return affine(lo, hi)
         lo, hi = lo * HEADROOM, hi * HEADROOM

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,13 @@ from skive.types import DType
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting"
 RUNNABLE = [t for t in TARGETS if set(TARGETS[t].features) <= set(_native.cpu_features())]
 rng = np.random.default_rng(5)
+START = rng.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Each test draws the same, whichever ran before."""
+    rng.bit_generator.state = START
 
 
 def value(*shape: int, dtype: DType = DType.f32) -> Node:
@@ -119,9 +127,11 @@ def require_no_float(folder: Path) -> None:
         assert not re.search(r"__\w*(sf|df)\w*", calls), calls  # nor are they computed by a library
 
 
-@pytest.mark.parametrize("network", [image_network, transformer])
-def test_same_bytes_everywhere_and_near_the_float_network(network: object, tmp_path: Path) -> None:
-    net = network()  # type: ignore[operator]
+@pytest.mark.parametrize(("network", "least"), [(image_network, 35), (transformer, 28)])
+def test_same_bytes_everywhere_and_near_the_float_network(
+    network: Callable[[], Graph], least: float, tmp_path: Path
+) -> None:
+    net = network()
     data, test = samples(net, 24), samples(net, 6)
     outputs: dict[str, list[np.ndarray]] = {}
     for target in RUNNABLE:
@@ -137,7 +147,11 @@ def test_same_bytes_everywhere_and_near_the_float_network(network: object, tmp_p
     want = np.concatenate([evaluate_graph(net, [x])[0].ravel() for x in test])
     got = np.concatenate([real.dequantize(results(module, x)[0]).ravel() for x in test])
     noise = 10 * np.log10(np.sum(want.astype("f8") ** 2) / np.sum((got - want).astype("f8") ** 2))
-    assert noise > 30, noise  # ordinary INT8 is at 40 dB
+    assert noise > least, noise  # ordinary INT8 is at 40 dB
+    if network is transformer:  # residual sums have 16 bits, what is multiplied has 8
+        stored = {layer["name"]: layer["stored"] for layer in module.report["quantization"]["layers"]}
+        assert {stored[n] for n in ("positions", "project")} == {"i16"}
+        assert {stored[n] for n in ("norm1", "q", "v", "gelu")} == {"u8"}
     require_no_float(tmp_path / "generic")
 
 
