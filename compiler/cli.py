@@ -722,11 +722,8 @@ def _print_forecast(forecast: Forecast) -> None:
         click.echo(printable(f"{layer.name} loses by int8 ({by}): {layer.loses}"))
     if "int8" in totals and not losing:
         click.echo("no layer loses by int8")
-    for layer in forecast.layers:
-        if layer.memory_bound and layer.us.get("weights8", math.inf) < WORTH * layer.us["float32"]:
-            factor = layer.us["float32"] / max(layer.us["weights8"], 1e-3)
-            click.echo(printable(f"{layer.name} waits for its weights: weights8 makes it {factor:.1f} x as fast, "
-                                 "without calibration"))
+    for layer, factor in forecast.weight_only():
+        click.echo(printable(f"{layer.name} waits for its weights: weights8 makes it {factor:.1f} x as fast"))
 
 
 def _print_ports(sides: Mapping[str, Sequence[TensorInfo]]) -> None:

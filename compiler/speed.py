@@ -39,6 +39,7 @@ from skive.types import DType
 log = logging.getLogger("skive.speed")
 
 DTYPES = ("float32", "int8", "int16")
+WEIGHTS = "weights8"  # forecast as well where some weights can be compressed
 # A machine that others use too makes some rounds slower, never faster: a low quantile of the rounds is
 # what a network takes when it is left alone.
 QUANTILE = 0.1
@@ -48,6 +49,7 @@ NEIGHBOURS = 4
 CALL_US = 0.05  # what any call costs
 LOSES = 1.05  # a layer loses by INT8 if it takes this many times its float32 time,
 LOSES_US = 0.3  # and this much longer
+PAYS = 1.2  # times as fast, from which compressed weights are worth telling
 MEMORY_BOUND = 0.5  # share of a layer's time in which its bytes could be moved
 
 Progress = Callable[[str, float], None]
@@ -327,13 +329,15 @@ def fill(
 
 @dataclass(frozen=True)
 class LayerForecast:
-    """One layer of the source model. `us` by element type; `loses`: why INT8 makes it slower, or None."""
+    """One layer of the source model. `us` by element type; `loses`: why INT8 makes it slower, or None; `memory_bound`:
+    in float32 its bytes take longer to read than its multiplications take."""
 
     name: str
     op: str
     macs: int
     us: Mapping[str, float]
     loses: str | None = None
+    memory_bound: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -342,6 +346,7 @@ class LayerForecast:
             "macs": self.macs,
             "us": {k: round(v, 3) for k, v in self.us.items()},
             "loses": self.loses,
+            "memory_bound": self.memory_bound,
         }
 
 
@@ -362,6 +367,12 @@ class Forecast:
     def total_us(self) -> dict[str, float]:
         return {d: sum(layer.us[d] for layer in self.layers) for d in self.measured}
 
+    def weight_only(self) -> list[tuple[LayerForecast, float]]:
+        """(layer, gain) of the layers that float32 keeps waiting for their weights and that weights8 makes faster."""
+        waiting = [layer for layer in self.layers if layer.memory_bound and WEIGHTS in layer.us]
+        gains = [(layer, layer.us["float32"] / max(layer.us[WEIGHTS], 1e-3)) for layer in waiting]
+        return [(layer, gain) for layer, gain in gains if gain >= PAYS]
+
     def to_json(self) -> dict[str, Any]:
         return {
             "threads": self.threads,
@@ -373,7 +384,9 @@ class Forecast:
 
     @staticmethod
     def from_json(d: Mapping[str, Any]) -> Forecast:
-        layers = tuple(LayerForecast(x["name"], x["op"], x["macs"], x["us"], x["loses"]) for x in d["layers"])
+        layers = tuple(
+            LayerForecast(x["name"], x["op"], x["macs"], x["us"], x["loses"], x["memory_bound"]) for x in d["layers"]
+        )
         return Forecast(layers, d["measured"], d["threads"], d["limits"])
 
 
@@ -388,18 +401,24 @@ def guessed_range(node: Node) -> tuple[float, float]:
 
 
 def uniform_plans(graph: Graph, target: Target, threads: int = 1) -> dict[str, Plan]:
-    """The plan of the canonical float `graph` in each element type, with guessed ranges.
+    """The plan of the canonical float `graph` in each element type, with guessed ranges, and on compressed weights.
 
     A type that a layer cannot be lowered in is left out, but for float32.
     """
     from skive import passes
+    from skive.passes.compress_weights import Scheme as Weights
+    from skive.passes.compress_weights import compress
     from skive.passes.quantize import Quantizer, Scheme, Storage
     from skive.pipeline import PassManager
 
     plans = {}
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, WEIGHTS):
         form, storage = graph, Storage(graph, attention=dtype == "int8")
-        if dtype != "float32" and storage.products:
+        if dtype == WEIGHTS:
+            form, compressed = compress(graph, Weights())
+            if not compressed:
+                continue
+        elif dtype != "float32" and storage.products:
             ranges = {n: guessed_range(n) for n in storage.sources}
             form = Quantizer(graph, Scheme(ranges, dtype), storage).build()
         fused, _ = PassManager().run(form, passes.FUSED, check="never")
@@ -421,7 +440,7 @@ def predict(
     progress: Progress = lambda step, fraction: None,
     table: SpeedTable | None = None,
 ) -> Forecast:
-    """What each layer of the canonical float `graph` will take in float32, int8 and int16 here.
+    """What each layer of the canonical float `graph` will take in float32, int8, int16 and weights8 here.
 
     At most about `seconds` go into compiling and measuring what the table does not know. ToolchainError
     if there is no C++ compiler.
@@ -468,7 +487,9 @@ def forecast(graph: Graph, plans: Mapping[str, Plan], table: SpeedTable) -> Fore
         loses = None
         if "int8" in plans and us["int8"] > LOSES * us["float32"] and us["int8"] - us["float32"] > LOSES_US:
             loses = _why(by_type.get("float32", []), by_type.get("int8", []), us, table)
-        layers.append(LayerForecast(name, main.op, main.macs, us, loses))
+        moved = sum(c.bytes for c in by_type.get("float32", [])) / table.limits.memory
+        bound = moved > sum(c.macs for c in by_type.get("float32", [])) / table.limits.float32 / table.threads > 0
+        layers.append(LayerForecast(name, main.op, main.macs, us, loses, bound))
     measured = {}
     for d, plan in plans.items():
         known = sum(table.us(c) for c in plan.calls if c in table)

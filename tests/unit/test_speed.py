@@ -107,6 +107,22 @@ def test_without_time_everything_is_interpolated(tmp_path: Path) -> None:
     assert max(result.measured.values()) == 0 and min(result.total_us.values()) > 0
 
 
+def test_a_layer_that_waits_for_its_weights(tmp_path: Path) -> None:
+    """One row against many weights; with many rows the multiplications take longer than reading."""
+    for rows, waits in ((1, True), (256, False)):
+        x = ops.make("input", shape=(rows, 512), dtype=DType.f32, label="x", origin="x")
+        w = constant(np.ones((512, 512), np.float32))
+        graph = Graph("fc", (x,), (ops.make("linear", x, w, origin="fc", label="y"),), ("y",))
+        known = table(tmp_path / str(rows))
+        plans = speed.uniform_plans(graph, HOST)
+        for dtype, plan in plans.items():
+            for c in plan.calls:
+                known.add(c, 10.0 if dtype == speed.WEIGHTS else 30.0)
+        result = speed.forecast(graph, plans, known)
+        assert [(layer.name, gain) for layer, gain in result.weight_only()] == [("fc", 3.0)] * waits
+        assert speed.Forecast.from_json(result.to_json()) == result
+
+
 def test_a_layer_that_loses_is_told_why(tmp_path: Path) -> None:
     known = table(tmp_path)
     plans = speed.uniform_plans(network(3), HOST)
