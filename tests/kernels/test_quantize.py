@@ -133,7 +133,7 @@ def test_requantize_fixed(isa: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     x = integers(rng)
     cases = []
-    for dtype in NARROW:
+    for dtype in (*NARROW, np.int32):
         info, t = np.iinfo(dtype), ctype(dtype)
         multipliers = rng.integers(-(2**31), 2**31, x.size).astype(np.int32)
         multipliers[:8] = [2**31 - 1, -(2**31), 0, 1, -1, 2**30, 3, 5]
