@@ -5,7 +5,8 @@ value by f[c] and dividing the weights that read it by f[c] changes nothing in e
 the value comes from a convolution through an activation with act(f x) = f act(x), or from a
 normalisation with constant scale and bias, f joins their constants; elsewhere it is one more
 multiplication in the expression that makes the value, taken if it pays. A depthwise convolution
-divides its own channel's scale only, so before one all channels can fill the range.
+divides its own channel's scale only, so before one all channels can fill the range. With 16 bits,
+whose scale is a power of two, one more factor for all channels makes a range fill the integers.
 
 Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, 2019; the
 balance between activations and weights is that of Xiao et al., SmoothQuant, 2023, with the migration
@@ -14,6 +15,7 @@ strength found for each value from the noise it leaves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +24,7 @@ import numpy as np
 from skive import ops
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.fuse_elementwise import is_elementwise
+from skive.passes.quantize import HEADROOM as MARGIN
 from skive.passes.quantize import PRODUCTS, Storage
 from skive.pipeline import pass_
 
@@ -31,9 +34,12 @@ STRENGTHS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)  # how much of the unevenn
 FLOOR = 2.0**-8  # channels smaller than this against the largest are treated as if they had this size
 # Where every channel fills the range, every channel can leave it on other data: balanced values need
 # room above the largest one seen, and so must gain more than the room costs. By bytes of an element:
-HEADROOM = {1: 1.2, 2: 1.6}
-WORTH = {1: 0.6, 2: 0.3}  # the noise power that must be left at most, as a share
+HEADROOM = {1: 1.2, 2: 2.0}
+WORTH = {1: 0.6, 2: 0.2}  # the noise power that must be left at most, as a share
 MULTIPLIED = 0.7  # times that, for factors which need a multiplication of their own
+# A scale of 16 bits is a power of two, and a range rarely is: one factor for all channels makes it fill the
+# integers, where it costs nothing and brings more than this (0.5 dB).
+FILLS = 1.06
 
 
 @dataclass
@@ -46,11 +52,13 @@ class Channels:
 
 @dataclass
 class Equalised:
-    """The new graph, where each node of the old one went, and the factors of the values that changed."""
+    """The new graph, where each node of the old one went, and the factors of the values that changed; `balanced`
+    are those whose channels got different ones."""
 
     graph: Graph
     node: dict[Node, Node] = field(default_factory=dict)
     factors: dict[Node, np.ndarray] = field(default_factory=dict)  # by old node, [C] float64
+    balanced: set[Node] = field(default_factory=set)
 
 
 def _readers(storage: Storage, value: Node) -> list[Node] | None:
@@ -126,6 +134,12 @@ def _best(
     return chosen, best / len(readers)
 
 
+def _filling(largest: float) -> float:
+    """The factor, 1 to 2, with which a range up to `largest` fills 16 bits whose scale is a power of two."""
+    mantissa = math.frexp(largest * MARGIN / 32767)[0]  # 0.5 to 1
+    return max(1.0, (1 - 2.0**-10) / mantissa)
+
+
 def equalised(
     graph: Graph,
     storage: Storage,
@@ -147,6 +161,7 @@ def equalised(
     most = WORTH[bytes_] if worth is None else worth
     factors: dict[Node, np.ndarray] = {}  # of values
     explicit: set[Node] = set()
+    even: set[Node] = set()
     rows: dict[Node, np.ndarray] = {}  # producer -> factors of its output channels
     columns: dict[Node, np.ndarray] = {}  # product -> factors of its input channels
     for value in storage.sources:
@@ -168,9 +183,18 @@ def equalised(
         if producer is None and not (multiply and is_elementwise(value)):
             continue
         chosen, share = _best(readers, known, strengths, levels)
-        if share >= most or (producer is None and share > most * MULTIPLIED):
+        balanced = share < (most if producer is not None else most * MULTIPLIED)
+        if not balanced:
+            chosen = np.ones(len(known.magnitude))
+        if bytes_ == 2 and producer is not None:
+            largest = float((known.magnitude * chosen).max())
+            fill = _filling(largest * (HEADROOM[bytes_] if balanced else 1.0))
+            chosen = chosen * (fill if fill > FILLS else 1.0)
+        if (chosen == 1).all():
             continue
         factors[value] = chosen
+        if balanced:
+            even.add(value)
         if producer is None:
             explicit.add(value)
         else:
@@ -190,7 +214,7 @@ def equalised(
         if node in explicit:
             by = constant(factors[node].astype(np.float32), origin=node.origin)
             new[node] = ops.make("mul", new[node], by, origin=node.origin)
-    return Equalised(graph.with_nodes(new), new, factors)
+    return Equalised(graph.with_nodes(new), new, factors, even)
 
 
 def _producer(graph: Graph, value: Node) -> Node | None:

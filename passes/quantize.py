@@ -11,7 +11,7 @@ an integer form read and write float32: islands.
 biases i32 (Jacob et al., Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, 2018). 16 bit: dynamic fixed point (Das et al., Mixed Precision
 Training of Convolutional Neural Networks using Integer Operations, 2018): i16 with one exponent per
-tensor. No input can make a sum leave 32 bits: either activations and weights have few enough bits for that, or
+tensor (of weights a scale per output channel). No input can make a sum leave 32 bits: either activations and weights have few enough bits for that, or
 the sum is added up in parts that fit (a chain is spilled), whichever costs less.
 """
 
@@ -38,9 +38,9 @@ SUMS = frozenset({"avg_pool2d", "reduce_mean"})
 # A concatenated value that others read too takes the scale of the whole unless that widens its own
 # range by more than this: a quarter more costs 2 dB, a copy with its own rounding costs time.
 WIDENING = 1.25
-# 16-bit ranges keep this much room above the largest value seen: saturation costs more than a quarter
-# of a bit there, where rounding noise lies 70 dB below the signal.
-HEADROOM = 1.25
+# 16-bit ranges keep at least this much room above the largest value seen, and whatever their power of two
+# leaves: saturation costs more than half a bit where rounding noise lies 70 dB below the signal.
+HEADROOM = 1.5
 # A value this much smaller than what is computed from it is left alone if no contraction reads it:
 # a gate of a squeeze-and-excitation block.
 SMALL = 4
@@ -50,9 +50,9 @@ INT32 = 2**31 - 1
 ATTENTION_WIDTH, ATTENTION_KEYS = 256, 32768
 # A chain of 16-bit products is spilled after so many, if at all. A spill takes about as long as SPILL products
 # (measured: 6 on AVX-512, 2 to 6 on AVX2); for PRICE dB less noise a layer may take one per cent more time.
-CHAINS = (1024, 512, 256, 128, 64)
+CHAINS = (1024, 512, 256, 128, 64, 32)
 SPILL = 6
-PRICE = 0.1
+PRICE = 0.03
 
 Range = tuple[float, float]
 
@@ -309,12 +309,12 @@ def affine(low: float, high: float) -> Format:
 def fixed(low: float, high: float, bits: int) -> Format:
     """The i16 format with the smallest power-of-two scale for which `bits` bits cover low..high.
 
-    Integers are held to that interval: how far a sum can go depends on it.
+    Integers are held to `bits` bits, and to one sign if the interval has one: how far a sum can go depends on it.
     """
     limit = 2 ** (bits - 1) - 1
     magnitude = max(abs(low), abs(high))
     exponent = max(-100, math.ceil(math.log2(magnitude / limit))) if magnitude > 1e-30 else 0
-    bottom, top = (math.ceil(abs(v) / 2.0**exponent) for v in (low, high))
+    bottom, top = limit + 1 if low < -1e-30 else 0, limit if high > 1e-30 else 0
     return Format(DType.i16, 2.0**exponent, 0, -bottom, top)
 
 
@@ -418,7 +418,7 @@ class Quantizer:
         allowed = CHAINS if self.scheme.spill and may_spill(node) else ()
         best = (0, math.inf)
         for n in (0, *(c for c in allowed if c < count)):
-            step = 2.0 ** self._exponent_16(node, form, n)
+            step = self._step_16(node, form, n)
             total = form.scale**2 / power + float(np.mean(step**2)) / square
             price = PRICE * 100 * SPILL * (1 / n + 1 / count) if n else 0.0  # one more where the sum ends
             cost = 10 * math.log10(total) + price
@@ -446,7 +446,8 @@ class Quantizer:
         if node in self.scheme.rounded:
             layer.weights = self.scheme.rounded[node].astype(np.int32)
         else:
-            layer.weights = np.clip(np.rint(w / layer.shaped(scales)), -limit, limit).astype(np.int32)
+            real = w.astype(np.float32 if form.dtype is DType.u8 else np.float64)  # as `_scale_16` rounded them
+            layer.weights = np.clip(np.rint(real / layer.shaped(scales)), -limit, limit).astype(np.int32)
         layer.weight_bits = int(np.abs(layer.weights).max(initial=0)).bit_length() + 1
         return layer
 
@@ -464,16 +465,16 @@ class Quantizer:
         return scale.astype(np.float32)
 
     def _scale_16(self, node: Node, form: Format, chain: int) -> np.ndarray:
-        """[OC] powers of two with which weights fit 16 bits and no input makes a sum, or a part of it, leave 32 bits.
+        """[OC] scales with which weights fit 16 bits and no input makes a sum, or a part of it, leave 32 bits.
 
         The bound holds for any activations in `form`: the largest times the positive weights, the
         smallest times the negative ones, plus the bias (an L1 bound of the channel's rounded weights).
         """
         w = node.inputs[1].value.astype(np.float64).reshape(node.inputs[1].shape[0], -1)
         bias = np.abs(self._bias(node)) / form.scale
-        exponent = self._exponent_16(node, form, chain)
+        step = self._step_16(node, form, chain)
         while True:
-            step = 2.0**exponent
+            step = step.astype(np.float32).astype(np.float64)  # as it is stored
             integers = np.rint(w / step[:, None]).astype(np.int64)
             total = reach(form, integers) + np.rint(bias / step)
             over = total > INT32
@@ -481,10 +482,10 @@ class Quantizer:
                 over = (total >= WIDEST) | (window_reach(integers, form.low, form.high, chain) > INT32 - 65535)
             if not over.any():
                 return step.astype(np.float32)
-            exponent = exponent + (over if self.scheme.per_channel else 1)
+            step = step * np.where(over, 1.002, 1.0) if self.scheme.per_channel else step * 1.002
 
-    def _exponent_16(self, node: Node, form: Format, chain: int) -> np.ndarray:
-        """[OC] the same as exponents, before the weights are rounded: a step less is never enough."""
+    def _step_16(self, node: Node, form: Format, chain: int) -> np.ndarray:
+        """[OC] the same before the weights are rounded."""
         w = node.inputs[1].value.reshape(node.inputs[1].shape[0], -1)
         # What a sum reaches is proportional to the range, but for its rounding to integers.
         if (node, chain) not in self._reach:
@@ -492,12 +493,15 @@ class Quantizer:
             self._reach[node, chain] = window_reach(w, form.low * unit, form.high * unit, chain or w.shape[1])
         if (node, -1) not in self._reach:
             self._reach[node, -1] = np.abs(w).max(1, initial=0)
+            self._reach[node, -2] = np.abs(w).sum(1, dtype=np.float64)
         whole = self._reach[node, chain] * max(1, form.high - form.low)
         if not chain:
             whole = whole + np.abs(self._bias(node)) / form.scale
         need = np.maximum(self._reach[node, -1] / 32767, whole / (INT32 - (65535 if chain else 0)))
-        exponent = np.ceil(np.log2(np.where(need > 1e-30, need, 2.0**-31)))
-        return self._per_channel(np.maximum(exponent, -100))
+        if chain:
+            total = 2.0**15 * self._reach[node, -2] + np.abs(self._bias(node)) / form.scale
+            need = np.maximum(need, total / (WIDEST - 2**36))
+        return self._per_channel(np.where(need > 1e-30, need, 2.0**-31))
 
     # --------------------------------------------------------------------------------- graph
 
