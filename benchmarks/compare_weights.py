@@ -3,12 +3,13 @@
     taskset -c 1 python benchmarks/compare_weights.py [768x3072 2048x8192 4096x4096 MODEL.onnx ...] [--rows 1]
         [--depth 1] [--block 64] [--engines skive-weights8,onnxruntime-4] [--seconds 1.5] [--json FILE]
 
-KxN is a network of --depth layers, K to N and back; with depth 1 weights of less than the third-level cache stay
-in it between calls, as they do not in a large network. Every engine has the same float32 weights, takes and
-gives float32, and runs in turns with the others (`skive.bench`):
+KxN is a network of --depth layers, K to N and back, with Relu between; with depth 1 weights that fit the
+third-level cache stay in it between calls, as they do not in a large network. Every engine has the same float32
+weights, takes and gives float32, and runs in turns with the others (`skive.bench`):
 
     skive-weights8, -weights4    activations rounded to 16 bits a row; 4 bits in blocks
-    skive-weights8-f32, -weights4-f32, -weights4-i8     float32 arithmetic; activations of 8 bits
+    skive-weights8-f32, -weights4-f32    float32 arithmetic
+    skive-weights8-i8, -weights4-i8      activations of 8 bits
     onnxruntime-8, -4            MatMulNBits on the integers of skive's blocks, float32 activations
     onnxruntime-8-i8, -4-i8      the same with accuracy_level 4: activations of 8 bits (layers only)
     openvino-8, -4               NNCF compress_weights, INT8_SYM and INT4_SYM in blocks
@@ -42,7 +43,7 @@ from skive.passes.compress_weights import compressed, group_of
 
 ENGINES = (
     "skive-float32", "skive-weights8", "skive-weights4", "skive-weights8-f32", "skive-weights4-f32",
-    "skive-weights4-i8",
+    "skive-weights8-i8", "skive-weights4-i8",
     "onnxruntime-float32", "onnxruntime-8", "onnxruntime-8-i8", "onnxruntime-4", "onnxruntime-4-i8",
     "openvino-float32", "openvino-8", "openvino-4",
 )  # fmt: skip
@@ -60,22 +61,21 @@ def layers(weights: list[np.ndarray], rows: int, bits: int, block: int, level: i
     """The layers as MatMul, or with `bits` as MatMulNBits."""
     nodes, values = [], []
     for i, w in enumerate(weights):
-        name = f"w{i}"
-        inputs, output = ["x" if i == 0 else f"h{i}"], "y" if i == len(weights) - 1 else f"h{i + 1}"
-        if not bits:
+        name, last = f"w{i}", i == len(weights) - 1
+        source, sums = "x" if i == 0 else f"h{i}", "y" if last else f"s{i}"
+        if bits:
+            c = compressed(np.ascontiguousarray(w.T), bits, block)
+            q = c.q if bits == 8 else c.q[:, 0::2] | c.q[:, 1::2] << 4
+            blocks = (c.q.shape[0], c.scale.shape[1], block * bits // 8)
+            values += [numpy_helper.from_array(q.reshape(blocks), name), numpy_helper.from_array(c.scale, name + "s")]
+            attrs = {"K": w.shape[0], "N": w.shape[1], "bits": bits, "block_size": block, "accuracy_level": level}
+            inputs = [source, name, name + "s"]
+            nodes.append(helper.make_node("MatMulNBits", inputs, [sums], domain="com.microsoft", **attrs))
+        else:
             values.append(numpy_helper.from_array(w, name))
-            nodes.append(helper.make_node("MatMul", [*inputs, name], [output]))
-            continue
-        c = compressed(np.ascontiguousarray(w.T), bits, block)
-        q = c.q if bits == 8 else c.q[:, 0::2] | c.q[:, 1::2] << 4
-        blocks = (c.q.shape[0], c.scale.shape[1], block * bits // 8)
-        values += [numpy_helper.from_array(q.reshape(blocks), name), numpy_helper.from_array(c.scale, name + "s")]
-        nodes.append(
-            helper.make_node(
-                "MatMulNBits", [*inputs, name, name + "s"], [output], domain="com.microsoft", K=w.shape[0],
-                N=w.shape[1], bits=bits, block_size=block, accuracy_level=level,
-            )  # fmt: skip
-        )
+            nodes.append(helper.make_node("MatMul", [source, name], [sums]))
+        if not last:  # without it the matrices would be multiplied with each other
+            nodes.append(helper.make_node("Relu", [sums], [f"h{i + 1}"]))
     ports = [helper.make_tensor_value_info(t, TensorProto.FLOAT, (rows, d))
              for t, d in (("x", weights[0].shape[0]), ("y", weights[-1].shape[1]))]  # fmt: skip
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
