@@ -299,6 +299,24 @@ def _window(rng: Random) -> pool.Case:
             return case
 
 
+def _pooled(x: NDArray[np.int32], window: pool.Case, border: int, add: np.ufunc) -> NDArray[np.int32]:
+    """Every window's elements joined by `add`; `border` lies around the image."""
+    t, left, b, r = window.pad
+    padded = np.pad(x, ((0, 0), (t, b), (left, r), (0, 0)), constant_values=border)
+    _, oh, ow, _ = window.output
+    if (oh, ow) == (1, 1) and window.dilation == (1, 1):
+        inside = padded[:, : window.kernel[0], : window.kernel[1]]
+        return add.reduce(inside.reshape(x.shape[0], -1, x.shape[3]), axis=1, dtype=np.int32)[:, None, None]
+    (sh, sw), (dh, dw) = window.stride, window.dilation
+    total = None
+    for kh in range(window.kernel[0]):
+        for kw in range(window.kernel[1]):
+            tap = padded[:, kh * dh : kh * dh + (oh - 1) * sh + 1 : sh, kw * dw : kw * dw + (ow - 1) * sw + 1 : sw]
+            total = tap.copy() if total is None else add(total, tap, out=total)
+    assert total is not None
+    return total
+
+
 def pooling(name: str) -> Callable[[Random], Subject]:
     """max_pool2d, or sum_pool2d with and without what makes a mean of it."""
 
@@ -324,11 +342,9 @@ def pooling(name: str) -> Callable[[Random], Subject]:
             x = any_of(dtype, rng, many.image)
             if worst:
                 x[...] = info.max if zero < info.max else info.min
-            if name == "max":
-                total = pool.taps(x.astype(np.int32), many, info.min).max(0) if not any(window.pad) else pool.taps(
-                    x.astype(np.int64) - info.min, many, 0).max(0) + info.min
-            else:
-                total = pool.taps(x.astype(np.int64) - zero, many, 0).sum(0)
+            wide = x.astype(np.int32)
+            total = (_pooled(wide, many, info.min, np.maximum) if name == "max" else
+                     _pooled(wide - zero, many, 0, np.add))  # fmt: skip
             total = total.reshape(calls, *shape).astype(np.int64)
             if mean:
                 want = saturate(total.astype(np.float32) * factor, np.array(zero), dtype)
@@ -406,6 +422,7 @@ def elementwise(name: str) -> Callable[[Random], Subject]:
     def make(rng: Random) -> Subject:
         full, other, (shape, dense_strides, other_strides) = _broadcast(rng)
         narrow = INTEGERS[int(rng.integers(4))]
+        special = floats(rng)
         t, size = CTYPE[np.dtype(narrow)], math.prod(full)
         source = {
             "quantize": np.float32,
@@ -429,11 +446,12 @@ def elementwise(name: str) -> Callable[[Random], Subject]:
             if rng.random() < 0.3:
                 factors[...] = np.float32(choice(rng, 1, 2) / 4)  # ties
             if source is np.float32:
-                pool_of = floats(rng)
-                x: Array = rng.choice(pool_of, (calls, *full))
-                near = rng.random((calls, *full)) < 0.5
+                # Half of them near the range, a quarter any bits, a quarter ties and special values.
                 step = factors if name == "quantize" else np.float32(1) / factors
-                x = np.where(near, rng.uniform(-400, 400, (calls, *full)) * step, x).astype(np.float32)
+                x: Array = (rng.random((calls, *full), np.float32) * np.float32(800) - np.float32(400)) * step
+                flat = x.reshape(-1)
+                flat[::4] = any_of(np.uint32, rng, (len(flat[::4]),)).view(np.float32)
+                flat[2::4] = np.resize(rng.permutation(special), len(flat[2::4]))
             else:
                 x = any_of(source, rng, (calls, *full))
                 if source is np.int32:
