@@ -1,18 +1,21 @@
-"""The keyword network in fixed point: accuracy on real recordings, and the same bytes from every instruction set."""
+"""Networks in fixed point: accuracy on real recordings, and the same bytes from every instruction set and compiler."""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
+import exhaustive
 import numpy as np
 import pytest
 
 import skive
-from skive import _native
+from skive import _native, build
 from skive.agreement import wilson
 from skive.targets.base import TARGETS
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CALIBRATION = 100  # recordings that are not evaluated
 # Right decisions of the remaining 500: measured, and the same on every processor.
 FLOAT32_RIGHT = 449
@@ -28,19 +31,23 @@ def runnable(target: str) -> bool:
     return set(TARGETS[target].features) <= set(_native.cpu_features())
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped network without its softmax, which is float32: up to there all is integers."""
+def without_softmax(source: Path, folder: Path) -> Path:
+    """The network without its softmax, which is float32: up to there all is integers."""
     import onnx
 
-    network = onnx.load(EXAMPLE / "kws_dscnn.onnx")
+    network = onnx.load(source)
     last = network.graph.node[-1]
     assert last.op_type == "Softmax"
     network.graph.node.remove(last)
     network.graph.output[0].name = last.input[0]
-    path = tmp_path_factory.mktemp("model") / "kws_scores.onnx"
+    path = folder / f"{source.stem}_scores.onnx"
     onnx.save(network, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return without_softmax(EXAMPLE / "kws_dscnn.onnx", tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
@@ -62,3 +69,51 @@ def test_accuracy_and_bytes_are_the_same_everywhere(dtype: str, model: Path, tmp
     assert right >= FLOAT32_RIGHT - (2 if dtype == "int8" else 1), right
     low, high = wilson(right, len(y) - CALIBRATION)
     assert low < FLOAT32_RIGHT / (len(y) - CALIBRATION) < high
+
+
+def real_inputs(network: str) -> np.ndarray:
+    """Sixty samples of the data that `network` was trained for."""
+    if network == "kws_dscnn":
+        return recordings()[0][:60]
+    if network == "ic_resnet8":
+        with np.load(DATA / "cifar10_test_a.npz") as data:
+            return np.ascontiguousarray(data["x"][:60].transpose(0, 3, 1, 2).astype(np.float32))
+    with np.load(DATA / "photos.npz") as data:
+        photos = [data[name] for name in sorted(data.files)]
+    rng = np.random.default_rng(0)
+    corners = [(p, rng.integers(p.shape[0] - 192), rng.integers(p.shape[1] - 192)) for p in photos * 20]
+    crops = np.stack([p[top:top + 192:2, left:left + 192:2] for p, top, left in corners])
+    return np.ascontiguousarray(crops.transpose(0, 3, 1, 2)) / np.float32(255)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+@pytest.mark.parametrize("network", ["kws_dscnn", "ic_resnet8", "vww_mobilenetv1_025"])
+def test_every_target_and_compiler_gives_the_same_bytes(
+    network: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(build.compiler.cache_clear)
+    source = EXAMPLE / "kws_dscnn.onnx" if network == "kws_dscnn" else DATA / "models" / f"{network}.onnx"
+    if not source.exists():
+        pytest.skip(f"no {source}")
+    x = real_inputs(network)
+    model = without_softmax(source, tmp_path)
+    outputs: dict[str, np.ndarray] = {}
+    for compiler, command in exhaustive.compilers().items():
+        monkeypatch.setenv("CXX", shlex.join(command))
+        build.compiler.cache_clear()
+        # Zig's runtime library lacks what asks the processor for its features, so only generic links.
+        lacking = any("zig" in word for word in command)
+        for target in filter(runnable, ["generic"] if lacking else TARGETS):
+            module = skive.compile(model, example_inputs=(x[:1],), output=tmp_path / compiler / target, target=target,
+                                   threads=1 + len(outputs) % 2, verify=False,
+                                   quantize=skive.Quantize(dtype, calibration=x[:30]))
+            assert module.report["quantization"]["islands"] == []
+            outputs[f"{target}, {compiler}"] = np.concatenate([module(s[None]) for s in x])
+    first = next(iter(outputs.values()))
+    assert len(outputs) >= 2 and np.ptp(first) > 0
+    for name, got in outputs.items():
+        assert got.tobytes() == first.tobytes(), name
+    if missing := {"g++", "clang"} - set(exhaustive.compilers()):
+        pytest.skip(f"equal on every target; not compiled by {', '.join(missing)}, which is not there")
