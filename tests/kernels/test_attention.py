@@ -10,7 +10,14 @@ from batch import Case, angle, check
 from driver import cpu_isas
 
 # B, heads, Nq, Nk, D, Dv; the last two have queries, and scores, that lie a page apart.
-SHAPES = [(1, 1, 1, 1, 1, 1), (2, 2, 7, 7, 8, 8), (2, 3, 17, 33, 16, 9), (1, 2, 70, 197, 32, 32), (1, 16, 20, 9, 64, 64), (1, 1, 20, 1024, 8, 8)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 2, 7, 7, 8, 8),
+    (2, 3, 17, 33, 16, 9),
+    (1, 2, 70, 197, 32, 32),
+    (1, 16, 20, 9, 64, 64),
+    (1, 1, 20, 1024, 8, 8),
+]
 
 
 @pytest.mark.parametrize("isa", cpu_isas())

@@ -30,7 +30,8 @@ def test_sizes_agree(isa: str, tmp_path: Path) -> None:
                 pack.recurrent_scratch_bytes(3, t, n, i, h, packed, isa),
             )
             claim(angle("rnn", t, n, i, h, "TanhFn", text), pack.recurrent_scratch_bytes(1, t, n, i, h, packed, isa))
-    for m, k, n in [(1, 9, 9), (5, 7, 3), (40, 33, 200), (197, 64, 197), (384, 384, 1000), (9, 1024, 40), (90, 2048, 9)]:
+    shapes = [(1, 9, 9), (5, 7, 3), (40, 33, 200), (197, 64, 197), (384, 384, 1000), (9, 1024, 40), (90, 2048, 9)]
+    for m, k, n in shapes:
         for trans in (False, True):
             kernel = angle("matmul", "Shape<>", m, k, n, "Strides<>", "Strides<>", str(trans).lower())
             claim(kernel, pack.matmul_scratch_bytes(1, m, k, n, trans, isa))
