@@ -11,8 +11,9 @@ an integer form read and write float32: islands.
 biases i32 (Jacob et al., Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference, 2018). 16 bit: dynamic fixed point (Das et al., Mixed Precision
 Training of Convolutional Neural Networks using Integer Operations, 2018): i16 with one exponent per
-tensor (of weights a scale per output channel). No input can make a sum leave 32 bits: either activations and weights have few enough bits for that, or
-the sum is added up in parts that fit (a chain is spilled), whichever costs less.
+tensor, of weights a scale per output channel. No input can make a sum leave 32 bits: either activations and
+weights have few enough bits for that, or the sum is added up in parts that fit (a chain is spilled),
+whichever costs less.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SUMS = frozenset({"avg_pool2d", "reduce_mean"})
 WIDENING = 1.25
 # 16-bit ranges keep at least this much room above the largest value seen, and whatever their power of two
 # leaves: saturation costs more than half a bit where rounding noise lies 70 dB below the signal.
-HEADROOM = 1.5
+HEADROOM = 1.6
 # A value this much smaller than what is computed from it is left alone if no contraction reads it:
 # a gate of a squeeze-and-excitation block.
 SMALL = 4
@@ -52,7 +53,7 @@ ATTENTION_WIDTH, ATTENTION_KEYS = 256, 32768
 # (measured: 6 on AVX-512, 2 to 6 on AVX2); for PRICE dB less noise a layer may take one per cent more time.
 CHAINS = (1024, 512, 256, 128, 64, 32)
 SPILL = 6
-PRICE = 0.03
+PRICE = 0.02
 
 Range = tuple[float, float]
 
