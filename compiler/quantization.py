@@ -576,7 +576,7 @@ def _equalised(
     moved, room = {}, {}
     for v, o in observed.items():
         moved[result.node[v]] = o.scaled(result.factors[v]) if v in result.factors else o
-        if v in result.factors:
+        if v in result.balanced:
             room[result.node[v]] = HEADROOM[bytes_]
     log.info("%s: channels of %d of %d values balanced", graph.name, len(room), len(observed))
     return result.graph, moved, room

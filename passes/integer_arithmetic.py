@@ -287,6 +287,19 @@ def _channel_scale(scale: Node, oc: int) -> np.ndarray | None:
     return v.reshape(-1) if v.shape[0] == v.size == oc else None
 
 
+def _input_scale(product: Node, scale: Node) -> np.ndarray | None:
+    """The scale of the input by output channel, [] or [OC]: one for all, or one per channel of a depthwise
+    convolution, whose sums are each over one channel. None for any other."""
+    if not scale.is_const or scale.type.size == 0:
+        return None
+    if scale.type.size == 1:
+        return scale.value.reshape(())
+    w, channels = product.inputs[1], product.inputs[0].shape[-1]
+    if product.op == "conv2d" and product.attrs["groups"] == channels == scale.type.size == scale.shape[-1]:
+        return np.repeat(scale.value.reshape(-1), w.shape[0] // channels)
+    return None
+
+
 def _is_weight(node: Node) -> bool:
     return node.op == "dequantize" and all(i.is_const for i in node.inputs)
 
@@ -297,14 +310,15 @@ def integer_product(m: Match) -> Node | Declined | None:
     node = m.root
     x, w, *biases = node.inputs
     q, scale, zero = x.inputs
-    if node.attrs.get("epilogue") or not _per_tensor(x):
+    scale_x = _input_scale(node, scale)
+    if node.attrs.get("epilogue") or scale_x is None or not zero.is_const or np.ptp(zero.value) != 0:
         return None
-    oc, zero_x = w.shape[0], int(zero.value.item())
+    oc, zero_x = w.shape[0], int(zero.value.flat[0])
     values = _weights(w, q.dtype)
     scales = _channel_scale(w.inputs[1], oc)
     if q.dtype not in (DType.u8, DType.i16) or values is None or scales is None:
         return Declined(f"{q.dtype.value} times {w.inputs[0].dtype.value} with these scales has no integer kernel")
-    factor = scale.value.reshape(()) * scales  # float32, in onnxruntime's order
+    factor = scale_x * scales  # float32, in onnxruntime's order
     total = np.zeros(oc, np.int64)
     extra: Node | None = None
     if biases:

@@ -203,6 +203,31 @@ def test_integer_arithmetic_computes_the_same() -> None:
         assert np.abs(got - want).max() < (0.02 if dtype == "int8" else 1e-4) * np.abs(want).max()
 
 
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_a_depthwise_convolution_reads_a_scale_per_channel(multiplier: int) -> None:
+    """As NNCF writes them; a convolution over all channels cannot, and stays float32."""
+    x = image(1, 5, 5, 6)
+    scale = RNG.uniform(0.01, 0.1, (1, 1, 1, 6)).astype(np.float32)
+    zero = constant(np.full((1, 1, 1, 6), 7, np.uint8))
+    q = ops.make("quantize", x, constant(scale), zero, to=DType.u8)
+    read = ops.make("dequantize", q, constant(scale), zero)
+
+    def product(groups: int) -> Graph:
+        shape = (6 * multiplier, 3, 3, 6 // groups)
+        w = ops.make("dequantize", constant(RNG.integers(-127, 128, shape, np.int8)),
+                     constant(RNG.uniform(0.01, 0.1, (shape[0], 1, 1, 1)).astype(np.float32)),
+                     constant(np.zeros((shape[0], 1, 1, 1), np.int8)))
+        return graph_of(ops.make("conv2d", read, w, normal(shape[0]), groups=groups, pad=(1, 1, 1, 1)))
+
+    depthwise, dense = product(6), product(1)
+    integers = integer_arithmetic(depthwise)
+    assert [n.dtype for n in integers.nodes if n.op == "conv2d"] == [DType.i32]
+    inputs = random_inputs(depthwise)
+    for got, want in zip(evaluate_graph(integers, inputs), evaluate_graph(depthwise, inputs), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert [n.dtype for n in integer_arithmetic(dense).nodes if n.op == "conv2d"] == [DType.f32]
+
+
 def test_balanced_channels_change_nothing_but_the_channels() -> None:
     x = image(1, 6, 6, 3)
     a = ops.make("silu", conv(x, 8, name="a"), origin="a", label="act")  # not homogeneous: a multiplication
