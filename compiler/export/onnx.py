@@ -1011,7 +1011,7 @@ def attention(w: Writer, n: Node) -> None:
 def byte_weights(w: Writer, scores: str) -> str:
     """255 exp(score - largest of its row), in bytes."""
     e = w.emit("Exp", w.emit("Sub", scores, w.emit("ReduceMax", scores, integers(-1), keepdims=1)))
-    return w.emit("QuantizeLinear", e, np.float32(1 / 255), scalar(0, DType.u8))
+    return w.emit("QuantizeLinear", e, scalar(1 / 255, F32), scalar(0, DType.u8))
 
 
 def row_sums(w: Writer, p: str) -> str:
