@@ -84,12 +84,14 @@ def test_epilogue_sees_row_and_column(isa: str, tmp_path: Path) -> None:
 def test_integers(isa: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(13)
     cases = []
-    for dtype, result in ((np.int32, np.int32), (np.int64, np.int64), (np.uint8, np.int32), (np.int8, np.int32)):
+    kinds = [(np.int32, np.int32, 9), (np.int32, np.int32, 37), (np.int64, np.int64, 9), (np.uint8, np.int32, 9),
+             (np.int8, np.int32, 9)]
+    for dtype, result, columns in kinds:
         info = np.iinfo(dtype)
         for ta in (False, True):
             for tb in (False, True):
                 a = rng.integers(info.min, info.max, (2, 7, 5) if ta else (2, 5, 7), dtype, endpoint=True)
-                b = rng.integers(info.min, info.max, (9, 7) if tb else (7, 9), dtype, endpoint=True)
+                b = rng.integers(info.min, info.max, (columns, 7) if tb else (7, columns), dtype, endpoint=True)
                 left = (np.swapaxes(a, -1, -2) if ta else a).astype(result)
                 with np.errstate(over="ignore"):
                     want = np.matmul(left, (b.T if tb else b).astype(result))
@@ -101,7 +103,7 @@ def test_integers(isa: str, tmp_path: Path) -> None:
                     "Shape<2>",
                     5,
                     7,
-                    9,
+                    columns,
                     "Strides<35>",
                     "Strides<0>",
                     str(ta).lower(),

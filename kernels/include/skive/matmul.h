@@ -254,18 +254,33 @@ struct plain_matmul<T, Y, Shape<D...>, M, K, N, Strides<A...>, Strides<B...>, Tr
       Y* to = y + begin * N;
       for_rows<Rows, Strides<A..., (TransA ? 1 : K), 0>, Strides<B..., 0, 0>>(
           begin, end, [&](const Offsets<2>& at) {
-            for (int n = 0; n < N; ++n) to[n] = 0;
-            for (int k = 0; k < K; ++k) {
-              const Y left =
-                  static_cast<Y>(a[at.at[0] + k * static_cast<ptrdiff_t>(TransA ? M : 1)]);
-              const T* right = b + at.at[1] + k * static_cast<ptrdiff_t>(TransB ? 1 : N);
-              for (int n = 0; n < N; ++n)
-                to[n] = add(
-                    to[n],
-                    mul(left, static_cast<Y>(right[n * static_cast<ptrdiff_t>(TransB ? K : 1)])));
-            }
+            row(a + at.at[0], b + at.at[1], to);
             to += N;
           });
+    }
+  }
+
+ private:
+  static constexpr ptrdiff_t left_step = TransA ? M : 1;
+  static constexpr bool vector = same_type<T, int32_t> && same_type<Y, int32_t> && !TransB;
+
+  static SKIVE_INLINE void row(const T* a, const T* b, Y* to) {
+    if constexpr (vector) {
+      each_vector<N>([&](ptrdiff_t n, auto lanes) {
+        constexpr int count = decltype(lanes)::count;
+        IVec<count> sum = splat<count>(int32_t{0});
+        for (ptrdiff_t k = 0; k < K; ++k)
+          sum = sum + splat<count>(a[k * left_step]) * load<count>(b + k * N + n);
+        store(to + n, sum);
+      });
+    } else {
+      for (int n = 0; n < N; ++n) to[n] = 0;
+      for (ptrdiff_t k = 0; k < K; ++k) {
+        const Y left = static_cast<Y>(a[k * left_step]);
+        const T* right = b + k * (TransB ? 1 : N);
+        for (ptrdiff_t n = 0; n < N; ++n)
+          to[n] = add(to[n], mul(left, static_cast<Y>(right[n * (TransB ? K : 1)])));
+      }
     }
   }
 };
