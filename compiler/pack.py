@@ -344,6 +344,7 @@ def recurrent_scratch_bytes(
         + 2 * max(bias(n, steps * batch), bias(n, batch))
     )
     total += _round_up(batch * hidden, 16)
+    total += max(_product_copy(steps * batch, inputs, inputs), _product_copy(batch, hidden, hidden))
     if not packed:
         total += weights(n, inputs, steps * batch) + weights(n, hidden, batch)
     if gates == 3:

@@ -18,7 +18,9 @@ def test_sizes_agree(isa: str, tmp_path: Path) -> None:
     def claim(kernel: str, size: int) -> None:
         lines.append(f'static_assert({kernel}::scratch_bytes() == {size}, "{kernel}");')
 
-    for t, n, i, h in [(1, 1, 1, 1), (4, 1, 3, 17), (3, 5, 7, 33), (50, 1, 40, 128), (2, 2, 100, 65)]:
+    layers = [(1, 1, 1, 1), (4, 1, 3, 17), (3, 5, 7, 33), (50, 1, 40, 128), (2, 2, 100, 65), (2, 9, 1024, 17),
+              (2, 9, 16, 1024)]
+    for t, n, i, h in layers:
         for packed in (False, True):
             text = str(packed).lower()
             claim(

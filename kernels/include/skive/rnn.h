@@ -73,7 +73,10 @@ struct RecurrentShape {
   static constexpr ptrdiff_t w = bias + 2 * bias_size;
   static constexpr ptrdiff_t r = w + (Packed ? 0 : Input::weight_floats);
   static constexpr ptrdiff_t reset = r + (Packed ? 0 : Step::weight_floats);
-  static constexpr ptrdiff_t end = reset + round_up(N * H, 16);
+  // Rows of inputs or states that lie whole pages apart are copied here by the products.
+  static constexpr ptrdiff_t copy = reset + round_up(N * H, 16);
+  static constexpr ptrdiff_t input_copy = product_copy(T * N, I, I), state_copy = product_copy(N, H, H);
+  static constexpr ptrdiff_t end = copy + (input_copy > state_copy ? input_copy : state_copy);
 };
 
 // y [T, 2, N, H]: h and c after each step. peephole [3 H] (i o f) or null.
@@ -100,7 +103,7 @@ struct lstm {
       w = base + S::w;
       r = base + S::r;
     }
-    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{},
+    S::Input::Product::run(x, w, both, base + S::pre, base + S::copy, Part{},
                            [](auto v, ptrdiff_t, int) { return v; });
     const float* h = h0;
     const float* c = c0;
@@ -108,7 +111,7 @@ struct lstm {
       float* const next_h = y + static_cast<ptrdiff_t>(t) * 2 * N * H;
       float* const next_c = next_h + N * H;
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 4 * H;
-      S::Step::Product::run(h, r, none, base + S::gates, nullptr, Part{},
+      S::Step::Product::run(h, r, none, base + S::gates, base + S::copy, Part{},
                             [=](auto v, ptrdiff_t row, int g) {
                               return v + load<decltype(v)::lanes>(pre + row * 4 * H + g);
                             });
@@ -183,16 +186,17 @@ struct gru {
       w = base + S::w;
       r = base + S::end;
     }
-    S::Input::Product::run(x, w, sum, base + S::pre, nullptr, Part{},
+    S::Input::Product::run(x, w, sum, base + S::pre, base + S::copy, Part{},
                            [](auto v, ptrdiff_t, int) { return v; });
     const float* h = h0;
     for (int t = 0; t < T; ++t, h = y, y += N * H) {
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 3 * H;
       float* const gates = base + S::gates;
       float* const scaled = base + S::reset;
-      Gates::Product::run(h, r, none, gates, nullptr, Part{}, [=](auto v, ptrdiff_t row, int g) {
-        return F::apply(v + load<decltype(v)::lanes>(pre + row * 3 * H + g));
-      });
+      Gates::Product::run(h, r, none, gates, base + S::copy, Part{},
+                          [=](auto v, ptrdiff_t row, int g) {
+                            return F::apply(v + load<decltype(v)::lanes>(pre + row * 3 * H + g));
+                          });
       const float* operand = h;
       if constexpr (!ResetAfter) {
         for (int n = 0; n < N; ++n)
@@ -202,8 +206,8 @@ struct gru {
           });
         operand = scaled;
       }
-      Candidate::Product::run(operand, r + Gates::weight_floats, hidden_bias, hidden, nullptr,
-                              Part{}, [](auto v, ptrdiff_t, int) { return v; });
+      Candidate::Product::run(operand, r + Gates::weight_floats, hidden_bias, hidden,
+                              base + S::copy, Part{}, [](auto v, ptrdiff_t, int) { return v; });
       for (int n = 0; n < N; ++n)
         each_vector<H>([&](ptrdiff_t u, auto lanes) {
           constexpr int l = decltype(lanes)::count;
@@ -239,14 +243,15 @@ struct rnn {
       w = base + S::w;
       r = base + S::r;
     }
-    S::Input::Product::run(x, w, both, base + S::pre, nullptr, Part{},
+    S::Input::Product::run(x, w, both, base + S::pre, base + S::copy, Part{},
                            [](auto v, ptrdiff_t, int) { return v; });
     const float* h = h0;
     for (int t = 0; t < T; ++t, h = y, y += N * H) {
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * H;
-      S::Step::Product::run(h, r, none, y, nullptr, Part{}, [=](auto v, ptrdiff_t row, int g) {
-        return F::apply(v + load<decltype(v)::lanes>(pre + row * H + g));
-      });
+      S::Step::Product::run(h, r, none, y, base + S::copy, Part{},
+                            [=](auto v, ptrdiff_t row, int g) {
+                              return F::apply(v + load<decltype(v)::lanes>(pre + row * H + g));
+                            });
     }
   }
 };
