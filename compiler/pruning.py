@@ -300,8 +300,8 @@ def _fitted_weights(node: Node, whole: Sequence[np.ndarray], now: Sequence[np.nd
     for b in bias:
         flat[:, -1] = b.value
     inner, cross, rows = np.zeros((flat.shape[1],) * 2), np.zeros((flat.shape[1],) * 2), 0
-    for turn, (a, b) in enumerate(zip(whole, now, strict=True)):
-        before, after = _rows(node, a, turn), _rows(node, b, turn)
+    for turn, (old, new) in enumerate(zip(whole, now, strict=True)):
+        before, after = _rows(node, old, turn), _rows(node, new, turn)
         inner += after.T @ after
         cross += before.T @ after
         rows += len(after)

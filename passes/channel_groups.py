@@ -257,9 +257,11 @@ def _expand(at: _Analysis, node: Node) -> Axes:
 
 def _factors(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """The axes of a reshape in the smallest groups of equal product, those of size 1 apart."""
-    result, i, j = [], 0, 0
+    result: list[tuple[list[int], list[int]]] = []
+    i = j = 0
     while i < len(before) or j < len(after):
-        a, b = [], []
+        a: list[int] = []
+        b: list[int] = []
         p = q = 1
         while p != q or not (a or b):
             if i < len(before) and (p < q or (p == q and before[i] == 1) or j >= len(after) or (p == q and not a)):
@@ -346,7 +348,7 @@ def _reduction(at: _Analysis, node: Node) -> Axes:
         axes, keep = {a % x.type.rank for a in node.attrs["axes"]}, node.attrs["keep"]
     else:
         axes, keep = {node.attrs["axis"] % max(x.type.rank, 1)}, node.attrs.get("keep", True)
-    result = []
+    result: list[Labels] = []
     for i, a in enumerate(at(x)):
         if i in axes:
             at.joins.keep(a, f"{node.op} over this axis ({node.label()})")
@@ -581,7 +583,7 @@ def without(found: Groups, removed: Iterable[int]) -> Graph:
     gone[list(removed)] = True
     if not gone.any():
         return found.graph
-    for n in np.flatnonzero(gone):
+    for n in np.flatnonzero(gone).tolist():
         if found.groups[n].reason is not None:
             raise ValueError(f"the group of {found.groups[n].label} must stay: {found.groups[n].reason}")
     new: dict[Node, Node] = {}
