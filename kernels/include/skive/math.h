@@ -41,27 +41,27 @@ constexpr bool same_type<A, A> = true;
 template <class T>
 constexpr bool is_number = false;
 template <>
-constexpr bool is_number<bool> = true;
+inline constexpr bool is_number<bool> = true;
 template <>
-constexpr bool is_number<int8_t> = true;
+inline constexpr bool is_number<int8_t> = true;
 template <>
-constexpr bool is_number<uint8_t> = true;
+inline constexpr bool is_number<uint8_t> = true;
 template <>
-constexpr bool is_number<int16_t> = true;
+inline constexpr bool is_number<int16_t> = true;
 template <>
-constexpr bool is_number<uint16_t> = true;
+inline constexpr bool is_number<uint16_t> = true;
 template <>
-constexpr bool is_number<int32_t> = true;
+inline constexpr bool is_number<int32_t> = true;
 template <>
-constexpr bool is_number<uint32_t> = true;
+inline constexpr bool is_number<uint32_t> = true;
 template <>
-constexpr bool is_number<int64_t> = true;
+inline constexpr bool is_number<int64_t> = true;
 template <>
-constexpr bool is_number<uint64_t> = true;
+inline constexpr bool is_number<uint64_t> = true;
 template <>
-constexpr bool is_number<float> = true;
+inline constexpr bool is_number<float> = true;
 template <>
-constexpr bool is_number<double> = true;
+inline constexpr bool is_number<double> = true;
 
 template <class T>
 constexpr bool is_float = same_type<T, float> || same_type<T, double>;
