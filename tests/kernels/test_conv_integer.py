@@ -166,13 +166,15 @@ def strided(values: NDArray[np.generic], extra: int) -> NDArray[np.generic]:
 def operands(case: Case, kind: Kind, seed: int, worst: bool) -> tuple[NDArray, NDArray, NDArray]:
     """Input, weights and bias: random over the whole range, or the extremes of it.
 
-    With `spill`, the range of the weights for which its products and 65535 just fit 32 bits.
+    With `spill`, the range of the weights for which its products and 65535 just fit 32 bits, and the whole sum
+    40 bits, beyond which it is not rounded once.
     """
     rng = np.random.default_rng(seed)
     oc, kh, kw = case.kernel
     x_range, w_range = np.iinfo(kind.element), np.iinfo(kind.weight)
-    lowest = -(32767 // kind.spill) if kind.spill else w_range.min
     w_shape = (oc, kh, kw, case.image[3] // case.groups)
+    most = (2**40 - 2**31) // (2**15 * int(np.prod(w_shape[1:])))
+    lowest = -min(32767 // kind.spill, most) if kind.spill else w_range.min
     if worst:
         x = np.full(case.image, x_range.max if kind.size == 1 else x_range.min, kind.element)
         w = np.full(w_shape, lowest, kind.weight)
