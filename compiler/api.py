@@ -201,7 +201,7 @@ def compile(
             "outputs": _ports(plan, "outputs"),
             "arena_bytes": plan.arena_bytes,
             "model_sha256": source.sha256,
-            "options_sha256": hashlib.sha256(options.fingerprint().encode()).hexdigest(),
+            "options_sha256": hashlib.sha256(_options(options, wanted, cut).encode()).hexdigest(),
             "data_sha256": _data_sha256(data),
             "tuning": choices.to_json() if tune is not None else None,
         }
@@ -284,6 +284,11 @@ def _with_scales(plan: Plan, found: Mapping[str, Any]) -> Plan:
         for side, ports in (("inputs", plan.inputs), ("outputs", plan.outputs))
     )
     return dataclasses.replace(plan, inputs=inputs, outputs=outputs)
+
+
+def _options(options: Options, *lossy: Quantize | Prune | None) -> str:
+    """What was asked for, without the data."""
+    return options.fingerprint() + "".join(json.dumps(o.options(), sort_keys=True) for o in lossy if o)
 
 
 def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:

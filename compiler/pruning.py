@@ -8,9 +8,7 @@ calibration data.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import itertools
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +21,7 @@ from skive import ops
 from skive.errors import PruningError
 from skive.ir import FrozenDict, Graph, Node, constant, rebuilt
 from skive.passes.channel_groups import WINDOW, Groups, channel_groups, without, zeroed
+from skive.samples import Samples, fingerprint
 from skive.types import TensorType
 
 log = logging.getLogger("skive.pruning")
@@ -79,13 +78,13 @@ class Prune:
             object.__setattr__(self, "keep", (self.keep,))
         object.__setattr__(self, "keep", tuple(self.keep))
 
-    def fingerprint(self) -> str | None:
-        """As that of `skive.Quantize`: equal for equal options and data; None for data that cannot be hashed."""
-        from skive.quantization import hashed
+    def options(self) -> dict[str, Any]:
+        """All but the data, as plain values."""
+        return {k: v for k, v in self.__dict__.items() if k != "calibration"}
 
-        h = hashlib.sha256()
-        options = {k: v for k, v in self.__dict__.items() if k != "calibration"}
-        return json.dumps(options, sort_keys=True) + h.hexdigest() if hashed(self.calibration, h) else None
+    def fingerprint(self) -> str | None:
+        """Equal for equal options and data; None for data that can be read only once or cannot be hashed."""
+        return fingerprint(self.options(), self.calibration)
 
     @property
     def measure(self) -> str:
@@ -460,8 +459,6 @@ def _samples(graph: Graph, options: Prune) -> list[Sequence[np.ndarray]]:
         from skive.pipeline import random_inputs
 
         return [random_inputs(graph, seed) for seed in range(NOISE_SAMPLES)]
-    from skive.quantization import Samples
-
     return list(itertools.islice(iter(Samples(graph, options.calibration, options.samples)), FIT_SAMPLES))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -110,3 +111,12 @@ def test_the_verified_artefact_is_the_same(tmp_path: Path) -> None:
     checked, unchecked, again = files("a"), files("b", verify=False), files("c")
     assert different(checked, again) == []
     assert set(different(checked, unchecked)) <= {"report.json", "report.html", "manifest.json"}  # options_sha256
+
+
+def test_the_manifest_tells_options_apart(tmp_path: Path) -> None:
+    asked = [{}, {"quantize": skive.Quantize("weights8")}, {"quantize": skive.Quantize("weights8", block=64)},
+             {"prune": skive.Prune(macs=0.1, criterion="l1", refit=False)}]
+    seen = [skive.compile(str(KEYWORDS), input_shapes={"input": (1, 1, 49, 10)}, output=tmp_path / str(i),
+                          emit_only=True, verify=False, **options).folder for i, options in enumerate(asked)]
+    hashes = {json.loads((f / "manifest.json").read_text())["options_sha256"] for f in seen}
+    assert len(hashes) == len(asked)

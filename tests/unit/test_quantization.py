@@ -12,8 +12,9 @@ from skive import calibration, ops
 from skive.calibration import Observation, Statistics, value_range
 from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant
-from skive.quantization import Quantize, Samples, apply, requested
+from skive.quantization import Quantize, apply, requested
 from skive.reference import evaluate_graph
+from skive.samples import Samples
 from skive.types import DType
 
 RNG = np.random.default_rng(0)
