@@ -8,6 +8,7 @@ import numpy as np
 
 from skive import check, passes
 from skive.ir import Graph, Node
+from skive.passes.integer_only import Storage as IntegerStorage
 from skive.passes.quantize import Quantizer, Scheme, Storage
 from skive.pipeline import PassManager
 from skive.reference import evaluate_graph
@@ -32,13 +33,13 @@ def observed_ranges(graph: Graph, storage: Storage,
     return ranges
 
 
-def fixed_point(graph: Graph, dtype: str, *, per_channel: bool = True,
+def fixed_point(graph: Graph, dtype: str, *, per_channel: bool = True, integer_only: bool = False,
                 samples: Sequence[Sequence[np.ndarray]] | None = None) -> Graph:
     """`graph` with integer arithmetic, fused: what is lowered. `samples` give the ranges."""
     canonical, _ = passes.canonical(graph, check="never")
-    storage = Storage(canonical)
+    storage = IntegerStorage(canonical) if integer_only else Storage(canonical)
     samples = samples or [check.sample_inputs(canonical, seed) for seed in (1, 2)]
     scheme = Scheme(observed_ranges(canonical, storage, samples), dtype, per_channel)
     quantized = Quantizer(canonical, scheme, storage).build()
-    fused, _ = PassManager().run(quantized, passes.FUSED, check="never")
+    fused, _ = PassManager().run(quantized, passes.INTEGER_ONLY if integer_only else passes.FUSED, check="never")
     return fused

@@ -9,9 +9,10 @@ import numpy as np
 from fixed_point import fixed_point
 from onnx import TensorProto, helper, numpy_helper
 
-from skive import ops
+from skive import ops, passes
 from skive.frontend.onnx import import_onnx
 from skive.ir import Graph, Node, constant
+from skive.pipeline import PassManager
 from skive.types import DType
 
 KEYWORDS = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting" / "kws_dscnn.onnx"
@@ -260,6 +261,36 @@ def islands(net: Net) -> None:
     net.output(ops.make("conv2d", y, net.weights(6, 2, 2, 19), net.weights(6)))
 
 
+def tokens(net: Net) -> None:
+    """A transformer block and a classifier: attention, softmax, layer normalisation, an activation of one byte."""
+    x, mask = net.input(1, 7, 24), constant(np.where(np.arange(7) < 5, 0, -1e9).astype(np.float32).reshape(1, 1, 1, 7))
+
+    def dense(v: Node, n: int) -> Node:
+        return ops.make("linear", v, net.weights(n, v.shape[-1]), net.weights(n))
+
+    scale = constant(net.rng.uniform(0.5, 1.5, 24).astype(np.float32))
+    h = ops.make("layer_norm", dense(x, 24), scale, net.weights(24))
+    heads = [ops.make("reshape", dense(h, 24), shape=(1, 7, 3, 8)) for _ in range(3)]
+    a = ops.make("attention", *heads, *([] if net.name.endswith("only") else [mask]), scale=8**-0.5, token_major=True)
+    h = ops.make("add", x, dense(ops.make("reshape", a, shape=(1, 7, 24)), 24))
+    wide = ops.make("concat", ops.make("gelu", dense(h, 24)), ops.make("silu", dense(h, 16)), axis=2)
+    h = ops.make("add", h, dense(wide, 24))
+    pooled = ops.make("reduce_mean", h, axes=(1,), keep=False)
+    net.output(ops.make("softmax", dense(pooled, 7)))
+
+
+def compressed() -> Graph:
+    """Weights of 8 and 4 bits beside activations of every kind."""
+    net = Net("compressed")
+    x = net.input(3, 96)
+    for options in ("bits=8", "bits=4,group=32", "bits=4,activation=8", "bits=8,activation=32"):
+        y = ops.make("silu", ops.make("linear", x, net.weights(70, 96), net.weights(70)))
+        part = Graph("part", (x,), (ops.make("linear", y, net.weights(9, 70)),), ("y",))
+        part, _ = PassManager().run(part, f"compress-weights{{{options}}}", check="never")
+        net.output(*part.outputs)
+    return PassManager().run(net.graph(), passes.FUSED, check="never")[0]
+
+
 def resized() -> Graph:
     """Images in two sizes: nearest neighbours and linear interpolation."""
     nodes = [helper.make_node("Resize", ["x", "", "scales"], ["up"], mode="nearest"),
@@ -278,17 +309,18 @@ def keywords() -> Graph:
     return import_onnx(KEYWORDS, input_shapes={"input": (1, 1, 49, 10)})
 
 
-def in_fixed_point(build: Callable[[Net], None], dtype: str) -> Callable[[], Graph]:
-    """The network that `build` makes, in 8 or 16 bits."""
+def in_fixed_point(build: Callable[[Net], None], form: str) -> Callable[[], Graph]:
+    """The network that `build` makes, in 8 or 16 bits or, "only", in 8 bits without any float arithmetic."""
 
     def make() -> Graph:
-        net = Net(f"{build.__name__}_{dtype}")
+        net = Net(f"{build.__name__}_{form}")
         build(net)
-        return fixed_point(net.graph(), dtype)
+        return fixed_point(net.graph(), "int8" if form == "only" else form, integer_only=form == "only")
 
     return make
 
 
 FIXED_POINT = {f"{build.__name__}_{dtype}": in_fixed_point(build, dtype)
                for build in (integer_windows, integer_pools, islands) for dtype in ("int8", "int16")}
-NETWORKS |= {"resized": resized, "keywords": keywords, **FIXED_POINT}
+NETWORKS |= {"resized": resized, "keywords": keywords, "compressed": compressed, **FIXED_POINT,
+             **{f"tokens_{form}": in_fixed_point(tokens, form) for form in ("int8", "only")}}

@@ -25,16 +25,6 @@ SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"
 SANITIZED = {"ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
-# Kernels that no network here uses yet, and where they are compiled and compared for every target.
-ELSEWHERE = {
-    "compressed_linear": "kernels/test_compressed.py",
-    "integer_layer_norm": "e2e/test_integer_only.py",
-    "integer_softmax": "e2e/test_integer_only.py",
-    "lookup_to": "kernels/test_quantize.py",
-    "quantized_attention": "e2e/test_integer_attention.py",
-}
-
-
 def test_the_networks_use_every_kernel() -> None:
     """Kernels are the class templates of the headers whose names stand in compiler/lower or tuning.py."""
     files = [*Path(lower.__file__).parent.glob("*.py"), Path(tuning.__file__)]
@@ -45,8 +35,7 @@ def test_the_networks_use_every_kernel() -> None:
     calls = [c for make in NETWORKS.values() for c in lower.lower(make(), TARGETS["avx512"]).calls]
     used = {c.kernel for c in calls}
     assert len(named) > 30 and used <= named
-    assert sorted(named - used - set(ELSEWHERE)) == [] and not used & set(ELSEWHERE)
-    assert all((Path(__file__).parents[1] / place).is_file() for place in ELSEWHERE.values())
+    assert sorted(named - used) == []
     # Contractions and pools once more for each integer type that has packed weights.
     integers = {(c.kernel, a.ctype) for c in calls for a in c.args if a.name == "x"}
     kernels_of = ("conv2d", "grouped_conv2d", "depthwise2d", "conv_transpose2d", "max_pool2d", "sum_pool2d")
