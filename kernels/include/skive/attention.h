@@ -36,6 +36,25 @@ SKIVE_INLINE Vec<N> lane_numbers() {
   return load<N>(numbers);
 }
 
+// The scores `s` of the keys from `key` on, of query `row` of a block that starts at query `at.first`
+// and whose mask starts at `at.mask`: with the mask added and, if Causal, -inf for later keys.
+template <class Mask, bool Causal, class S, class Block>
+SKIVE_INLINE S masked(S s, const Block& at, ptrdiff_t row, int key) {
+  constexpr int n = S::lanes;
+  if constexpr (Mask::present) {
+    const float* m = at.mask + row * Mask::Query;
+    if constexpr (Mask::Key == 1)
+      s = s + load<n>(m + key);
+    else
+      s = s + splat<n>(*m);
+  }
+  if constexpr (Causal) {
+    const auto number = lane_numbers<n>() + splat<n>(static_cast<float>(key));
+    s = select(less(splat<n>(static_cast<float>(at.first + row)), number), splat<n>(-__builtin_inff()), s);
+  }
+  return s;
+}
+
 // Causal: query i sees keys 0 to i.
 template <int B, int Heads, int Nq, int Nk, int D, int Dv, class Q, class K, class V, class Y,
           class Mask, bool Causal>
@@ -114,21 +133,7 @@ struct attention {
     Scores::run(
         at.q, keys, zeros, scores, copy, Part{},
         [=](auto acc, ptrdiff_t row, int key) __attribute__((always_inline)) {
-          constexpr int n = decltype(acc)::lanes;
-          auto s = acc * splat<n>(scale);
-          if constexpr (Mask::present) {
-            const float* m = at.mask + row * Mask::Query;
-            if constexpr (Mask::Key == 1)
-              s = s + load<n>(m + key);
-            else
-              s = s + splat<n>(*m);
-          }
-          if constexpr (Causal) {
-            const auto number = lane_numbers<n>() + splat<n>(static_cast<float>(key));
-            s = select(less(splat<n>(static_cast<float>(at.first + row)), number),
-                       splat<n>(-__builtin_inff()), s);
-          }
-          return s;
+          return masked<Mask, Causal>(acc * splat<decltype(acc)::lanes>(scale), at, row, key);
         });
     for (int r = 0; r < Rows; ++r)
       inverse[r] = 1.0f / exp_row(scores + static_cast<ptrdiff_t>(r) * kScoreRow);

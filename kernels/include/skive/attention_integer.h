@@ -264,20 +264,8 @@ struct quantized_attention {
                         constexpr int n = decltype(acc)::lanes;
                         if constexpr (kOffset) acc = acc - splat<n>(room.offset[row]);
                         auto s = to_float(acc);
-                        if constexpr (Mask::present) {
-                          const float* m = at.mask + row * Mask::Query;
-                          s = s * splat<n>(numbers.scale);
-                          if constexpr (Mask::Key == 1)
-                            s = s + load<n>(m + key);
-                          else
-                            s = s + splat<n>(*m);
-                        }
-                        if constexpr (Causal) {
-                          const auto number = lane_numbers<n>() + splat<n>(static_cast<float>(key));
-                          s = select(less(splat<n>(static_cast<float>(at.first + row)), number),
-                                     splat<n>(-__builtin_inff()), s);
-                        }
-                        return s;
+                        if constexpr (Mask::present) s = s * splat<n>(numbers.scale);
+                        return masked<Mask, Causal>(s, at, row, key);
                       });
     for (int r = 0; r < Rows; ++r) {
       const float sum = weigh(room.scores + static_cast<ptrdiff_t>(r) * kScoreRow,
