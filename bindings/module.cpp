@@ -20,11 +20,7 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) || defined(__i386__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#endif
+#include "skive/cpu.h"
 
 namespace py = pybind11;
 
@@ -35,64 +31,11 @@ using py::detail::npy_api;
 
 // ---- The processor ------------------------------------------------------------------------------
 
-// The instruction-set extensions that this processor has and the operating system has enabled, in
-// the spelling of the compilers' -m flags.
 std::vector<const char*> cpu_features() {
   std::vector<const char*> found;
-  const auto add = [&found](bool present, const char* name) {
-    if (present) found.push_back(name);
-  };
-#if defined(__x86_64__) || defined(__i386__)
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
-  add((d >> 26) & 1, "sse2");
-  add((c >> 9) & 1, "ssse3");
-  add((c >> 19) & 1, "sse4.1");
-  add((c >> 20) & 1, "sse4.2");
-  add((c >> 23) & 1, "popcnt");
-  unsigned xcr0 = 0;  // which register files the operating system saves at a context switch
-  if ((c >> 27) & 1) {
-    unsigned high = 0;
-    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
-  }
-  const bool ymm_saved = (xcr0 & 0x06) == 0x06;
-  const bool zmm_saved = (xcr0 & 0xE6) == 0xE6;
-  add(ymm_saved && ((c >> 28) & 1), "avx");
-  add(ymm_saved && ((c >> 29) & 1), "f16c");
-  add(ymm_saved && ((c >> 12) & 1), "fma");
-  unsigned b7 = 0, c7 = 0, d7 = 0;
-  if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7)) return found;
-  const unsigned last_subleaf = a;
-  add((b7 >> 8) & 1, "bmi2");
-  add(ymm_saved && ((b7 >> 5) & 1), "avx2");
-  add(zmm_saved && ((b7 >> 16) & 1), "avx512f");
-  add(zmm_saved && ((b7 >> 30) & 1), "avx512bw");
-  add(zmm_saved && ((b7 >> 31) & 1), "avx512vl");
-  add(zmm_saved && ((b7 >> 17) & 1), "avx512dq");
-  add(zmm_saved && ((b7 >> 28) & 1), "avx512cd");
-  add(zmm_saved && ((b7 >> 21) & 1), "avx512ifma");
-  add(zmm_saved && ((c7 >> 1) & 1), "avx512vbmi");
-  add(zmm_saved && ((c7 >> 6) & 1), "avx512vbmi2");
-  add(zmm_saved && ((c7 >> 11) & 1), "avx512vnni");
-  add(zmm_saved && ((c7 >> 12) & 1), "avx512bitalg");
-  add(zmm_saved && ((c7 >> 14) & 1), "avx512vpopcntdq");
-  add(zmm_saved && ((d7 >> 23) & 1), "avx512fp16");
-  if (last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
-    add(zmm_saved && ((a >> 5) & 1), "avx512bf16");
-    add(ymm_saved && ((a >> 4) & 1), "avxvnni");
-    add(ymm_saved && ((d >> 4) & 1), "avxvnniint8");
-  }
-#elif defined(__aarch64__) && defined(__linux__)
-  const unsigned long hwcap = getauxval(AT_HWCAP);  // bit numbers: the kernel's asm/hwcap.h
-  const unsigned long hwcap2 = getauxval(AT_HWCAP2);
-  add((hwcap >> 1) & 1, "simd");
-  add((hwcap >> 10) & 1, "fp16");
-  add((hwcap >> 20) & 1, "dotprod");
-  add((hwcap >> 22) & 1, "sve");
-  add((hwcap2 >> 13) & 1, "i8mm");
-#else
-  (void)add;
-#endif
+  const skive::CpuState cpu;
+  for (const skive::CpuFeature& f : skive::kCpuFeatures)
+    if (cpu.has(f)) found.push_back(f.name);
   return found;
 }
 

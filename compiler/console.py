@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -142,11 +144,14 @@ def _descendants() -> list[int]:
     return found
 
 
-def _end_descendants() -> None:
-    """Ends compilers and bench workers for as long as this process lives: a pool of threads may
-    start one more before it learns that it is no longer wanted."""
-    while True:
-        for pid in _descendants():
+def _end_descendants(sweeps: int | None = None) -> None:
+    """Ends compilers and bench workers: until none is left, but at most so often. None: for as long as this
+    process lives, as a pool of threads may start one more before it learns that it is no longer wanted."""
+    for _ in itertools.count() if sweeps is None else range(sweeps):
+        found = _descendants()
+        if not found and sweeps is not None:
+            return
+        for pid in found:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGTERM)
         time.sleep(0.02)
@@ -158,7 +163,11 @@ class _Interrupted(BaseException):
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Within the block, SIGINT and SIGTERM end the child processes and raise _Interrupted."""
+    """Within the block, SIGINT and SIGTERM end the child processes and raise _Interrupted.
+
+    A signal strikes anywhere, also where a lock of `threading` is about to be released: what the block raises
+    afterwards is a consequence.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -172,6 +181,10 @@ def _interruptible() -> Iterator[None]:
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except BaseException as e:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise _Interrupted from e
+        raise
     finally:
         for s, handler in before.items():
             if signal.getsignal(s) is interrupt:
@@ -198,7 +211,13 @@ def _guarded(call: Callable[[], Any]) -> int:
         return 2
     except click.ClickException as e:
         return fail(printable(e.format_message()))
-    except (_Interrupted, KeyboardInterrupt, click.Abort):
+    except _Interrupted:
+        fail("interrupted")
+        _end_descendants(100)
+        # Without waiting for threads: one whose start was interrupted is in no pool, and never ends.
+        atexit._run_exitfuncs()
+        os._exit(1)
+    except (KeyboardInterrupt, click.Abort):
         return fail("interrupted")
     except BrokenPipeError:
         # The reader has gone. What is still buffered must not fail once more at exit.

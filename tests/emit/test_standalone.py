@@ -90,7 +90,7 @@ def test_the_entry_runs_on_any_processor(target: str, threads: int, tmp_path: Pa
     for unit in sorted(p.name for p in tmp_path.glob("*.cpp")):
         run("c++", *cxx.FLAGS, *TARGETS[target].flags, "-I.", "-c", unit, "-o", f"{unit}.o", cwd=tmp_path)
     code = functions(run("objdump", "-d", "--no-show-raw-insn", f"{plan.name}.cpp.o", cwd=tmp_path))
-    entries = {n: body for n, body in code.items() if n.startswith(f"{plan.name}_") or re.search("check", n)}
+    entries = {n: body for n, body in code.items() if n.startswith(f"{plan.name}_") or re.search("check|[cC]pu", n)}
     assert {f"{plan.name}_{f}" for f in ("run", "run_batch", "run_layer", "cpu_supported", "error")} <= set(entries)
     for name, body in entries.items():
         wide = [i for i in body if re.search(r"%[yz]mm|%k[0-7]\b|^v", i) and not i.startswith("verr")]
