@@ -200,6 +200,8 @@ def emit(plan: Plan, target: Target) -> Sources:
     files["CMakeLists.txt"] = _cmake(plan, target, tuple(units))
     if plan.threads > 1:
         headers.append("threads.h")
+    if target.features:
+        headers.append("cpu.h")
     return Sources(files, tuple(units), tuple(sorted(set(headers))))
 
 
@@ -311,7 +313,7 @@ def _main_unit(
         out += [f"#define {target.define}"]
     if plan.threads > 1:
         out += ['#include "skive/threads.h"']
-    out += ['#include "skive/isa.h"']
+    out += [f'#include "skive/{"cpu.h" if target.features else "isa.h"}"']
     if not split:
         out += [f'#include "skive/{h}"' for h in headers]
     out += [
@@ -395,16 +397,28 @@ def _main_unit(
             "",
         ]
     out += [f"}}  // namespace {n}_model", "", f"using namespace {n}_model;", ""]
-    checks = " && ".join(f'__builtin_cpu_supports("{f}")' for f in target.features)
+    supported = ["  return 1;"]
+    names = ", ".join(f'"{f}"' for f in target.features)
+    if names:  # asking takes microseconds, in a virtual machine many: once
+        supported = [
+            f"  static const char* const needed[] = {{{names}}};",
+            "  static int known = 0;  // 1: no, 2: yes",
+            "  int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);",
+            "  if (!answer) {",
+            "    answer = skive::cpu_has(needed) ? 2 : 1;",
+            "    __atomic_store_n(&known, answer, __ATOMIC_RELAXED);",
+            "  }",
+            "  return answer - 1;",
+        ]
     out += [
         f'extern "C" int {n}_cpu_supported(void) {{',
-        *(["  __builtin_cpu_init();", f"  return {checks} ? 1 : 0;"] if checks else ["  return 1;"]),
+        *supported,
         "}",
         "",
         f'extern "C" const char* {n}_error(int code) {{',
         "  switch (code) {",
         '    case 0: return "success";',
-        f'    case {upper}_ERROR_CPU: return "this processor lacks {", ".join(target.features) or "nothing"}";',
+        f'    case {upper}_ERROR_CPU: return "this processor lacks one of {", ".join(target.features) or "nothing"}";',
         f'    case {upper}_ERROR_NULL: return "a pointer is null";',
         f'    case {upper}_ERROR_ALIGN: return "the arena is not 64-byte aligned";',
         f'    case {upper}_ERROR_BATCH: return "the batch is out of range";',
