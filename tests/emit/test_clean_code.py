@@ -22,7 +22,8 @@ HOST = resolve("host", _native.cpu_features()).name
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
 # A function pointer of the pool is cast on purpose; leaks are looked for too.
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1")
-SANITIZED = {"ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+# Use after return is not looked for: g++ before 13.3 then aligns vectors of 64 bytes to 32 only (GCC bug 110027).
+SANITIZED = {"ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
 
 
 def test_the_networks_use_every_kernel() -> None:

@@ -207,7 +207,7 @@ def test_interrupted_build(place: Path, sign: signal.Signals, to_all: bool) -> N
             os.killpg(process.pid, sign)
         else:
             os.kill(process.pid, sign)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=120)
         assert wait_for(lambda: not group(process.pid), 5)
     finally:
         with contextlib.suppress(ProcessLookupError):
