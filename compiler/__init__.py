@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from skive.pruning import Prune
     from skive.quantization import Quantize
     from skive.runtime import Module, load
+    from skive.sparsity import Sparsify
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "Quantize",
     "ShapeError",
     "SkiveError",
+    "Sparsify",
     "TargetError",
     "ToolchainError",
     "UnsupportedOpError",
@@ -49,7 +51,7 @@ __all__ = [
 ]
 
 _LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime",
-         "Prune": "skive.pruning", "Quantize": "skive.quantization"}
+         "Prune": "skive.pruning", "Quantize": "skive.quantization", "Sparsify": "skive.sparsity"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import _native, build, check, explanation, pruning, quantization, speed, tuning
+from skive import _native, build, check, explanation, pruning, quantization, sparsity, speed, tuning
 from skive.agreement import Agreement
 from skive.artifact import write_folder
 from skive.emit import cxx
 from skive.errors import InvalidModelError, ShapeError, SkiveError, TargetError, VerificationError
 from skive.ir import Graph
 from skive.lower import lower
+from skive.lower.sparse import sparse_layers
 from skive.pipeline import NoOptions, Pass, PassManager, Step, operations, random_inputs, total_macs, weight_bytes
 from skive.plan import Plan
 from skive.runtime import MANIFEST, Module
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from skive.frontend import Source
     from skive.pruning import Prune
     from skive.quantization import Quantize
+    from skive.sparsity import Sparsify
 
 PROFILE_SECONDS = 0.2  # what measuring the layers may add to a compile
 Progress = Callable[[str, float], None]  # (step, fraction of the whole)
@@ -71,7 +73,7 @@ def compile(
     data: Sequence[np.ndarray] | None = None,
     quantize: Quantize | str | None = None,
     prune: Prune | float | None = None,
-    sparsify: Any = None,
+    sparsify: Sparsify | str | None = None,
     exits: Any = None,
     tune: float | None = None,
     export_onnx: str | Path | None = None,
@@ -84,8 +86,9 @@ def compile(
     ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
     process if not given). `quantize`: "int8", "int16", "auto", "weights8", "weights4" or a `skive.Quantize`,
     which also holds the calibration data (weights8 and weights4 need none). `prune`: the fraction of
-    multiply-accumulates to remove with whole channels, or a `skive.Prune`. `sparsify` and `exits` are
-    reserved: this version refuses them. `tune`: seconds that may go into measuring other ways to compute
+    multiply-accumulates to remove with whole channels, or a `skive.Prune`. `sparsify`: the blocks of
+    weights that become zero, as "block4x16@0.75", or a `skive.Sparsify`. `exits` is reserved: this version refuses
+    it. `tune`: seconds that may go into measuring other ways to compute
     each layer on this processor; what was measured is remembered, and what was chosen stands in the
     manifest. `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
     where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
@@ -95,16 +98,13 @@ def compile(
     from skive import frontend
 
     started = time.perf_counter()
-    for what, value in (
-        ("sparsify", sparsify),
-        ("exits", exits),
-    ):
-        if value is not None:
-            raise SkiveError(f"{what}={value!r} is not available in skive {skive.__version__}; leave it out")
+    if exits is not None:
+        raise SkiveError(f"exits={exits!r} is not available in skive {skive.__version__}; leave it out")
     progress("read", 0.0)
     options = Options(target, threads, verify, strict, emit_only, name, batch_max, tune)
     wanted = quantization.requested(quantize) if quantize is not None else None
     cut = pruning.requested(prune) if prune is not None else None
+    sparse = sparsity.requested(sparsify) if sparsify is not None else None
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
     if tune is not None and not (isinstance(tune, (int, float)) and 0 < tune < float("inf")):
@@ -120,8 +120,7 @@ def compile(
         batch_max=batch_max,
     )
     asked = wanted.fingerprint() if wanted else ""  # None: the calibration data can be read only once
-    if cut:
-        fewer = cut.fingerprint()
+    for fewer in (lossy.fingerprint() for lossy in (cut, sparse) if lossy):
         asked = None if asked is None or fewer is None else asked + fewer
     if asked is not None and (tune is not None or (wanted and wanted.dtype == "auto")):
         asked += speed.cpu()  # what is chosen by measuring holds for this processor
@@ -152,6 +151,8 @@ def compile(
     pruned: list[Graph] = []
     if cut:
         steps.append(_prune_step(cut, found, pruned, progress))
+    if sparse:
+        steps.append(_sparsify_step(sparse, found, pruned, progress))
     if wanted:
         steps.append(_quantize_step(wanted, chosen, threads, found, progress))
     exported: list[Graph] = []
@@ -201,7 +202,7 @@ def compile(
             "outputs": _ports(plan, "outputs"),
             "arena_bytes": plan.arena_bytes,
             "model_sha256": source.sha256,
-            "options_sha256": hashlib.sha256(_options(options, wanted, cut).encode()).hexdigest(),
+            "options_sha256": hashlib.sha256(_options(options, wanted, cut, sparse).encode()).hexdigest(),
             "data_sha256": _data_sha256(data),
             "tuning": choices.to_json() if tune is not None else None,
         }
@@ -228,8 +229,10 @@ def compile(
         )
         if found or check.has_roundings(optimised):
             report["quantization"] = _explained(found.get("quantization"), optimised, wanted.keep if wanted else ())
-        if cut:
+        if cut or sparse:
             report["sparsity"] = found["sparsity"]
+        if zeros := sparse_layers(optimised, chosen):
+            report.setdefault("sparsity", {"macs_removed": 0.0, "groups": [], "pattern": "as given"})["layers"] = zeros
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if export_onnx is not None:
             from skive.export import onnx as exporter
@@ -286,7 +289,7 @@ def _with_scales(plan: Plan, found: Mapping[str, Any]) -> Plan:
     return dataclasses.replace(plan, inputs=inputs, outputs=outputs)
 
 
-def _options(options: Options, *lossy: Quantize | Prune | None) -> str:
+def _options(options: Options, *lossy: Quantize | Prune | Sparsify | None) -> str:
     """What was asked for, without the data."""
     return options.fingerprint() + "".join(json.dumps(o.options(), sort_keys=True) for o in lossy if o)
 
@@ -311,6 +314,23 @@ def _prune_step(cut: Prune, found: dict[str, Any], pruned: list[Graph], progress
         return result
 
     return Step(Pass("prune", run, exact=False), NoOptions())
+
+
+def _sparsify_step(sparse: Sparsify, found: dict[str, Any], done: list[Graph], progress: Progress) -> Step:
+    """The pipeline's element that makes blocks of weights zero; `done` gets the graph, `found` what the report says."""
+
+    def run(graph: Graph, options: Any) -> Graph:
+        result, details = sparsity.apply(graph, sparse, progress)
+        if result is not graph:
+            done[:] = [result]
+        before = found.get("sparsity")
+        if before:  # channels went first
+            both = 1 - (1 - before["macs_removed"]) * (1 - details["macs_removed"])
+            details = {**details, "groups": before["groups"], "channels": before, "macs_removed": both}
+        found["sparsity"] = details
+        return result
+
+    return Step(Pass("sparsify", run, exact=False), NoOptions())
 
 
 def _quantize_step(

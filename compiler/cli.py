@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,6 +290,12 @@ def cli() -> None:
                    "fitted to --calibrate, or to noise without it.")
 @click.option("--prune-criterion", type=click.Choice(["l1", "l2", "activation", "obspa", "random"]),
               default="activation", show_default=True, help="Which channels count least.")
+@click.option("--sparsify", metavar="PATTERN@FRACTION",
+              help="Make this fraction of the blocks of weights zero: block4x16@0.75, of 4 input by 16 output "
+                   "channels; 2:4 (n of m input channels stay); 1x1@0.9 (single weights). With --calibrate what is "
+                   "left is fitted to the data.")
+@click.option("--sparsify-criterion", type=click.Choice(["magnitude", "activation", "reconstruction", "random"]),
+              help="Which blocks count least: reconstruction with --calibrate, magnitude without it, by default.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--tune", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Measure other blocks and algorithms for each layer on this processor, for about so long, and "
@@ -309,9 +316,10 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
                     budget_us: float | None, block: int | None, activations: str, prune: float | None,
-                    prune_criterion: str, export_onnx: str | None, tune: float | None, max_ram: int | None,
-                    max_flash: int | None, backend: str, emit_only: bool, no_verify: bool, strict: bool,
-                    dump_ir: str | None, as_json: bool) -> None:
+                    prune_criterion: str, sparsify: str | None, sparsify_criterion: str | None,
+                    export_onnx: str | None, tune: float | None, max_ram: int | None, max_flash: int | None,
+                    backend: str, emit_only: bool, no_verify: bool, strict: bool, dump_ir: str | None,
+                    as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
 
     MODEL is an .onnx file, a .pt2 exported program, skive's text form, or package.module:callable
@@ -325,6 +333,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
       skive compile kws.onnx -o kws/ --quantize auto --calibrate train.npz:x --budget-sqnr 40
       skive compile bert.onnx -o bert/ --quantize weights4
       skive compile net.onnx -o net/ --prune 0.4 --quantize int8 --calibrate train.npz:x
+      skive compile net.onnx -o net/ --sparsify block4x16@0.75 --quantize int8 --calibrate train.npz:x
       skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
       skive compile mypackage.nets:build -o net/ --example inputs.npz
       skive compile net.onnx -o net/ --config build.toml
@@ -345,7 +354,13 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         wanted = skive.Quantize(quantize, calibration=_calibration(calibrate, ports), method=ranges, rounding=rounding,
                                 keep=keep, integer_only=integer_only, budget_sqnr_db=budget_sqnr,
                                 budget_us=budget_us, block=block, activations=int(activations))
-    elif calibrate is not None and cut is None:
+    sparse = None
+    if sparsify is not None:
+        from skive import sparsity
+
+        asked = sparsity.requested(sparsify)
+        sparse = replace(asked, criterion=sparsify_criterion, calibration=_calibration(calibrate, ports))
+    if calibrate is not None and quantize is None and cut is None and sparse is None:
         arrays = fit_arrays(read_arrays(calibrate), ports)
         data = [a[:p.shape[0]] if p.shape else a for a, p in zip(arrays, ports, strict=True)]
     limited = max_ram is not None or max_flash is not None
@@ -354,7 +369,8 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         module = skive.compile(model, output=None if limited else output, name=name, target=target,
                                threads=threads, verify=not no_verify, strict=strict,
                                emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
-                               quantize=wanted, prune=cut, export_onnx=export_onnx, tune=tune, **request)
+                               quantize=wanted, prune=cut, sparsify=sparse, export_onnx=export_onnx,
+                               tune=tune, **request)
     report = module.report
     compiled = report["compiled"]
     if limited:
@@ -393,14 +409,31 @@ def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tu
     if compiled["code_bytes"]:
         lines.append(("code", bytes_text(compiled["code_bytes"])))
     if fewer := report.get("sparsity"):
-        kept, whole = (sum(g[k] for g in fewer["groups"]) for k in ("kept", "channels"))
-        lines.append(("pruned", f"{fewer['macs_removed']:.1%} of the MACs, {whole - kept} of {whole} channels "
-                                f"({fewer['criterion']})"))
+        lines += _sparsity_lines(fewer)
     if fixed := report.get("quantization"):
         lines += _quantization_lines(fixed)
     lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
               ("verified", _verdict_text(report["verification"])),
               ("compiled in", f"{compiled['seconds'] if seconds is None else seconds:.1f} s")]
+    return lines
+
+
+def _sparsity_lines(fewer: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How many channels went, how many weights are zero in blocks, and what the zeros bring."""
+    lines = []
+    if fewer["groups"]:
+        channels = fewer.get("channels", fewer)
+        kept, whole = (sum(g[k] for g in fewer["groups"]) for k in ("kept", "channels"))
+        lines.append(("pruned", f"{channels['macs_removed']:.1%} of the MACs, {whole - kept} of {whole} channels "
+                                f"({channels['criterion']})"))
+    if "fraction" in fewer:
+        lines.append(("sparsified", f"{fewer['pattern']}, {fewer['macs_removed']:.1%} of the MACs ({fewer['criterion']}"
+                                    ")"))
+    if layers := fewer.get("layers"):
+        used = [layer for layer in layers if not layer["refused"]]
+        gains = [layer["speedup"] for layer in used]
+        gain = f", {min(gains):.1f} to {max(gains):.1f} times as fast by forecast" if gains else ""
+        lines.append(("zeros", f"sparse kernels in {len(used)} of {len(layers)} layers with zeros{gain}"))
     return lines
 
 

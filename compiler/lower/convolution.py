@@ -12,6 +12,7 @@ from skive.ir import Node
 from skive.lower.abilities import INTEGER_PACKING, has_fast_kernel, is_depthwise
 from skive.lower.calls import Lowering, lowers
 from skive.lower.functors import sum_dtype
+from skive.lower.sparse import ONE, lower_sparse, sparse_choice
 from skive.lower.strides import image
 from skive.tuning import contraction_variants
 from skive.types import DType
@@ -91,6 +92,10 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             weights, biases = packing(taps, bias, node.attrs["zero"], node.attrs, ctx.target.name, oc // c)
         header = "depthwise.h" if x.dtype is DType.f32 else "depthwise_integer.h"
         run("depthwise2d", header, [*tags, *strides], weights, biases)
+        return
+    sparse = sparse_choice(node, ctx.target)
+    if sparse and not sparse.refused:
+        lower_sparse(ctx, node, sparse, tags, bias_of(node, oc))
         return
     kernel, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
     if kernel == "winograd2d":
@@ -180,15 +185,19 @@ def _linear(ctx: Lowering, node: Node) -> None:
         return
     oc, k = w.shape
     rows = x.type.size // k
+    tags = [image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *window_tags(ONE)]
+    sparse = sparse_choice(node, ctx.target)
+    if sparse and not sparse.refused:
+        lower_sparse(ctx, node, sparse, tags, bias_of(node, oc))
+        return
     fn, extra = ctx.epilogue(node)
     _, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
-    one = {"stride": (1, 1), "pad": (0, 0, 0, 0), "dilation": (1, 1)}
     weights, bias = _packed_conv(node, w.value.reshape(oc, 1, 1, k), bias_of(node, oc), block)
     ctx.call(
         node,
         "conv2d",
         "conv.h",
-        [image((1, 1, rows, k)), f"Kernel<{oc}, 1, 1>", *window_tags(one), block, *element_tags(ctx, x, node)],
+        [*tags, block, *element_tags(ctx, x, node)],
         ["x", "w", "bias", "y", "scratch", "part", "fn"],
         [
             ctx.read("x", x, strided=True),
@@ -198,5 +207,5 @@ def _linear(ctx: Lowering, node: Node) -> None:
             *extra,
         ],
         fn,
-        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), one, (1, 1), ctx.threads, ctx.pixel(x), x.dtype.bytes),
+        scratch=pack.conv2d_scratch_bytes((1, 1, rows, k), ONE, (1, 1), ctx.threads, ctx.pixel(x), x.dtype.bytes),
     )

@@ -237,6 +237,26 @@ def integer_windows(net: Net) -> None:
                ops.make("conv2d", row, net.weights(9, 1, 1, 8)))
 
 
+def zero_blocks(net: Net) -> None:
+    """Weights that are zero in blocks: windows, a border, rows, a vector, a block that reads nothing."""
+
+    def weights(*shape: int) -> Node:
+        w = net.weights(*shape).value.reshape(shape[0], -1, shape[-1]).copy()
+        for block in range(0, shape[0], 16):
+            for first in range(0, shape[-1], 4):
+                w[block : block + 16, net.rng.random(w.shape[1]) < 0.8, first : first + 4] = 0
+        w[:16] = 0
+        return constant(w.reshape(shape))
+
+    x = net.input(1, 9, 11, 24)
+    y = ops.make("relu", ops.make("conv2d", x, weights(40, 3, 3, 24), net.weights(40), pad=(1, 1, 1, 1)))
+    y = ops.make("relu", ops.make("conv2d", y, weights(64, 1, 1, 40), net.weights(64), stride=(2, 2)))
+    pooled = ops.make("reduce_mean", y, axes=(1, 2), keep=False)
+    rows = ops.make("reshape", y, shape=(30, 64))
+    net.output(ops.make("linear", rows, weights(33, 64), net.weights(33)),
+               ops.make("linear", pooled, weights(32, 64), net.weights(32)))
+
+
 def integer_pools(net: Net) -> None:
     """Pools, joined and sliced channels, and vectors behind a mean."""
     x = net.input(2, 7, 8, 20)
@@ -321,6 +341,7 @@ def in_fixed_point(build: Callable[[Net], None], form: str) -> Callable[[], Grap
 
 
 FIXED_POINT = {f"{build.__name__}_{dtype}": in_fixed_point(build, dtype)
-               for build in (integer_windows, integer_pools, islands) for dtype in ("int8", "int16")}
+               for build in (integer_windows, integer_pools, islands, zero_blocks) for dtype in ("int8", "int16")}
+network(zero_blocks)
 NETWORKS |= {"resized": resized, "keywords": keywords, "compressed": compressed, **FIXED_POINT,
              **{f"tokens_{form}": in_fixed_point(tokens, form) for form in ("int8", "only")}}

@@ -39,7 +39,8 @@ def test_the_networks_use_every_kernel() -> None:
     assert sorted(named - used) == []
     # Contractions and pools once more for each integer type that has packed weights.
     integers = {(c.kernel, a.ctype) for c in calls for a in c.args if a.name == "x"}
-    kernels_of = ("conv2d", "grouped_conv2d", "depthwise2d", "conv_transpose2d", "max_pool2d", "sum_pool2d")
+    kernels_of = ("conv2d", "grouped_conv2d", "depthwise2d", "conv_transpose2d", "max_pool2d", "sum_pool2d",
+                  "sparse_conv2d")
     wanted = {(k, t.ctype) for k in kernels_of for t in abilities.INTEGER_PACKING}
     assert len(wanted) >= 12 and sorted(wanted - integers) == []
 

@@ -1,0 +1,280 @@
+// Convolution and matrix product whose weights are zero in whole blocks: only what is left is multiplied.
+//
+// A block of NB output channels has a list of the places of its window that it reads: for each one the
+// distance in elements from the window's first element, and Depth rows of weights, one after the
+// other, in the layout of tile.h. The list is data; the register tile, the epilogue and the walk
+// over the image are those of a dense convolution (conv.h), so that a place that is left costs what it costs
+// there. Nothing else is known of the weights at compile time, and the code does not grow with them.
+//
+//   index   int32: kBlocks + 1 numbers, the first place of each block and the end of the last one; then
+//           the distances of all places, block by block.
+//   weights [places][Depth / kStep][NB][kStep]; the last block is as narrow as its channels, rounded up to 4.
+//
+// Distances are those in x, or, with Pitch > 0, in the copy with a border that is made first: pixels Pitch
+// elements apart, rows as wide as the windows reach. A place reads Depth consecutive input channels;
+// those of a window that were read before have zero weights.
+//
+// Integer sums are exact, and so are equal to those of the dense kernel. In float32 an output is one
+// chain of multiply-adds in the order of the list, from the bias; of tiles too small to keep the
+// multiply-adds busy it is the sum of several chains.
+//
+// After Elsen et al., Fast Sparse ConvNets, 2020, whose blocks are single weights.
+#ifndef SKIVE_SPARSE_H
+#define SKIVE_SPARSE_H
+
+#include "skive/conv.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+// Depth: consecutive input elements per place. XS, YS: elements between neighbouring pixels of x and y.
+// Pitch: 0, or the elements between the pixels of the copy, at least the channels of x. Places: how many
+// there are in all. Zero: what the border holds. Epilogue and alignments as for conv2d.
+template <class In, class Filter, class Strides, class Padding, class Dilations, int NB, int Depth, int XS,
+          int YS, int Pitch, int Places, class Element = float, int Zero = 0>
+struct sparse_conv2d {
+  using Policy = typename tile_policy<Element>::type;
+  using Weight = typename Policy::Weight;
+  using Sum = typename Policy::Sum;
+  using Geometry = ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS>;
+  static constexpr int kStep = Policy::kStep;
+  static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
+  static_assert(Depth % kStep == 0 && Depth <= In::C, "a place is a whole number of steps of one pixel");
+
+  static constexpr bool kCopy = Pitch > 0;
+  static constexpr ConvShape shape = [] {
+    ConvShape s{In::N, Geometry::OH, Geometry::OW, In::H, In::W, Filter::KH, Filter::KW, In::C, Strides::H,
+                Strides::W, Dilations::H, Dilations::W, Padding::Top, Padding::Left,
+                static_cast<ptrdiff_t>(In::H) * In::W * XS, static_cast<ptrdiff_t>(In::W) * XS, XS, kCopy, 0,
+                static_cast<ptrdiff_t>(Geometry::OH) * Geometry::OW, Geometry::OW, 1};
+    return canonical(s, 1);
+  }();
+  static_assert(!kCopy || Pitch >= In::C, "pixels of the copy overlap");
+  static_assert(kCopy || (Padding::Top == 0 && Padding::Left == 0 && Padding::Bottom == 0 && Padding::Right == 0),
+                "a border needs the copy");
+
+  static constexpr int OC = Filter::OC;
+  static constexpr int kBlocks = div_up(OC, NB);
+  static constexpr int kLastBlock = OC - (kBlocks - 1) * NB;
+  static constexpr int kFirstBlock = OC < NB ? OC : NB;
+  static constexpr int kSteps = Depth / kStep;  // rows of weights of a place
+
+  static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes));
+  static constexpr int kStrips = div_up(shape.oh, tile.rows);  // per image, tile.rows rows each
+
+  // The rows that tiles read: x itself, or the copy with its border.
+  static constexpr int kCopiedColumns = (shape.ow - 1) * shape.sw + (shape.kw - 1) * shape.dw + 1;
+  static constexpr ptrdiff_t kPixel = kCopy ? Pitch : shape.pixel;
+  static constexpr ptrdiff_t kRow = kCopy ? kCopiedColumns * kPixel : shape.row;
+  static constexpr int rows_read(int output_rows) {
+    return (output_rows - 1) * shape.sh + (shape.kh - 1) * shape.dh + 1;
+  }
+
+  // Weights that come from beyond L2: 512 KiB are half of a common one.
+  static constexpr ptrdiff_t kWeightBytes = static_cast<ptrdiff_t>(Places) * Depth * NB * sizeof(Weight);
+  static constexpr bool kHeavy = kWeightBytes > 512 * 1024;
+  static constexpr int kAhead = kHeavy ? 32 : 0;  // rows, 2 to 4 KiB
+
+  // Strips whose input stays in L2 while all blocks of weights pass by.
+  static constexpr ptrdiff_t kBytes = sizeof(Element);
+  static constexpr int chunk_strips() {
+    constexpr ptrdiff_t kBudget = (kHeavy && !kCopy ? 768 : 192) * 1024 / kBytes;
+    int strips = 1;
+    while (strips < kStrips && rows_read((strips + 1) * tile.rows) * kRow <= kBudget) ++strips;
+    return strips;
+  }
+  static constexpr int kChunk = chunk_strips();
+  static constexpr ptrdiff_t kCopyBytes =
+      kCopy ? (rows_read(kChunk * tile.rows < shape.oh ? kChunk * tile.rows : shape.oh) * kRow * kBytes + 63) / 64 * 64
+            : 0;
+
+  // Bytes of scratch that `parts` workers need together.
+  static constexpr size_t scratch_bytes(int parts = 1) {
+    return static_cast<size_t>(kCopyBytes) * static_cast<size_t>(parts);
+  }
+
+  template <int Columns>
+  struct Offsets {
+    template <int P>
+    static constexpr ptrdiff_t at() {
+      return P / Columns * shape.sh * kRow + P % Columns * shape.sw * kPixel;
+    }
+  };
+
+  // Weights and places of one block.
+  struct Block {
+    const Weight* w;
+    const int32_t *first, *end;
+    const Sum* bias;
+    int channel;
+  };
+
+  // Chains that a tile of `registers` accumulators is summed in.
+  static constexpr int chain_count(int registers) {
+    return registers * 4 <= Policy::kInFlight + 1 ? 4 : registers * 2 <= Policy::kInFlight + 1 ? 2 : 1;
+  }
+  template <class T, class>
+  struct ChainSet;
+  template <class T, int... C>
+  struct ChainSet<T, Index<C...>> : Slot<C, typename T::Accumulators>... {};
+  alignas(64) static constexpr Sum kZeros[round_up(NB, kLanes)] = {};
+
+  template <class T, int C, class Set>
+  static SKIVE_INLINE void start_chains(Set& set, const Sum* bias) {
+    if constexpr (C > 0) {
+      T::start(slot<C - 1>(set), C == 1 ? bias : kZeros, typename T::EachRegister{});
+      start_chains<T, C - 1>(set, bias);
+    }
+  }
+  template <class T, int... C, class Set>
+  static SKIVE_INLINE void add_places(Set& set, const Element* x, const int32_t* at, const Weight* w, Index<C...>) {
+    (T::template steps<kSteps>(slot<C>(set), Policy::opaque(x + at[C]), w + C * kSteps * T::kRow), ...);
+  }
+  // Stores the chains from C on to `to`, `size` apart.
+  template <class T, int Size, int C, int Count, class Set>
+  static SKIVE_INLINE void store_chains(Set& set, Sum* to) {
+    if constexpr (C < Count) {
+      T::finish(
+          slot<C>(set), [](int, int, auto value) __attribute__((always_inline)) { return value; },
+          [=](int p) __attribute__((always_inline)) { return to + p * T::kVectors * kLanes; });
+      store_chains<T, Size, C + 1, Count>(set, to + Size);
+    }
+  }
+
+  // One register tile: Rows x Columns pixels from flat output pixel `pixel`, Channels channels.
+  template <int Rows, int Columns, int Channels, class Y, class E>
+  static SKIVE_NOINLINE void compute_tile(const Element* x, const Block& block, Y* y, ptrdiff_t pixel,
+                                          const E& epilogue) {
+    using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>, kAhead>;
+    constexpr int kChains = chain_count(Rows * Columns * T::kVectors);
+    const auto number = [=](int p) __attribute__((always_inline)) {
+      return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
+    };
+    const Weight* w = block.w;
+    const int32_t* at = block.first;
+    const int32_t* const end = block.end;
+    ChainSet<T, Indices<kChains>> set;
+    start_chains<T, kChains>(set, block.bias);
+    if constexpr (kChains > 1) {
+      for (; end - at >= kChains; at += kChains, w += kChains * kSteps * T::kRow) {
+        add_places<T>(set, x, at, w, Indices<kChains>{});
+      }
+    }
+    for (; at != end; ++at, w += kSteps * T::kRow) add_places<T>(set, x, at, w, Indices<1>{});
+    constexpr int kSize = Rows * Columns * T::kVectors * kLanes;
+    alignas(64) Sum others[kChains > 1 ? (kChains - 1) * kSize : 1];
+    store_chains<T, kSize, 1, kChains>(set, others);
+    const int channel = block.channel;
+    T::finish(
+        slot<0>(set),
+        [&](int p, int c, auto value) __attribute__((always_inline)) {
+          for (int i = 0; i < kChains - 1; ++i) {
+            value = value + load<decltype(value)::lanes>(others + i * kSize + p * T::kVectors * kLanes + c);
+          }
+          return epilogue(value, number(p), channel + c);
+        },
+        [&](int p) __attribute__((always_inline)) { return y + number(p) * YS + channel; });
+  }
+
+  // One strip: Rows output rows from `pixel`, one block of channels.
+  template <int Rows, int Channels, class Y, class E>
+  static SKIVE_INLINE void compute_strip(const Element* x, const Block& block, Y* y, ptrdiff_t pixel,
+                                         const E& epilogue) {
+    constexpr int kRest = shape.ow % tile.columns;
+    for (int c = 0; c < shape.ow - kRest; c += tile.columns) {
+      compute_tile<Rows, tile.columns, Channels>(x + c * shape.sw * kPixel, block, y, pixel + c * shape.to_pixel,
+                                                 epilogue);
+    }
+    if constexpr (kRest != 0) {
+      constexpr int c = shape.ow - kRest;
+      compute_tile<Rows, kRest, Channels>(x + c * shape.sw * kPixel, block, y, pixel + c * shape.to_pixel, epilogue);
+    }
+  }
+
+  // Strips [begin, end) of one image, one block of channels. `x`: where strip `begin` reads first.
+  template <int Channels, class Y, class E>
+  static SKIVE_INLINE void compute_block(const Element* x, const Block& block, Y* y, int image, int begin, int end,
+                                         const E& epilogue) {
+    constexpr int kRestRows = shape.oh % tile.rows;
+    ptrdiff_t pixel = shape.first + image * shape.to_image + begin * tile.rows * shape.to_row;
+    const int full = end * tile.rows <= shape.oh ? end : end - 1;
+    for (int s = begin; s < full; ++s) {
+      compute_strip<tile.rows, Channels>(x, block, y, pixel, epilogue);
+      x += tile.rows * shape.sh * kRow;
+      pixel += tile.rows * shape.to_row;
+    }
+    if constexpr (kRestRows != 0) {
+      if (full != end) compute_strip<kRestRows, Channels>(x, block, y, pixel, epilogue);
+    }
+  }
+
+  // Copies input rows [begin, begin + count) of an image with their border.
+  static SKIVE_NOINLINE void copy_rows(const Element* x, Element* to, int begin, int count) {
+    // The image's columns that the copy holds: the last window may end before the image does, and a
+    // border may be wider than the copy.
+    constexpr int kLeft = shape.left < kCopiedColumns ? shape.left : kCopiedColumns;
+    constexpr int kRoom = kCopiedColumns - kLeft;
+    constexpr int kInside = kRoom < shape.w ? kRoom : shape.w;
+    for (int r = begin; r < begin + count; ++r, to += kRow) {
+      if (r < 0 || r >= shape.h) {
+        fill_elements<Zero>(to, kRow);
+        continue;
+      }
+      fill_elements<Zero>(to, kLeft * kPixel);
+      const Element* const from = x + r * shape.row;
+      Element* const inside = to + kLeft * kPixel;
+      if constexpr (shape.pixel == kPixel && kPixel == In::C) {
+        copy_elements<kInside * static_cast<int>(kPixel)>(inside, from);
+      } else {
+        for (int c = 0; c < kInside; ++c) copy_elements<In::C>(inside + c * kPixel, from + c * shape.pixel);
+      }
+      fill_elements<Zero>(inside + kInside * kPixel, (kRoom - kInside) * kPixel);
+    }
+  }
+
+  template <class Y, class E>
+  static void run(const Element* x, const Weight* w, const int32_t* index, const Sum* bias, Y* y, void* scratch,
+                  Part part, const E& epilogue) {
+    // Workers share out the strips, or the blocks of channels where that is the more even split.
+    constexpr int kAllStrips = shape.images * kStrips;
+    const bool by_strip = share_cost(kAllStrips, part.count) <= share_cost(kBlocks, part.count);
+    const Part whole;
+    const int s0 = static_cast<int>(part_begin(kAllStrips, by_strip ? part : whole));
+    const int s1 = static_cast<int>(part_end(kAllStrips, by_strip ? part : whole));
+    const int b0 = static_cast<int>(part_begin(kBlocks, by_strip ? whole : part));
+    const int b1 = static_cast<int>(part_end(kBlocks, by_strip ? whole : part));
+    Element* const rows = static_cast<Element*>(scratch) + part.index * (kCopyBytes / kBytes);
+    const int32_t* const places = index + kBlocks + 1;
+
+    for (int s = s0; s < s1;) {
+      const int image = s / kStrips, begin = s % kStrips;
+      int end = begin + kChunk < kStrips ? begin + kChunk : kStrips;
+      if (end - begin > s1 - s) end = begin + (s1 - s);
+      const int first = begin * tile.rows * shape.sh - shape.top;
+      const Element* from = rows;
+      if constexpr (!kCopy) {
+        from = x + image * shape.image + first * shape.row;
+      } else {
+        const int last = end * tile.rows < shape.oh ? end * tile.rows : shape.oh;
+        copy_rows(x + image * shape.image, rows, first, rows_read(last - begin * tile.rows));
+      }
+      for (int b = b0; b < b1; ++b) {
+        const Block block{w + static_cast<ptrdiff_t>(index[b]) * Depth * NB, places + index[b], places + index[b + 1],
+                          bias + b * NB, b * NB};
+        if (b < kBlocks - 1) compute_block<kFirstBlock>(from, block, y, image, begin, end, epilogue);
+        else compute_block<kLastBlock>(from, block, y, image, begin, end, epilogue);
+      }
+      s += end - begin;
+    }
+  }
+
+  // Largest share of n items over `parts` workers, in thousandths of an even one.
+  static constexpr int share_cost(int n, int parts) {
+    return static_cast<int>(1000LL * div_up(n, parts) * parts / n);
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_SPARSE_H

@@ -1,0 +1,129 @@
+"""Networks compiled with blocks of weights zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import skive
+from skive import api, cli, ops
+from skive.ir import Graph, Node, constant
+from skive.lower import convolution, lower
+from skive.pipeline import random_inputs
+from skive.reference import evaluate_graph
+from skive.targets.base import TARGETS, resolve
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting"
+MODEL = EXAMPLE / "kws_dscnn.onnx"
+
+
+def features() -> tuple[np.ndarray, np.ndarray]:
+    """(features, float32 [600, 1, 49, 10], the class of each)."""
+    with np.load(EXAMPLE / "kws_mfcc_a.npz") as a:
+        return ((a["x"].astype(np.float32) - 83) * np.float32(0.5847029089927673))[:, np.newaxis], a["y"]
+
+
+def compiled(**options: object) -> skive.Module:
+    return skive.compile(MODEL, example_inputs=(features()[0][:1],), name="kws", **options)
+
+
+def accuracy(module: skive.Module) -> float:
+    x, y = features()
+    return float(np.mean([np.argmax(module(v[None])) == c for v, c in zip(x[100:], y[100:], strict=True)]))
+
+
+def test_fitted_weights_keep_the_accuracy_in_fewer_bytes() -> None:
+    data = features()[0][:100]
+    whole = compiled(quantize=skive.Quantize("int8", calibration=data))
+    fitted = compiled(sparsify=skive.Sparsify("block4x16", 0.3, calibration=data),
+                      quantize=skive.Quantize("int8", calibration=data))
+    assert accuracy(fitted) > accuracy(whole) - 0.12
+    report = fitted.report
+    assert report["verification"]["passed"] and report["sparsity"]["pattern"] == "block4x16"
+    assert 0.2 < report["sparsity"]["macs_removed"] < 0.5
+    assert report["compiled"]["weight_bytes"] < 0.9 * whole.report["compiled"]["weight_bytes"]
+    used = {layer["name"] for layer in report["sparsity"]["layers"] if not layer["refused"]}
+    kernels = {layer["name"]: layer["kernel"] for layer in report["layers"]}
+    assert len(used) >= 4 and {n for n, k in kernels.items() if k == "sparse_conv2d"} == used
+
+
+def test_nothing_sparsified_is_the_same_code(tmp_path: Path) -> None:
+    compiled(output=tmp_path / "whole", emit_only=True)
+    compiled(output=tmp_path / "same", emit_only=True, sparsify="block4x16@0")
+    for file in sorted(tmp_path.glob("whole/*")):
+        if file.suffix in (".cpp", ".c", ".h", ".bin", ".S"):
+            assert file.read_bytes() == (tmp_path / "same" / file.name).read_bytes(), file.name
+
+
+def test_channels_first_then_blocks() -> None:
+    data = features()[0][:32]
+    module = compiled(prune=skive.Prune(macs=0.3, calibration=data),
+                      sparsify=skive.Sparsify("block4x16", 0.5, calibration=data))
+    report = module.report["sparsity"]
+    assert module.report["verification"]["passed"]
+    assert report["groups"] and report["channels"]["macs_removed"] >= 0.3
+    assert report["macs_removed"] > report["channels"]["macs_removed"] + 0.15
+
+
+def quantized(zeros: float) -> Graph:
+    """Integer convolutions with a border, strides, a residual and a vector, `zeros` of their blocks zero."""
+    rng = np.random.default_rng(3)
+
+    def weights(*shape: int) -> Node:
+        w = rng.integers(-127, 128, shape).astype(np.int8)
+        blocks = rng.random((-(-shape[0] // 16), *shape[1:-1], -(-shape[-1] // 4))) >= zeros
+        return constant(w * np.repeat(np.repeat(blocks, 16, 0)[: shape[0]], 4, -1)[..., : shape[-1]])
+
+    def bias(n: int) -> Node:
+        return constant(rng.integers(-1000, 1000, n, np.int32))
+
+    from skive.types import DType
+
+    x = ops.make("input", shape=(1, 13, 11, 28), dtype=DType.u8, label="x")
+    a = ops.make("conv2d", x, weights(40, 3, 3, 28), bias(40), zero=7, pad=(1, 1, 1, 1))
+    b = ops.make("conv2d", x, weights(33, 1, 1, 28), zero=7, stride=(2, 2))
+    c = ops.make("conv2d", x, weights(16, 3, 2, 28), bias(16), zero=0, dilation=(2, 3), pad=(0, 2, 0, 2))
+    d = ops.make("linear", ops.make("reshape", x, shape=(143, 28)), weights(20, 28), bias(20), zero=7)
+    return Graph("sparse", (x,), (a, b, c, d), ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_integers_are_those_of_the_dense_kernels(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = TARGETS[target]
+    if not set(chosen.features) <= set(skive._native.cpu_features()):
+        pytest.skip(f"this CPU cannot run {target}")
+    graph = quantized(0.8)
+    inputs = random_inputs(graph)
+    assert [c.kernel for c in lower(graph, chosen).calls] == ["sparse_conv2d"] * 4
+    sparse = api._run_graph(graph, chosen, 2)(inputs)
+    monkeypatch.setattr(convolution, "sparse_choice", lambda node, target: None)
+    assert "sparse_conv2d" not in {c.kernel for c in lower(graph, chosen).calls}
+    dense = api._run_graph(graph, chosen, 1)(inputs)
+    for got, same, want in zip(sparse, dense, evaluate_graph(graph, inputs), strict=True):
+        np.testing.assert_array_equal(got, same)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_code_does_not_grow_with_the_layer() -> None:
+    """The places are data: twice the weights are the same instructions."""
+    host = resolve("host", skive._native.cpu_features())
+    sizes = []
+    for zeros in (0.9, 0.4):
+        plan = lower(quantized(zeros), host)
+        sizes.append((len(plan.calls), len(plan.weights)))
+    assert sizes[0][0] == sizes[1][0] and sizes[0][1] < 0.5 * sizes[1][1]
+
+
+def test_command_line(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=features()[0][:32])
+    runner = CliRunner()
+    done = runner.invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "a"), "--input", "input=1x1x49x10",
+                                   "--sparsify", "block4x16@0.6", "--calibrate", f"{tmp_path}/data.npz:x"])
+    assert done.exit_code == 0, done.output
+    assert "block4x16" in done.output and "reconstruction" in done.output and "sparse kernels in" in done.output
+    for wrong, message in (("block4x16", "fraction is None"), ("blok@0.5", "pattern is 'blok'"), ("2:4@x", "PATTERN@")):
+        done = runner.invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "b"), "--sparsify", wrong])
+        assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output, done.output
