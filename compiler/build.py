@@ -137,6 +137,9 @@ def build_shared(
     flags = [*FLAGS, *target.flags, *extra_flags, *user_flags()]
     done = 0
 
+    def includes(unit: str, file: str) -> bool:
+        return f'#include "{file}"' in sources.files[unit]
+
     def compile_unit(unit: str) -> Path:
         nonlocal done
         obj = folder / (unit.rsplit(".", 1)[0] + ".o")
@@ -150,7 +153,7 @@ def build_shared(
                         version,
                         *command,
                         *flags,
-                        *(sources.files[f] for f in sorted(sources.files) if f == unit or f.endswith(".h")),
+                        *(sources.files[f] for f in [unit, *(f for f in sorted(sources.files) if includes(unit, f))]),
                     ]
                 ).encode()
             ).hexdigest()

@@ -270,7 +270,7 @@ def runner(
     computed = [v for v in ordered if v not in inputs and not v.is_const]
     run: Run = lambda sample: ()  # noqa: E731
     if computed:
-        part = replace(check.prefix(graph, computed), name="calibration", batch_max=None)
+        part = replace(check.prefix(graph, computed), batch_max=None)  # its name: most kernels are the artefact's
         try:
             fused, _ = PassManager().run(part, pipeline or passes.FUSED, check="never")
             run = _compiled(fused, target, threads)

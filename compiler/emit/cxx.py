@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -157,6 +158,7 @@ def emit(plan: Plan, target: Target) -> Sources:
     """All source files of the artefact except the weights and the kernel headers."""
     name, upper = plan.name, plan.name.upper()
     functions: dict[str, tuple[str, Call]] = {}  # body -> (name, first call)
+    numbers: Counter[str] = Counter()
     calls = []
     for i, c in enumerate(plan.calls):
         anonymous = replace(
@@ -164,7 +166,8 @@ def emit(plan: Plan, target: Target) -> Sources:
         )
         key = _signature(anonymous, "", plan.threads) + _body(anonymous, plan.threads)
         if key not in functions:
-            functions[key] = (f"kernel{len(functions)}_{c.kernel}", c)
+            functions[key] = (f"{c.kernel}_{numbers[c.kernel]}", c)
+            numbers[c.kernel] += 1
         calls.append((i, functions[key][0], c))
 
     headers = _headers(plan.calls)
@@ -176,22 +179,15 @@ def emit(plan: Plan, target: Target) -> Sources:
     units = [f"{name}.cpp"]
     split = len(bodies) > KERNELS_PER_UNIT
     if split:
-        declarations = "".join(f"{_signature(c, n, plan.threads)};\n" for n, _, c in bodies)
-        files[f"{name}_kernels.h"] = _kernels_header(upper, name, target, declarations)
-        # Neighbouring layers share template instances: keep them in one unit.
-        count = -(-len(bodies) // KERNELS_PER_UNIT)
-        for u in range(count):
-            part = bodies[u * len(bodies) // count : (u + 1) * len(bodies) // count]
-            unit = f"{name}_kernels_{u}.cpp"
-            includes = "".join(f'#include "skive/{h}"\n' for h in _headers([c for _, _, c in part]))
-            files[unit] = (
-                f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
-                f'#include "{name}_kernels.h"\n\n{includes}\nnamespace {name}_model {{\n'
-                f"using namespace skive;\n\n"
-                + "\n".join(t for _, t, _ in part)
-                + f"\n}}  // namespace {name}_model\n"
-            )
-            units.append(unit)
+        # Neighbouring layers share template instances: they stay in one unit. What takes long to compile is numbered
+        # and grouped by itself, so that a network with other outputs finds it in the cache.
+        products = [b for b in bodies if b[2].macs]
+        for kind, group in (("products", products), ("kernels", [b for b in bodies if not b[2].macs])):
+            count = -(-len(group) // KERNELS_PER_UNIT)
+            for u in range(count):
+                part = group[u * len(group) // count : (u + 1) * len(group) // count]
+                units.append(f"{name}_{kind}_{u}.cpp")
+                files[units[-1]] = _kernels_unit(name, target, part)
     files[f"{name}.h"] = _public_header(plan, upper)
     files[f"{name}.cpp"] = _main_unit(plan, target, upper, headers, bodies, calls, split)
     weights = _weights_unit(name)
@@ -205,12 +201,13 @@ def emit(plan: Plan, target: Target) -> Sources:
     return Sources(files, tuple(units), tuple(sorted(set(headers))))
 
 
-def _kernels_header(upper: str, name: str, target: Target, declarations: str) -> str:
+def _kernels_unit(name: str, target: Target, part: Sequence[tuple[str, str, Call]]) -> str:
+    includes = "".join(f'#include "skive/{h}"\n' for h in _headers([c for _, _, c in part]))
     return (
-        f"// Kernels of {name}: shared by its translation units. Generated; do not edit.\n"
-        f"#ifndef {upper}_MODEL_KERNELS_H\n#define {upper}_MODEL_KERNELS_H\n\n#define {target.define}\n"
-        f'#include "skive/isa.h"\n\nnamespace {name}_model {{\nusing skive::Part;\n\n{declarations}\n'
-        f"}}  // namespace {name}_model\n\n#endif  // {upper}_MODEL_KERNELS_H\n"
+        f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
+        f"#define {target.define}\n{includes}\nnamespace {name}_model {{\nusing namespace skive;\n\n"
+        + "\n".join(text for _, text, _ in part)
+        + f"\n}}  // namespace {name}_model\n"
     )
 
 
@@ -307,10 +304,7 @@ def _main_unit(
         f'#include "{n}.h"',
         "",
     ]
-    if split:
-        out += [f'#include "{n}_kernels.h"']
-    else:
-        out += [f"#define {target.define}"]
+    out += [f"#define {target.define}"]
     if plan.threads > 1:
         out += ['#include "skive/threads.h"']
     out += [f'#include "skive/{"cpu.h" if target.features else "isa.h"}"']
@@ -324,7 +318,9 @@ def _main_unit(
         "using namespace skive;",
         "",
     ]
-    if not split:
+    if split:
+        out += [f"{_signature(c, k, plan.threads)};" for k, _, c in bodies] + [""]
+    else:
         out += ["namespace {"] + [b for _, b, _ in bodies] + ["}  // namespace", ""]
     if plan.threads > 1:
         out += ["static Pool pool;", ""]
