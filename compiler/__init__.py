@@ -23,6 +23,7 @@ from skive.errors import (
 
 if TYPE_CHECKING:
     from skive.api import compile  # noqa: A004 - the contract's name
+    from skive.exits import Exit
     from skive.pruning import Prune
     from skive.quantization import Quantize
     from skive.runtime import Module, load
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Exit",
     "ExitError",
     "InvalidModelError",
     "Module",
@@ -50,7 +52,7 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"compile": "skive.api", "load": "skive.runtime", "Module": "skive.runtime",
+_LAZY = {"compile": "skive.api", "Exit": "skive.exits", "load": "skive.runtime", "Module": "skive.runtime",
          "Prune": "skive.pruning", "Quantize": "skive.quantization", "Sparsify": "skive.sparsity"}
 
 

@@ -17,10 +17,11 @@ import numpy as np
 
 import skive
 from skive import _native, build, check, explanation, pruning, quantization, sparsity, speed, tuning
+from skive import exits as early
 from skive.agreement import Agreement
 from skive.artifact import write_folder
 from skive.emit import cxx
-from skive.errors import InvalidModelError, ShapeError, SkiveError, TargetError, VerificationError
+from skive.errors import ExitError, InvalidModelError, ShapeError, SkiveError, TargetError, VerificationError
 from skive.ir import Graph
 from skive.lower import lower
 from skive.lower.sparse import sparse_layers
@@ -30,7 +31,9 @@ from skive.runtime import MANIFEST, Module
 from skive.targets.base import Target, resolve
 
 if TYPE_CHECKING:
+    from skive.exits import Exit
     from skive.frontend import Source
+    from skive.program import ExitTest
     from skive.pruning import Prune
     from skive.quantization import Quantize
     from skive.sparsity import Sparsify
@@ -74,7 +77,7 @@ def compile(
     quantize: Quantize | str | None = None,
     prune: Prune | float | None = None,
     sparsify: Sparsify | str | None = None,
-    exits: Any = None,
+    exits: Sequence[Exit | str] | None = None,
     tune: float | None = None,
     export_onnx: str | Path | None = None,
     dump_ir: str | Path | None = None,
@@ -87,8 +90,9 @@ def compile(
     process if not given). `quantize`: "int8", "int16", "auto", "weights8", "weights4" or a `skive.Quantize`,
     which also holds the calibration data (weights8 and weights4 need none). `prune`: the fraction of
     multiply-accumulates to remove with whole channels, or a `skive.Prune`. `sparsify`: the blocks of
-    weights that become zero, as "block4x16@0.75", or a `skive.Sparsify`. `exits` is reserved: this version refuses
-    it. `tune`: seconds that may go into measuring other ways to compute
+    weights that become zero, as "block4x16@0.75", or a `skive.Sparsify`. `exits`: where a call may
+    end early, as `skive.Exit` or in the text form "exit0:max-prob=0.9". `tune`: seconds that may go into measuring
+    other ways to compute
     each layer on this processor; what was measured is remembered, and what was chosen stands in the
     manifest. `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
     where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
@@ -98,13 +102,14 @@ def compile(
     from skive import frontend
 
     started = time.perf_counter()
-    if exits is not None:
-        raise SkiveError(f"exits={exits!r} is not available in skive {skive.__version__}; leave it out")
     progress("read", 0.0)
     options = Options(target, threads, verify, strict, emit_only, name, batch_max, tune)
     wanted = quantization.requested(quantize) if quantize is not None else None
     cut = pruning.requested(prune) if prune is not None else None
     sparse = sparsity.requested(sparsify) if sparsify is not None else None
+    ways = early.requested(exits) if exits is not None else ()
+    if ways and wanted and wanted.integer_only:
+        raise ExitError("the scores of early exits are float32, which integer_only excludes; leave one of them out")
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
     if tune is not None and not (isinstance(tune, (int, float)) and 0 < tune < float("inf")):
@@ -122,6 +127,9 @@ def compile(
     asked = wanted.fingerprint() if wanted else ""  # None: the calibration data can be read only once
     for fewer in (lossy.fingerprint() for lossy in (cut, sparse) if lossy):
         asked = None if asked is None or fewer is None else asked + fewer
+    for way in ways:
+        text = way.fingerprint()
+        asked = None if asked is None or text is None else asked + text
     if asked is not None and (tune is not None or (wanted and wanted.dtype == "auto")):
         asked += speed.cpu()  # what is chosen by measuring holds for this processor
     key = None
@@ -143,6 +151,8 @@ def compile(
     if batch_max is not None and imported.batch_max != batch_max:
         raise SkiveError(f"batch_max={batch_max}: the graph itself says "
                          f"{imported.batch_max or 'that its batch is fixed'}; set Graph.batch_max")
+    if ways:
+        imported, ways, source = early.arranged(imported, ways, source)
     progress("optimise", 0.1)
     from skive import passes
 
@@ -163,6 +173,9 @@ def compile(
             return graph
 
         steps.append(Step(Pass("export-onnx", keep, exact=True), NoOptions()))
+    tests: list[ExitTest] = []
+    if ways:
+        steps.append(_exits_step(ways, tests, found))
     last = passes.INTEGER_ONLY if wanted and wanted.integer_only else passes.FUSED
     optimised, records = PassManager().run(
         imported, [*steps, *last], dump_dir=dump_ir, check="always" if strict else "never"
@@ -176,7 +189,7 @@ def compile(
         if tuned is not None:
             key = _tuned_key(tuned.stem, text)
             build.store_text(text, tuned)
-    plan = _with_scales(lower(optimised, chosen, threads, choices), found)
+    plan = _with_scales(lower(optimised, chosen, threads, choices, tuple(tests)), found)
     sources = cxx.emit(plan, chosen)
     with write_folder(folder) as temporary:
         build.write_sources(temporary, sources, plan.weights, plan.name)
@@ -206,6 +219,8 @@ def compile(
             "data_sha256": _data_sha256(data),
             "tuning": choices.to_json() if tune is not None else None,
         }
+        if tests:
+            manifest["exits"] = early.described(plan)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         verdict = None
         if verify and not emit_only:
@@ -215,7 +230,10 @@ def compile(
             if pruned:  # no engine knows it, and the network without its channels is what must come out
                 source = dataclasses.replace(source, oracle=lambda inputs: None)
             check_with = _verify_integers if wanted or check.has_roundings(optimised) else _verify
-            verdict = check_with(pruned[0] if pruned else imported, optimised, temporary, chosen, threads, data, source)
+            meant = pruned[0] if pruned else imported
+            if ways:
+                meant = early.attach(meant, ways).graph
+            verdict = check_with(meant, optimised, temporary, chosen, threads, data, source)
         report = _report(
             source,
             imported,
@@ -233,6 +251,8 @@ def compile(
             report["sparsity"] = found["sparsity"]
         if zeros := sparse_layers(optimised, chosen):
             report.setdefault("sparsity", {"macs_removed": 0.0, "groups": [], "pattern": "as given"})["layers"] = zeros
+        if tests:
+            report["exits"] = early.described(plan)
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if export_onnx is not None:
             from skive.export import onnx as exporter
@@ -282,6 +302,10 @@ def _with_scales(plan: Plan, found: Mapping[str, Any]) -> Plan:
     known = found.get("quantization", {}).get("ports")
     if not known:
         return plan
+    if plan.exits:  # the scores stand between the outputs that were quantized
+        scores = {e.score for e in plan.exits}
+        values = iter(known["outputs"])
+        known = {**known, "outputs": [None if i in scores else next(values) for i in range(len(plan.outputs))]}
     inputs, outputs = (
         tuple(dataclasses.replace(p, **(q or {})) for p, q in zip(ports, known[side], strict=True))
         for side, ports in (("inputs", plan.inputs), ("outputs", plan.outputs))
@@ -314,6 +338,18 @@ def _prune_step(cut: Prune, found: dict[str, Any], pruned: list[Graph], progress
         return result
 
     return Step(Pass("prune", run, exact=False), NoOptions())
+
+
+def _exits_step(ways: Sequence[Exit], tests: list[ExitTest], found: Mapping[str, Any]) -> Step:
+    """The pipeline's element that computes each exit's score; `tests` gets how a call ends."""
+
+    def run(graph: Graph, options: Any) -> Graph:
+        ports = found.get("quantization", {}).get("ports")
+        program = early.attach(graph, ways, ports["outputs"] if ports else None)
+        tests[:] = program.exits
+        return program.graph
+
+    return Step(Pass("exits", run, exact=False), NoOptions())
 
 
 def _sparsify_step(sparse: Sparsify, found: dict[str, Any], done: list[Graph], progress: Progress) -> Step:
@@ -432,8 +468,7 @@ def _verify(
         if data is not None
         else check.sample_inputs(imported)
     )
-    got = module(*inputs)
-    got = got if isinstance(got, tuple) else (got,)
+    got = module.all_outputs(*inputs)
     want = evaluate_graph(imported, inputs)
     verdict = check.compare(list(zip(got, want, strict=True)), "numpy", 1)
     tolerance = check.TOLERANCE
@@ -457,9 +492,10 @@ def _verify(
             f"{imported.name}: the artefact differs from the reference by {verdict.relative_error:.2g} "
             f"of the output's range, {where}; please report it, or use --target generic"
         )
+    early.check_paths(module, inputs)
     outside = source.oracle(inputs)
     if outside is not None:
-        pairs = list(zip(got, outside, strict=True))
+        pairs = [(g, o) for g, o in zip(got, outside, strict=True) if o is not None]
         second = check.compare(pairs, f"numpy, {source.engine}", 1, tolerance)
         if not second.passed and tolerance == check.TOLERANCE:
             second = check.compare(
@@ -499,8 +535,7 @@ def _verify_integers(
         else check.sample_inputs(imported)
     )
     inputs = [p.quantize(a) for p, a in zip(module.inputs, inputs, strict=True)]
-    got = module(*inputs)
-    got = got if isinstance(got, tuple) else (got,)
+    got = module.all_outputs(*inputs)
     pairs = list(zip(got, evaluate_graph(optimised, inputs), strict=True))
     exactness = check.exactness(optimised)
     tolerance = 0.0 if exactness.exact else check.TOLERANCE
@@ -515,6 +550,7 @@ def _verify_integers(
             f"{imported.name}: the artefact differs from the reference of its integer graph, {where}; "
             "please report it, or use --target generic"
         )
+    early.check_paths(module, inputs)
     return verdict
 
 
@@ -603,9 +639,13 @@ def verdict_against(
 
     shapes = {p.name: p.shape for p in module.inputs}  # a leading -1 leaves the batch open
     graph = frontend.open_model(model, input_shapes=shapes, batch_max=module.manifest["batch_max"]).graph()
+    kept = list(range(len(module.outputs)))
+    if module.exits:
+        graph, kept = early.reference(graph, module)
+    results = [module.outputs[i] for i in kept]
     for what, mine, theirs in (
         ("inputs", module.inputs, graph.inputs),
-        ("outputs", module.outputs, graph.outputs),
+        ("outputs", results, graph.outputs),
     ):
         ours = [(p.shape[1:], p.dtype if p.scale is None else "float32") for p in mine]
         if ours != [(n.shape[1:], n.dtype.numpy.name) for n in theirs]:
@@ -616,14 +656,13 @@ def verdict_against(
         calls = [check.sample_inputs(graph) if graph.inputs else random_inputs(graph)]
     rounds = check.has_roundings(graph)
     fixed = any(layer.get("dtype") in ("int8", "int16", "weights8", "weights4") for layer in module.report["layers"])
-    agreement = Agreement([p.name for p in module.outputs])
+    agreement = Agreement([p.name for p in results])
     worst: check.Verdict | None = None
     at = 0
     for done, inputs in enumerate(calls, 1):
         given = [p.quantize(a) for p, a in zip(module.inputs, inputs, strict=True)]
-        got = module(*given)
-        got = got if isinstance(got, tuple) else (got,)
-        got = tuple(p.dequantize(g) for p, g in zip(module.outputs, got, strict=True))
+        every = module.all_outputs(*given)
+        got = tuple(p.dequantize(every[i]) for p, i in zip(results, kept, strict=True))
         pairs = list(zip(got, evaluate_graph(graph, inputs), strict=True))
         verdict = check.compare(pairs, "numpy", 1)
         if not verdict.passed and fixed and (not rounds or check.rounds_alike(pairs)):
@@ -636,7 +675,7 @@ def verdict_against(
         worst = _worse(worst, verdict)
         progress(done)
     assert worst is not None
-    ratios = [o.sqnr_db for o, p in zip(agreement.outputs, module.outputs, strict=True)
+    ratios = [o.sqnr_db for o, p in zip(agreement.outputs, results, strict=True)
               if p.dtype.startswith("float") or p.scale is not None]
     return dataclasses.replace(worst, samples=agreement.samples, sqnr_db=min(ratios, default=None)), agreement
 

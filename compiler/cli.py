@@ -296,6 +296,10 @@ def cli() -> None:
                    "left is fitted to the data.")
 @click.option("--sparsify-criterion", type=click.Choice(["magnitude", "activation", "reconstruction", "random"]),
               help="Which blocks count least: reconstruction with --calibrate, magnitude without it, by default.")
+@click.option("--exit", "exits", multiple=True, metavar="NAME:CRITERION=VALUE",
+              help="A call may end at this output (or tensor) of the model: exit0:max-prob=0.9 (repeatable). Criteria: "
+                   "max-prob, margin, entropy, energy, patience, and with the tensor or the numbers that they read "
+                   "score@TENSOR, q-exit@TENSOR, gate@W,W,W,W,BIAS.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--tune", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Measure other blocks and algorithms for each layer on this processor, for about so long, and "
@@ -317,9 +321,9 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
                     budget_us: float | None, block: int | None, activations: str, prune: float | None,
                     prune_criterion: str, sparsify: str | None, sparsify_criterion: str | None,
-                    export_onnx: str | None, tune: float | None, max_ram: int | None, max_flash: int | None,
-                    backend: str, emit_only: bool, no_verify: bool, strict: bool, dump_ir: str | None,
-                    as_json: bool) -> None:
+                    exits: tuple[str, ...], export_onnx: str | None, tune: float | None, max_ram: int | None,
+                    max_flash: int | None, backend: str, emit_only: bool, no_verify: bool, strict: bool,
+                    dump_ir: str | None, as_json: bool) -> None:
     """Compile MODEL into the folder DIR.
 
     MODEL is an .onnx file, a .pt2 exported program, skive's text form, or package.module:callable
@@ -334,6 +338,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
       skive compile bert.onnx -o bert/ --quantize weights4
       skive compile net.onnx -o net/ --prune 0.4 --quantize int8 --calibrate train.npz:x
       skive compile net.onnx -o net/ --sparsify block4x16@0.75 --quantize int8 --calibrate train.npz:x
+      skive compile net.onnx -o net/ --exit exit0:max-prob=0.9 --exit exit1:entropy=0.4
       skive compile net.onnx -o net/ --input image=Nx3x224x224 --batch-max 8
       skive compile mypackage.nets:build -o net/ --example inputs.npz
       skive compile net.onnx -o net/ --config build.toml
@@ -369,8 +374,8 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         module = skive.compile(model, output=None if limited else output, name=name, target=target,
                                threads=threads, verify=not no_verify, strict=strict,
                                emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
-                               quantize=wanted, prune=cut, sparsify=sparse, export_onnx=export_onnx,
-                               tune=tune, **request)
+                               quantize=wanted, prune=cut, sparsify=sparse, exits=exits or None,
+                               export_onnx=export_onnx, tune=tune, **request)
     report = module.report
     compiled = report["compiled"]
     if limited:
@@ -410,6 +415,9 @@ def _summary(report: Mapping[str, Any], seconds: float | None = None) -> list[tu
         lines.append(("code", bytes_text(compiled["code_bytes"])))
     if fewer := report.get("sparsity"):
         lines += _sparsity_lines(fewer)
+    lines += [(f"exit {e['name']}", (f"{e['criterion']} {e['test']} {e['threshold']:g}, " if e["criterion"] else "")
+               + f"{count_text(e['macs'])} MACs, {bytes_text(e['arena_bytes'])} of arena")
+              for e in report.get("exits", ())]
     if fixed := report.get("quantization"):
         lines += _quantization_lines(fixed)
     lines += [("layers", f"{len(report['layers'])} kernel calls (model: {model['nodes']} operations)"),
@@ -494,16 +502,23 @@ def run(artefact: str, input_file: str, output: str | None, as_json: bool) -> No
     """
     module = _load(artefact)
     arrays = fit_arrays(read_arrays(input_file), module.inputs)
-    results: list[list[np.ndarray]] = [[] for _ in module.outputs]
+    ports = [module.outputs[i] for i in module.exits[-1].outputs] if module.exits else module.outputs
+    results: list[list[np.ndarray]] = [[] for _ in ports]
     seconds = []
+    spent: list[Any] = []
     for call in _slices(arrays, module.inputs, module.manifest["batch_max"]):
         start = time.perf_counter()
-        result = module(*call)
+        if module.exits:
+            spent.append(module.run(*call))
+        result = spent[-1].outputs if module.exits else module(*call)
         seconds.append(time.perf_counter() - start)
         for kept, r in zip(results, result if isinstance(result, tuple) else (result,), strict=True):
             kept.append(r)
     joined = {p.name: np.concatenate(r) if len(r) > 1 and r[0].ndim else r[0]
-              for p, r in zip(module.outputs, results, strict=True)}
+              for p, r in zip(ports, results, strict=True)}
+    taken = _exits_taken(module, spent)
+    if taken:
+        joined |= {k: np.concatenate([getattr(r, k) for r in spent]) for k in ("exit", "macs")}
     if output is not None:
         def write(path: Path) -> None:
             with path.open("wb") as f:  # a file object: savez would add .npz to the name
@@ -513,14 +528,28 @@ def run(artefact: str, input_file: str, output: str | None, as_json: bool) -> No
     statistics = [_statistics(k, v) for k, v in joined.items()]
     median_ms = float(np.median(seconds)) * 1e3
     if as_json:
-        print_json({"calls": len(seconds), "median_ms": median_ms, "outputs": statistics})
+        print_json({"calls": len(seconds), "median_ms": median_ms, "outputs": statistics} | taken)
         return
     print_table(["output", "shape", "dtype", ">min", ">mean", ">max"],
                 [[o["name"], str(o["shape"]), o["dtype"],
                   *("-" if o[k] is None else f"{o[k]:.6g}" for k in ("min", "mean", "max"))]
                  for o in statistics])
+    if taken:
+        click.echo(printable("exits: " + ", ".join(f"{e['name']} {100 * e['share']:.1f} %" for e in taken["exits"])
+                             + f"; {count_text(int(taken['mean_macs']))} MACs a sample"))
     click.echo(f"{len(seconds)} call{'s' * (len(seconds) > 1)}, median {median_ms:.3f} ms"
                + (f", written to {printable(output)}" if output else ""))
+
+
+def _exits_taken(module: Module, spent: Sequence[Any]) -> dict[str, Any]:
+    """How many samples left at each exit, and the mean of their MACs; nothing for a network without exits."""
+    if not spent:
+        return {}
+    taken = np.concatenate([r.exit for r in spent])
+    counts = np.bincount(taken, minlength=len(module.exits))
+    return {"exits": [{"name": e.name, "samples": int(c), "share": float(c) / len(taken)}
+                      for e, c in zip(module.exits, counts, strict=True)],
+            "mean_macs": float(np.mean(np.concatenate([r.macs for r in spent])))}
 
 
 def _types(layer: Mapping[str, Any]) -> tuple[str, str, str]:

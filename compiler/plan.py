@@ -104,6 +104,39 @@ class Port:
     zero: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Calls `first` to `end` - 1: a straight line. `arena_bytes`: of the arena that is used from the start up to here;
+    `macs` of this stage alone."""
+
+    first: int
+    end: int
+    macs: int
+    arena_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """One result of a network with early exits: the numbers of its `outputs`; `score` is the number of the output
+    that is compared with the threshold, None of the last exit."""
+
+    name: str
+    outputs: tuple[int, ...]
+    criterion: str = ""
+    score: int | None = None
+    test: str = ""
+    threshold: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the host program. `call`: run stage `index`; `leave`: end with exit `index` if its test holds;
+    `return`: end with exit `index`."""
+
+    op: str
+    index: int
+
+
 @dataclass(frozen=True)
 class Plan:
     name: str
@@ -116,6 +149,9 @@ class Plan:
     arena_bytes: int
     arena_lower_bound: int
     batch_max: int | None = None
+    stages: tuple[Stage, ...] = ()  # of a network with early exits; empty without
+    exits: tuple[Exit, ...] = ()
+    host: tuple[Step, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the weights, as JSON-compatible data."""

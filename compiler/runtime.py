@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from skive import _native
+from skive import _native, exit_calls
 from skive.errors import InvalidModelError, ShapeError, TargetError
 
 MANIFEST = "manifest.json"
@@ -74,6 +74,10 @@ class Module:
         if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
             raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {name!r} is not a name")
         self.inputs, self.outputs = ports
+        try:
+            self.exits, self._thresholds = exit_calls.read(self.manifest, [p.name for p in self.outputs])
+        except (KeyError, ValueError, TypeError) as e:
+            raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: exits: {e}") from None
         missing = sorted(set(isa) - set(_native.cpu_features()))
         if missing:
             raise TargetError(
@@ -85,28 +89,66 @@ class Module:
             raise InvalidModelError(
                 f"{library} is not there: the artefact was written with --emit-only; build it with its CMakeLists.txt"
             )
+        inputs, outputs = ([(p.name, p.shape, p.dtype) for p in side] for side in (self.inputs, self.outputs))
         try:
-            self._call = _native.Artifact(
-                str(library.resolve()),
-                name,
-                [(p.name, list(p.shape), p.dtype) for p in self.inputs],
-                [(p.name, list(p.shape), p.dtype) for p in self.outputs],
-                arena,
-                batch,
-                threads,
-            )
+            self._call = _native.Artifact(str(library.resolve()), name, inputs, outputs, arena, batch, threads)
+            if self.exits:  # thresholds are one more input, the exits taken one more output
+                given = [*inputs, ("thresholds", (len(self._thresholds),), "float32")]
+                got = [*outputs, ("exit_taken", (-1 if batch else 1,), "int32")]
+                self._call_exits = _native.Artifact(
+                    str(library.resolve()), f"{name}_exits", given, got, arena, batch, threads
+                )
         except (RuntimeError, OSError) as e:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
         self._names = [p.name for p in self.inputs]
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        """The output, or a tuple of outputs, of the kind that came in (NumPy, DLPack or torch)."""
+        """The output, or a tuple of outputs, of the kind that came in (NumPy, DLPack or torch); with early exits
+        those of the exit that each sample took."""
         if not named:
             try:
-                return self._call(*args)
+                return self._taken(*args) if self.exits else self._call(*args)
             except (TypeError, ValueError):
                 pass  # not plain matching arrays: the careful path below says what is wrong
-        return self._careful(args, named)
+        return self._careful(args, named, self._taken if self.exits else self._call)
+
+    def _taken(self, *arrays: np.ndarray) -> Any:
+        *values, exits = self._call_exits(*arrays, self._thresholds)
+        return exit_calls.taken(self.exits, values, exits)
+
+    def run(self, *args: Any, **named: Any) -> exit_calls.Result:
+        """A call with what it cost: `.outputs` as a call gives them, and for each sample `.exit`, the index of the exit
+        taken (the last one is the whole network), `.macs` and `.scores`."""
+        values: list[np.ndarray] = []
+        exits = np.zeros(0, np.int32)
+
+        def call(*arrays: np.ndarray) -> Any:
+            nonlocal values, exits
+            if not self.exits:
+                outputs = self._call(*arrays)
+                first = outputs[0] if isinstance(outputs, tuple) else outputs
+                exits = np.zeros(len(first) if self.manifest["batch_max"] else 1, np.int32)
+                return outputs
+            *values, exits = self._call_exits(*arrays, self._thresholds)
+            return exit_calls.taken(self.exits, values, exits)
+
+        outputs = self._careful(args, named, call)
+        ways = self.exits or (exit_calls.Way("", (0,), None, None, None, self.report["compiled"]["macs"]),)
+        return exit_calls.result(ways, values, exits, outputs)
+
+    def all_outputs(self, *args: Any, **named: Any) -> tuple[Any, ...]:
+        """Every output in the order of `outputs`, with early exits also those of all exits and their scores."""
+        result = self._careful(args, named, self._call)
+        return result if isinstance(result, tuple) else (result,)
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """The threshold of every exit but the last, by name. Assign a dict to change some."""
+        return dict(zip((e.name for e in self.exits), self._thresholds.tolist(), strict=False))
+
+    @thresholds.setter
+    def thresholds(self, new: Mapping[str, float]) -> None:
+        self._thresholds = exit_calls.changed(self.exits, self._thresholds, new)
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Runs on C-contiguous arrays of the declared types and writes the results into `outputs`:
@@ -116,7 +158,7 @@ class Module:
         except (TypeError, ValueError) as e:
             raise ShapeError(str(e)) from None
 
-    def _careful(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    def _careful(self, args: tuple[Any, ...], named: dict[str, Any], call: Callable[..., Any]) -> Any:
         values = list(args)
         for name in self._names[len(args) :]:
             if name not in named:
@@ -127,7 +169,7 @@ class Module:
             raise ShapeError(f"there is no input {extra}; the inputs are {', '.join(self._names)}")
         arrays = [self._array(v, p) for v, p in zip(values, self.inputs, strict=True)]
         try:
-            result = self._call(*arrays)
+            result = call(*arrays)
         except (TypeError, ValueError) as e:
             raise ShapeError(str(e)) from None
         torch = sys.modules.get("torch")

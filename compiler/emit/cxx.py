@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from skive.emit import exits
 from skive.plan import Access, Arg, Call, Fn, Plan
 from skive.targets.base import Target
 
@@ -222,6 +223,7 @@ def _public_header(plan: Plan, upper: str) -> str:
         f"#ifndef {upper}_MODEL_H",
         f"#define {upper}_MODEL_H",
         "",
+        *(["#include <stdint.h>", ""] if plan.exits else []),
         "#ifdef __cplusplus",
         'extern "C" {',
         "#endif",
@@ -245,6 +247,7 @@ def _public_header(plan: Plan, upper: str) -> str:
         f"#define {upper}_ERROR_NULL 2  /* a pointer is null */",
         f"#define {upper}_ERROR_ALIGN 3 /* the arena is not {upper}_ARENA_ALIGN-byte aligned */",
         f"#define {upper}_ERROR_BATCH 4 /* the batch is not 1 to {upper}_BATCH_MAX */",
+        *([f"#define {upper}_ERROR_EXIT 5  /* there is no such exit to resume from */"] if plan.exits else []),
         "",
         "#if defined(__GNUC__)",
         f'#define {upper}_API __attribute__((visibility("default")))',
@@ -262,6 +265,8 @@ def _public_header(plan: Plan, upper: str) -> str:
             "/* The same for `batch` samples that lie one after the other in every tensor. */",
             f"{upper}_API int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch);",
         ]
+    if plan.exits:
+        lines += exits.header(plan, upper)
     lines += [
         "",
         "/* 1 if this processor has the instruction sets that the code needs. */",
@@ -287,6 +292,20 @@ def _public_header(plan: Plan, upper: str) -> str:
 def _layer_name(index: int, call: Call) -> str:
     """`layer3_block1_conv`: the number keeps it unique, the rest says where it comes from."""
     return f"layer{index}_{identifier(call.origin, call.op)[:40].rstrip('_')}"
+
+
+def _pointers_of_sample(plan: Plan) -> list[str]:
+    """Declarations of `in` and `out`: the tensors of sample `b`."""
+    lines = []
+    for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
+        source = "inputs" if kind == "in" else "outputs"
+        items = ", ".join(
+            f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}])"
+            f" + static_cast<size_t>(b) * {p.bytes}"
+            for i, p in enumerate(ports)
+        )
+        lines.append(f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};")
+    return lines
 
 
 def _main_unit(
@@ -372,16 +391,11 @@ def _main_unit(
         out += [
             f"__attribute__((noinline)) static void run_batch({pointers}, int batch) {{",
             "  for (int b = 0; b < batch; ++b) {",
+            *_pointers_of_sample(plan),
         ]
-        for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
-            source = "inputs" if kind == "in" else "outputs"
-            items = ", ".join(
-                f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}])"
-                f" + static_cast<size_t>(b) * {p.bytes}"
-                for i, p in enumerate(ports)
-            )
-            out += [f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};"]
         out += ["    run(in, out, arena);", "  }", "}", ""]
+    if plan.exits:
+        out += exits.functions(plan, [_layer_name(i, c) for i, _, c in calls], _pointers_of_sample)
     if calls:
         out += [
             f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
@@ -418,6 +432,7 @@ def _main_unit(
         f'    case {upper}_ERROR_NULL: return "a pointer is null";',
         f'    case {upper}_ERROR_ALIGN: return "the arena is not 64-byte aligned";',
         f'    case {upper}_ERROR_BATCH: return "the batch is out of range";',
+        *([f'    case {upper}_ERROR_EXIT: return "there is no such exit";'] if plan.exits else []),
         '    default: return "unknown error";',
         "  }",
         "}",
@@ -459,6 +474,8 @@ def _main_unit(
             "}",
             "",
         ]
+    if plan.exits:
+        out += exits.entries(plan, upper)
     out += [
         f'extern "C" int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena) {{',
         "  if (int error = check(inputs, outputs, arena)) return error;",

@@ -7,7 +7,9 @@ calls.
 
 from __future__ import annotations
 
-from skive.ir import Graph
+from collections.abc import Sequence
+
+from skive.ir import Graph, Node
 from skive.lower import (
     compressed,
     convolution,
@@ -22,6 +24,7 @@ from skive.lower import (
 from skive.lower.calls import LOWER, Lowering, lowers
 from skive.lower.legalise import legalise
 from skive.plan import Plan
+from skive.program import ExitTest, Program
 from skive.targets.base import Target
 from skive.tuning import Tuning
 from skive.types import DType
@@ -32,14 +35,27 @@ __all__ = ["LOWER", "Lowering", "lower", "lowers"]
 FAMILIES = (compressed, convolution, pooling, elementwise, movement, indexing, recurrence, reductions, products)
 
 
-def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None = None) -> Plan:
-    """The plan of `graph` on `target`, with the variants that `tuning` chooses.
+def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None = None,
+          exits: tuple[ExitTest, ...] = ()) -> Plan:
+    """The plan of `graph` on `target`, with the variants that `tuning` chooses, and the ways out in `exits`.
 
     UnsupportedOpError lists every node without a kernel.
     """
     graph = legalise(graph)
     ctx = Lowering(graph, target, threads, tuning or Tuning())
-    for node in graph.nodes:
+    if not exits:
+        _lower_nodes(ctx, graph.nodes)
+        return ctx.finish()
+    program = Program(graph, exits)
+    for i, nodes in enumerate(program.stages()):
+        _lower_nodes(ctx, nodes)
+        ctx.end_stage([program.exit_of(n) == i for n in graph.output_names], nodes)
+    return ctx.finish(exits)
+
+
+def _lower_nodes(ctx: Lowering, nodes: Sequence[Node]) -> None:
+    """Appends the calls that compute `nodes`."""
+    for node in nodes:
         if node.op in ("input", "const", "reshape") or not node.type.size:
             continue
         if node.dtype is DType.f16 or any(i.dtype is DType.f16 for i in node.inputs):
@@ -48,4 +64,3 @@ def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None 
             LOWER[node.op](ctx, node)
         else:
             ctx.problems.append((node.label(), f"{node.op} has no kernel", "report it"))
-    return ctx.finish()

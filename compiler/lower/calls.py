@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +14,8 @@ from skive.ir import Graph, Node
 from skive.lower.abilities import is_integer_conv
 from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype
 from skive.lower.storage import Root, Storage, View
-from skive.plan import Access, Arg, Call, Fn, Plan, Port, place
+from skive.plan import Access, Arg, Block, Call, Exit, Fn, Plan, Port, Stage, Step, aligned, place
+from skive.program import ExitTest
 from skive.targets.base import Target
 from skive.tuning import Tuning
 from skive.types import DType
@@ -29,6 +30,7 @@ class Lowering(Storage):
         self.calls: list[Call] = []
         self.problems: list[tuple[str, str, str]] = []
         self._pending: list[tuple[list[tuple[Root, int, Arg]], int]] = []
+        self._stages: list[Stage] = []
 
     def read(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
         """An operand; `strided`: of a kernel that heeds `pixel(node)`."""
@@ -99,10 +101,10 @@ class Lowering(Storage):
             )
         )
 
-    def finish(self) -> Plan:
-        """Places the blocks and resolves every argument."""
-        graph = self.graph
-        for i, o in enumerate(graph.outputs):
+    def _write_outputs(self, numbers: Iterable[int]) -> None:
+        """Copies these outputs out, unless their kernels wrote them in place."""
+        for i in numbers:
+            o = self.graph.outputs[i]
             view = self.view(o)
             if view.root.kind == "output" and view.root.index == i and view.offset == 0:
                 continue
@@ -117,6 +119,18 @@ class Lowering(Storage):
                     ["y", "x", "part"],
                     [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))],
                 )
+
+    def end_stage(self, outputs: Sequence[bool], nodes: Iterable[Node]) -> None:
+        """What was lowered since the last stage's end is a stage, which gives these of the graph's outputs."""
+        self._write_outputs(i for i, given in enumerate(outputs) if given)
+        first = self._stages[-1].end if self._stages else 0
+        self._stages.append(Stage(first, len(self.calls), sum(map(ops.macs, nodes)), 0))
+
+    def finish(self, exits: Sequence[ExitTest] = ()) -> Plan:
+        """Places the blocks and resolves every argument."""
+        graph = self.graph
+        if not exits:
+            self._write_outputs(range(len(graph.outputs)))
         if self.problems:
             raise UnsupportedOpError(self.problems)
         blocks = [r.block for r in self._roots if r.block and r.block.last >= 0]
@@ -146,7 +160,29 @@ class Lowering(Storage):
             size,
             bound,
             graph.batch_max,
+            *self._host_program(exits, [b for b in blocks if b]),
         )
+
+    def _host_program(
+        self, exits: Sequence[ExitTest], blocks: Sequence[Block]
+    ) -> tuple[tuple[Stage, ...], tuple[Exit, ...], tuple[Step, ...]]:
+        """The stages with what they need of the arena, the exits, and the order of both."""
+        number = {n: i for i, n in enumerate(self.graph.output_names)}
+        stages = tuple(
+            replace(s, arena_bytes=max((b.offset + aligned(b.bytes) for b in blocks if b.first < s.end), default=0))
+            for s in self._stages
+        )
+        ways = tuple(
+            Exit(e.name, tuple(number[n] for n in e.outputs), e.criterion,
+                 number[e.score] if e.score else None, e.test if e.score else "", e.threshold)
+            for e in exits
+        )
+        steps = [
+            step
+            for i, way in enumerate(ways)
+            for step in (Step("call", i), Step("return" if way.score is None else "leave", i))
+        ]
+        return stages, ways, tuple(steps)
 
     def epilogue(self, node: Node) -> tuple[Fn, list[tuple[View, Arg]]]:
         """The functor of `node`'s epilogue and the pointers it reads."""

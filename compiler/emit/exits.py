@@ -1,0 +1,169 @@
+"""The host program of a network with early exits as C++: stages, tests, and the entries that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from skive.plan import Plan
+
+POINTERS = "const void* const* inputs, void* const* outputs, void* arena"
+_TAIL = "const float* thresholds, int32_t* exit_taken"
+
+
+def literal(value: float) -> str:
+    """`value` as a float literal."""
+    if value in (float("inf"), float("-inf")):
+        return f"{'-' if value < 0 else ''}__builtin_inff()"
+    return f"{value!r}f"
+
+
+def header(plan: Plan, upper: str) -> list[str]:
+    """The lines of the public header."""
+    n = plan.name
+    lines = ["", "/* Early exits, in the order in which they are reached; the last is the whole network.",
+             "   Thresholds: one for each exit but the last, null for those that the network was compiled with. */",
+             f"#define {upper}_EXIT_COUNT {len(plan.exits)}"]
+    spent = 0
+    for i, (e, s) in enumerate(zip(plan.exits, plan.stages, strict=True)):
+        spent += s.macs
+        outputs = ", ".join(map(str, e.outputs))
+        rule = f"if output {e.score} {e.test} its threshold" if e.score is not None else "always"
+        lines.append(f"/* exit {i}: outputs {outputs}; taken {rule}; {spent} MACs and {s.arena_bytes} bytes of the "
+                     "arena up to here */")
+        if e.score is not None:
+            lines.append(f"#define {upper}_EXIT{i}_THRESHOLD {literal(e.threshold)}")
+    lines += [
+        "",
+        "/* Runs the network until an exit is taken, whose number goes to *exit_taken. Outputs of that exit and of",
+        "   those before it are written, those of later ones are not touched. */",
+        f"{upper}_API int {n}_run_exits({POINTERS},",
+        f"    {_TAIL});",
+        "/* Goes on behind exit *exit_taken, up to the next one that is taken. The arena, the inputs and the outputs",
+        "   are as the call before left them. Does nothing behind the last exit. */",
+        f"{upper}_API int {n}_resume({POINTERS},",
+        f"    {_TAIL});",
+    ]
+    if plan.batch_max:
+        lines += [
+            f"/* {n}_run_exits for `batch` samples that lie one after the other in every tensor; exit_taken[batch]. */",
+            f"{upper}_API int {n}_run_exits_batch({POINTERS}, int batch,",
+            f"    {_TAIL});",
+        ]
+    lines += [
+        "/* The same as one network: the thresholds are one more input, the exits one more output, int32[batch]. */",
+        f"{upper}_API int {n}_exits_run({POINTERS});",
+    ]
+    if plan.batch_max:
+        lines.append(f"{upper}_API int {n}_exits_run_batch({POINTERS}, int batch);")
+    return [*lines, f"{upper}_API const char* {n}_exits_error(int code);",
+            f"{upper}_API int {n}_exits_cpu_supported(void);"]
+
+
+def functions(plan: Plan, layer_names: Sequence[str], pointers_of_sample: Callable[[Plan], list[str]]) -> list[str]:
+    """The host program, for the namespace of the model. `layer_names`: the function of each call."""
+    tests = [e for e in plan.exits if e.score is not None]
+    out = [
+        f"const float default_thresholds[] = {{{', '.join(literal(e.threshold) for e in tests)}}};",
+        "",
+        "// The exit taken by a run that starts behind the first `from` stages.",
+        f"__attribute__((noinline)) static int run_exits({POINTERS},",
+        "                                               const float* thresholds, int from) {",
+        "  const Memory m = memory(inputs, outputs, arena);",
+        "  switch (from) {",
+    ]
+    started = False
+    for step in plan.host:
+        e = plan.exits[step.index]
+        if step.op == "call":
+            s = plan.stages[step.index]
+            if started:
+                out.append("      [[fallthrough]];")
+            out.append(f"    case {step.index}:" if started else "    default:")
+            out += [f"      {name}(m);" for name in layer_names[s.first : s.end]]
+            started = True
+        elif step.op == "leave":
+            score = f"*reinterpret_cast<const float*>(m.out[{e.score}])"
+            out.append(f"      if ({score} {e.test} thresholds[{step.index}]) return {step.index};")
+        elif step.op == "return":
+            out.append(f"      return {step.index};")
+        else:
+            raise AssertionError(f"no host step {step.op}")
+    out += ["  }", "}", ""]
+    if plan.batch_max:
+        out += [
+            f"__attribute__((noinline)) static void run_exits_batch({POINTERS}, int batch,",
+            "                                                      const float* thresholds, int32_t* exit_taken) {",
+            "  for (int b = 0; b < batch; ++b) {",
+            *pointers_of_sample(plan),
+            "    exit_taken[b] = run_exits(in, out, arena, thresholds, 0);",
+            "  }",
+            "}",
+            "",
+        ]
+    return out
+
+
+def entries(plan: Plan, upper: str) -> list[str]:
+    """The exported functions."""
+    n = plan.name
+    resume = (
+        "  if (int error = check(inputs, outputs, arena)) return error;\n"
+        f"  if (!exit_taken) return {upper}_ERROR_NULL;"
+    )
+    defaults = "thresholds ? thresholds : default_thresholds"
+    out = [
+        f'extern "C" int {n}_run_exits({POINTERS},',
+        f"    {_TAIL}) {{",
+        resume,
+        f"  *exit_taken = run_exits(inputs, outputs, arena, {defaults}, 0);",
+        "  return 0;",
+        "}",
+        "",
+        f'extern "C" int {n}_resume({POINTERS},',
+        f"    {_TAIL}) {{",
+        resume,
+        f"  if (*exit_taken < 0 || *exit_taken >= {upper}_EXIT_COUNT) return {upper}_ERROR_EXIT;",
+        f"  if (*exit_taken + 1 < {upper}_EXIT_COUNT)",
+        f"    *exit_taken = run_exits(inputs, outputs, arena, {defaults}, *exit_taken + 1);",
+        "  return 0;",
+        "}",
+        "",
+    ]
+    if plan.batch_max:
+        out += [
+            f'extern "C" int {n}_run_exits_batch({POINTERS}, int batch,',
+            f"    {_TAIL}) {{",
+            resume,
+            f"  if (batch < 1 || batch > {upper}_BATCH_MAX) return {upper}_ERROR_BATCH;",
+            f"  run_exits_batch(inputs, outputs, arena, batch, {defaults}, exit_taken);",
+            "  return 0;",
+            "}",
+            "",
+        ]
+    given = [
+        f"  if (!inputs || !outputs) return {upper}_ERROR_NULL;",
+        f"  const float* const thresholds = static_cast<const float*>(inputs[{upper}_INPUT_COUNT]);",
+        f"  int32_t* const exit_taken = static_cast<int32_t*>(outputs[{upper}_OUTPUT_COUNT]);",
+    ]
+    out += [
+        f'extern "C" int {n}_exits_run({POINTERS}) {{',
+        *given,
+        f"  return {n}_run_exits(inputs, outputs, arena, thresholds, exit_taken);",
+        "}",
+        "",
+    ]
+    if plan.batch_max:
+        out += [
+            f'extern "C" int {n}_exits_run_batch({POINTERS}, int batch) {{',
+            *given,
+            f"  return {n}_run_exits_batch(inputs, outputs, arena, batch, thresholds, exit_taken);",
+            "}",
+            "",
+        ]
+    return [
+        *out,
+        f'extern "C" const char* {n}_exits_error(int code) {{ return {n}_error(code); }}',
+        "",
+        f'extern "C" int {n}_exits_cpu_supported(void) {{ return {n}_cpu_supported(); }}',
+        "",
+    ]

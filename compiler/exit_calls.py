@@ -1,0 +1,82 @@
+"""Calls of a network with early exits: which result belongs to which sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from skive.errors import ExitError
+
+
+@dataclass(frozen=True)
+class Way:
+    """One exit of an artefact. `outputs`: numbers of its results among `Module.outputs`; `score`: the number of what is
+    compared with the threshold, None of the last exit; `macs`: from the start to this exit."""
+
+    name: str
+    outputs: tuple[int, ...]
+    criterion: str | None
+    score: int | None
+    test: str | None
+    macs: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `Module.run` returns: `outputs` as a call gives them; for every sample the index of the exit taken, the
+    multiply-accumulates spent, and the score at each exit that was reached (NaN at the others)."""
+
+    outputs: Any
+    exit: np.ndarray
+    macs: np.ndarray
+    scores: np.ndarray
+
+
+def read(manifest: Mapping[str, Any], output_names: Sequence[str]) -> tuple[tuple[Way, ...], np.ndarray]:
+    """(the exits of a manifest, their thresholds); none for a network without. KeyError, ValueError if damaged."""
+    ways, thresholds = [], []
+    for e in manifest.get("exits") or ():
+        score = output_names.index(e["score"]) if e["score"] is not None else None
+        outputs = tuple(output_names.index(n) for n in e["outputs"])
+        ways.append(Way(e["name"], outputs, e["criterion"], score, e["test"], e["macs"]))
+        if score is not None:
+            thresholds.append(float(e["threshold"]))
+    return tuple(ways), np.asarray(thresholds, np.float32)
+
+
+def changed(ways: Sequence[Way], thresholds: np.ndarray, new: Mapping[str, float]) -> np.ndarray:
+    """`thresholds` with those of `new` by the name of the exit; ExitError for an unknown name."""
+    names = [w.name for w in ways if w.score is not None]
+    result = thresholds.copy()
+    for name, value in new.items():
+        if name not in names:
+            raise ExitError(f"there is no exit {name!r} with a threshold; there are {', '.join(names) or 'none'}")
+        result[names.index(name)] = value
+    return result
+
+
+def taken(ways: Sequence[Way], values: Sequence[np.ndarray], exits: np.ndarray) -> Any:
+    """The outputs of the exit that each sample took, in the order of the samples: an array, or a tuple of several."""
+    if len(exits) == 1:
+        chosen = [values[i] for i in ways[int(exits[0])].outputs]
+    else:
+        last = ways[-1].outputs
+        chosen = [values[i] for i in last]
+        for k, way in enumerate(ways[:-1]):
+            rows = exits == k
+            if rows.any():
+                for c, i in zip(chosen, way.outputs, strict=True):
+                    c[rows] = values[i][rows]
+    return chosen[0] if len(chosen) == 1 else tuple(chosen)
+
+
+def result(ways: Sequence[Way], values: Sequence[np.ndarray], exits: np.ndarray, outputs: Any) -> Result:
+    """`outputs` with what each sample cost."""
+    scores = np.full((len(exits), len(ways) - 1), np.nan, np.float32)
+    for k, way in enumerate(ways):
+        if way.score is not None:
+            scores[:, k] = np.where(exits >= k, values[way.score].reshape(-1), np.nan)
+    return Result(outputs, exits, np.asarray([w.macs for w in ways], np.int64)[exits], scores)
