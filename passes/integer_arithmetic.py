@@ -41,7 +41,7 @@ def _uniform(node: Node) -> bool:
     return node.is_const and node.type.size == 1
 
 
-def _per_tensor(node: Node) -> bool:
+def per_tensor(node: Node) -> bool:
     """`dequantize` or `quantize` with one scale and one zero point."""
     return _uniform(node.inputs[1]) and _uniform(node.inputs[2])
 
@@ -105,7 +105,7 @@ def unsigned(graph: Graph) -> Graph:
 # --------------------------------------------------------------------------------- moves and sums
 
 
-@rule(op(MOVES, op("dequantize", name="x", where=_per_tensor)))
+@rule(op(MOVES, op("dequantize", name="x", where=per_tensor)))
 def move_integers(m: Match) -> Node | None:
     """Moving and comparing commute with a positive scale."""
     q, scale, zero = m["x"].inputs
@@ -114,7 +114,7 @@ def move_integers(m: Match) -> Node | None:
     return _like(m, "dequantize", _like(m, m.root.op, q, **m.root.attrs), _scalar(scale), _scalar(zero))
 
 
-@rule(op("resize2d", op("dequantize", name="x", where=_per_tensor), Var(), Var(), Var(), Var()))
+@rule(op("resize2d", op("dequantize", name="x", where=per_tensor), Var(), Var(), Var(), Var()))
 def nearest_integers(m: Match) -> Node | None:
     """Nearest neighbours are copied as integers."""
     q, scale, zero = m["x"].inputs
@@ -129,7 +129,7 @@ def nearest_integers(m: Match) -> Node | None:
 def concat_integers(m: Match) -> Node | None:
     """Operands with one scale and zero point are joined as integers."""
     parts = m.root.inputs
-    if not all(p.op == "dequantize" and _per_tensor(p) for p in parts):
+    if not all(p.op == "dequantize" and per_tensor(p) for p in parts):
         return None
     _, scale, zero = parts[0].inputs
     if any(p.inputs[1].value.item() != scale.value.item() or p.inputs[2].value.item() != zero.value.item()
@@ -139,7 +139,7 @@ def concat_integers(m: Match) -> Node | None:
     return _like(m, "dequantize", joined, _scalar(scale), _scalar(zero))
 
 
-@rule(op("pad", op("dequantize", name="x", where=_per_tensor)))
+@rule(op("pad", op("dequantize", name="x", where=per_tensor)))
 def pad_integers(m: Match) -> Node | None:
     """A border of copies, or of zeros: the zero point."""
     q, scale, zero = m["x"].inputs
@@ -165,7 +165,7 @@ def _sum(m: Match, q: Node, scale: float, zero: Node, count: np.ndarray | int, *
     return ops.make("dequantize", total, _f32(np.float64(scale) / count), NO_ZERO, origin=m.root.origin)
 
 
-@rule(op("avg_pool2d", op("dequantize", name="x", where=_per_tensor)))
+@rule(op("avg_pool2d", op("dequantize", name="x", where=per_tensor)))
 def average_of_integers(m: Match) -> Node | None:
     """Sums of windows; the division joins the scale."""
     q, scale, zero = m["x"].inputs
@@ -181,7 +181,7 @@ def average_of_integers(m: Match) -> Node | None:
     return _sum(m, q, scale.value.item(), zero, count, **a)
 
 
-@rule(op("reduce_mean", op("dequantize", name="x", where=_per_tensor)))
+@rule(op("reduce_mean", op("dequantize", name="x", where=per_tensor)))
 def mean_of_integers(m: Match) -> Node | None:
     """A mean over neighbouring axes is a pool over [outer, n, 1, inner]."""
     q, scale, zero = m["x"].inputs
@@ -361,7 +361,7 @@ def may_spill(node: Node) -> bool:
 def attention_of_bytes(m: Match) -> Node | Declined:
     """Both products on integers; the scales of q and k join that of the scores, v's that of the result."""
     operands = m.root.inputs[:3]
-    if not all(x.inputs[0].dtype is DType.u8 and _per_tensor(x) for x in operands):
+    if not all(x.inputs[0].dtype is DType.u8 and per_tensor(x) for x in operands):
         return Declined("queries, keys and values are not bytes with one scale each")
     sq, sk, sv = (float(x.inputs[1].value.item()) for x in operands)
     zeros = {f"{n}_zero": int(x.inputs[2].value.item()) for n, x in zip("qkv", operands, strict=True)}
@@ -371,7 +371,7 @@ def attention_of_bytes(m: Match) -> Node | Declined:
                  **zeros, **attrs)
 
 
-@rule(op("quantize", op("quantized_attention", name="x", exclusive=True), Var("s"), Var("z"), where=_per_tensor))
+@rule(op("quantize", op("quantized_attention", name="x", exclusive=True), Var("s"), Var("z"), where=per_tensor))
 def attention_to_bytes(m: Match) -> Node | None:
     """The step of the result joins the division by the sum of the weights."""
     x, s, z = m["x"], m["s"], m["z"]
@@ -396,7 +396,7 @@ def _equal(a: Node, b: Node) -> bool:
     return a.dtype is b.dtype and bool(np.array_equal(a.value.reshape(-1), b.value.reshape(-1)))
 
 
-@rule(op(QUANTIZERS, op("dequantize", name="x"), Var("s"), Var("z"), where=_per_tensor))
+@rule(op(QUANTIZERS, op("dequantize", name="x"), Var("s"), Var("z"), where=per_tensor))
 def requantized(m: Match) -> Node | None:
     """Integers that come back as they were; a 32-bit sum times one factor."""
     q, scale, zero = m["x"].inputs
@@ -411,7 +411,7 @@ def requantized(m: Match) -> Node | None:
     return q if same and _equal(zero, z) and q.dtype is m.root.dtype else None
 
 
-@rule(op("quantize", Var("x"), Var("s"), Var("z"), where=lambda n: n.dtype is DType.i16 and _per_tensor(n)))
+@rule(op("quantize", Var("x"), Var("s"), Var("z"), where=lambda n: n.dtype is DType.i16 and per_tensor(n)))
 def scaled_by_a_power_of_two(m: Match) -> Node | None:
     """A division by 2^k is a multiplication by 2^-k, which costs less; one by a factor before it joins that."""
     x, s, z = m["x"], m["s"], m["z"]
@@ -424,7 +424,7 @@ def scaled_by_a_power_of_two(m: Match) -> Node | None:
     return _like(m, "requantize", x, factor, _scalar(z), to=m.root.dtype)
 
 
-@rule(op(QUANTIZERS, op("relu|clip", Var("v"), name="bound", exclusive=True), Var("s"), Var("z"), where=_per_tensor))
+@rule(op(QUANTIZERS, op("relu|clip", Var("v"), name="bound", exclusive=True), Var("s"), Var("z"), where=per_tensor))
 def bounds_of_integers(m: Match) -> Node | None:
     """Rounding is monotonic: quantize(clip(v)) = clip(quantize(v)) with quantized bounds."""
     v, bound, to = m["v"], m["bound"], m.root.dtype
@@ -439,7 +439,7 @@ def bounds_of_integers(m: Match) -> Node | None:
 
 
 @rule(op(QUANTIZERS, op("reshape", op("dequantize|mul", name="v"), exclusive=True), Var("s"), Var("z"),
-         where=_per_tensor))
+         where=per_tensor))
 def quantize_before_reshape(m: Match) -> Node | None:
     """A sum is quantized where it is made; the reshape follows."""
     if not _is_sum(m["v"]):
