@@ -1,9 +1,11 @@
 """Block-sparse convolution layers against the dense kernel, one thread: time and speed-up by share of zeros.
 
     python benchmarks/kernels/bench_sparse.py --only resnet50 --block 16 --fractions 0.5,0.75,0.9
+    python benchmarks/kernels/bench_sparse.py --element float32 --depth 1 --fractions 0.5,0.6,0.7,0.8,0.9,0.95
 
-Blocks are drawn at random; the epilogue is that of bench_conv_integer.py (uint8) or ReLU (float32). The dense
-kernel is the one a compiled network takes: for float32 without Winograd unless --winograd is given.
+Blocks are drawn at random; the epilogue is that of bench_conv_integer.py (uint8) or a factor and ReLU (float32).
+The dense kernel is the direct one. `--fit` prints what `Costs` in compiler/lower/sparse.py holds: by least squares of
+relative errors, a multiply-add of the sparse kernel and an output of each, in multiply-adds of the dense one.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from bench_conv import _PRELUDE, LAYERS, Layer, cpp
@@ -64,16 +67,30 @@ def drawn(layer: Layer, block: int, depth: int, fraction: float, element: str) -
     return w[:, :, :ic].reshape(oc, kh, kw, ic).astype(np.int8 if element == "uint8" else np.float32)
 
 
+def fitted(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """(cost of a kept multiply-add, of an output of the sparse and of the dense kernel), in dense multiply-adds."""
+
+    def solved(terms: list[tuple[float, float, float]]) -> NDArray[np.float64]:
+        work, outputs, us = np.array(terms).T
+        return np.linalg.lstsq(np.stack([work / us, outputs / us], 1), np.ones(len(us)), rcond=None)[0]
+
+    dense = solved([(r["macs"], r["outputs"], r["dense_us"]) for r in rows])
+    sparse = solved([(r["macs"] * s["kept"], r["outputs"], s["us"]) for r in rows for s in r["sparse"]])
+    return float(sparse[0] / dense[0]), float(sparse[1] / dense[0]), float(dense[1] / dense[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--isa", choices=list(INTEGER_ISA_FLAGS), default=cpu_isas(INTEGER_ISA_FLAGS)[0])
     parser.add_argument("--element", choices=("uint8", "float32"), default="uint8")
     parser.add_argument("--only", help="networks or layers whose name contains this")
     parser.add_argument("--block", type=int, default=16, help="output channels of a block of weights")
+    parser.add_argument("--group", type=int, default=1, help="neighbouring blocks whose outputs are stored together")
     parser.add_argument("--depth", type=int, default=4, help="input channels of a block of weights")
     parser.add_argument("--fractions", default="0,0.5,0.75,0.9", help="shares of zeros")
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--optimize", default="-O2")
+    parser.add_argument("--fit", action="store_true", help="print the costs that the forecast rests on")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     fractions = [float(f) for f in options.fractions.split(",")]
@@ -99,7 +116,8 @@ def main() -> None:
             pitch = sparse_weights.copied_pitch(layer.image, window(layer), ic, size)
             kept = int(sparse_weights.kept_places(w, options.block, depth).sum())
             tags = cpp(layer, options.block).rpartition(",")[0]
-            text = f"sparse_conv2d<{tags}, {options.block}, {depth}, {ic}, {oc}, {pitch}, {kept}, {types['x']}, 3>"
+            blocks = f"{options.block}, {options.group}, {depth}"
+            text = f"sparse_conv2d<{tags}, {blocks}, {ic}, {oc}, {pitch}, {kept}, {types['x']}, 3>"
             body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
             cases.append((layer, w, pitch, options.block))
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +146,8 @@ def main() -> None:
             us = float(seconds.min()) * 1e6
             if pitch is None:
                 dense = us
-                rows.append({"network": layer.network, "layer": layer.name, "dense_us": us, "sparse": []})
+                rows.append({"network": layer.network, "layer": layer.name, "macs": layer.macs,
+                             "outputs": int(np.prod(layer.output)), "dense_us": us, "sparse": []})
                 line = f"{layer.network:12} {layer.name:28} dense {us:9.1f} us {layer.macs / us / 1e3:6.1f} GMAC/s "
             else:
                 left = float((w != 0).mean())
@@ -136,6 +155,8 @@ def main() -> None:
                 line += f" | {1 - left:4.0%} {us:8.1f} us {dense / us:5.2f}x"
             if not options.json and (i + 1 == len(cases) or cases[i + 1][2] is None):
                 print(line, flush=True)
+    if options.fit:
+        print("kept {:.2f}, output {:.1f}, dense output {:.1f}".format(*fitted(rows)))
     if options.json:
         print(json.dumps({"isa": options.isa, "element": options.element, "block": options.block,
                           "depth": depth, "layers": rows}, indent=1))  # fmt: skip

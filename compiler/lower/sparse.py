@@ -51,6 +51,10 @@ COSTS: dict[tuple[str, bool], dict[int, Costs]] = {
 COSTS["avx512vnni", False] = COSTS["avx512", False]
 
 
+# Registers of output channels whose blocks share a tile, of integers.
+TOGETHER = {"avx512vnni": 4, "avx512": 4}
+
+
 @dataclass(frozen=True)
 class Choice:
     """How the zeros of a layer are used: blocks of `depth` input by `block` output channels, `kept` of them (a share)
@@ -144,12 +148,16 @@ def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bia
     else:
         biases = pack.pack_bias_i32(bias, weights, node.attrs["zero"], choice.block)
         element = [x.dtype.ctype, node.attrs["zero"]]
+    # Results of four registers are stored at once; with few pixels a group would leave its multiply-adds waiting.
+    together = TOGETHER.get(ctx.target.name, 1) * ctx.target.lanes // choice.block
+    pixels = node.type.size // node.shape[-1]
+    group = max(1, together) if element and choice.block % ctx.target.lanes == 0 and pixels >= 7 else 1
     fn, extra = ctx.epilogue(node)
     ctx.call(
         node,
         "sparse_conv2d",
         "sparse.h",
-        [*tags, choice.block, choice.depth, pixel, ctx.pixel(node), pitch, places, *element],
+        [*tags, choice.block, group, choice.depth, pixel, ctx.pixel(node), pitch, places, *element],
         ["x", "w", "index", "bias", "y", "scratch", "part", "fn"],
         [
             ctx.read("x", x, strided=True),

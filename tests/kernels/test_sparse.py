@@ -16,6 +16,7 @@ from test_conv_integer import CTYPE, placed, strided
 
 from skive import pack, sparse_weights
 
+LANES = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "generic": 4}
 INPUTS = {"uint8": (np.uint8, np.int8, np.int32), "int16": (np.int16, np.int16, np.int32),
           "float32": (np.float32, np.float32, np.float32)}
 
@@ -30,6 +31,7 @@ class Job:
     inputs: int
     zeros: float
     narrow: bool = False  # stores bytes
+    group: int = 1  # blocks stored together, of whole registers
 
     @property
     def zero(self) -> int:
@@ -91,7 +93,7 @@ def jobs() -> list[Job]:
                 continue
             inputs = int(rng.choice([n for n in (step, 4, 8) if n % step == 0 and n <= case.image[3]]))
             outputs = int(rng.choice([4, 8, 16, 20, 32, 48, 64]))
-            job = Job(case, element, outputs, inputs, float(rng.choice([0, 0.3, 0.8, 1])))
+            job = Job(case, element, outputs, inputs, float(rng.choice([0, 0.3, 0.8, 1])), group=1 + i % 4)
             found.append(job)
             if element == "uint8" and i % 3 == 0:
                 found.append(replace(job, narrow=True, outputs=int(rng.choice([16, 32, 64]))))
@@ -122,11 +124,13 @@ extern "C" void run_%(i)d(const %(x)s* x, const %(w)s* w, const int32_t* index, 
 _SUM = "acc + load<L>(offset + channel) + splat<L>(shift[pixel])"
 
 
-def source(i: int, job: Job, places: int) -> str:
+def source(i: int, job: Job, places: int, isa: str) -> str:
     x, w, total = (CTYPE[t] for t in INPUTS[job.element])
     tags = ", ".join(job.case.tags())
     element = "" if job.element == "float32" else f", {x}, {job.zero}"
-    kind = f"sparse_conv2d<{tags}, {job.outputs}, {job.inputs}, {job.case.pitches()}, {job.pitch}, {places}{element}>"
+    group = job.group if job.outputs % LANES[isa] == 0 else 1
+    blocks = f"{job.outputs}, {group}, {job.inputs}"
+    kind = f"sparse_conv2d<{tags}, {blocks}, {job.case.pitches()}, {job.pitch}, {places}{element}>"
     epilogue = f"rounded<uint8_t, false>(to_float({_SUM}) * splat<L>(0x1p-14f), 9)" if job.narrow else _SUM
     return _CASE % {"i": i, "type": kind, "x": x, "w": w, "sum": total, "epilogue": epilogue,
                     "y": "uint8_t" if job.narrow else total}  # fmt: skip
@@ -139,7 +143,7 @@ def build(jobs: list[Job], isa: str, folder: Path, flags: tuple[str, ...]) -> ct
     body = ""
     for i, job in enumerate(jobs):
         kept = sparse_weights.kept_places(job.operands(i)[1], job.outputs, job.inputs)
-        body += source(i, job, int(kept.sum()))
+        body += source(i, job, int(kept.sum()), isa)
     return compile_library(_SOURCE % body, isa, folder, flags=(*flags, "-ffp-contract=off"))
 
 
@@ -228,7 +232,7 @@ def random_job(rng: np.random.Generator) -> Job:
         if min(case.output) > 0 and 0 < work < 3_000_000 and depths:
             narrow = element == "uint8" and rng.random() < 0.5
             return Job(case, element, int(rng.choice([4, 8, 12, 16, 24, 32, 48, 64, 96])), int(rng.choice(depths)),
-                       float(rng.choice([0, 0.5, 0.9, 1])), narrow)
+                       float(rng.choice([0, 0.5, 0.9, 1])), narrow, int(rng.choice([1, 1, 2, 3, 4])))
 
 
 @pytest.mark.slow

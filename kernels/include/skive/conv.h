@@ -101,13 +101,12 @@ constexpr int max_pixels(int vectors) {
   return n < 1 ? 1 : n > 14 ? 14 : n;
 }
 
-// The cheapest tile for an oh x ow image. Tiles of several rows take whole columns, so that at most
-// two shapes of tile are compiled.
+// The cheapest tile for an oh x ow image, of at most `most` pixels. Tiles of several rows take whole
+// columns, so that at most two shapes of tile are compiled.
 template <class Policy>
-constexpr TileShape best_tile(int oh, int ow, int vectors) {
+constexpr TileShape best_tile(int oh, int ow, int vectors, int most) {
   TileShape best{1, 1};
   long best_cost = -1;
-  const int most = max_pixels<Policy>(vectors);
   for (int r = 1; r <= most && r <= oh; ++r) {
     for (int c = 1; c * r <= most && c <= ow; ++c) {
       if (r > 1 && ow % c != 0) continue;
@@ -122,6 +121,11 @@ constexpr TileShape best_tile(int oh, int ow, int vectors) {
     }
   }
   return best;
+}
+
+template <class Policy>
+constexpr TileShape best_tile(int oh, int ow, int vectors) {
+  return best_tile<Policy>(oh, ow, vectors, max_pixels<Policy>(vectors));
 }
 
 // Copies N elements; for lengths known at compile time.

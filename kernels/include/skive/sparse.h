@@ -27,11 +27,12 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
+// Group: neighbouring blocks whose outputs are stored together, which costs less, from tiles of fewer pixels.
 // Depth: consecutive input elements per place. XS, YS: elements between neighbouring pixels of x and y.
 // Pitch: 0, or the elements between the pixels of the copy, at least the channels of x. Places: how many
 // there are in all. Zero: what the border holds. Epilogue and alignments as for conv2d.
-template <class In, class Filter, class Strides, class Padding, class Dilations, int NB, int Depth, int XS,
-          int YS, int Pitch, int Places, class Element = float, int Zero = 0>
+template <class In, class Filter, class Strides, class Padding, class Dilations, int NB, int Group, int Depth,
+          int XS, int YS, int Pitch, int Places, class Element = float, int Zero = 0>
 struct sparse_conv2d {
   using Policy = typename tile_policy<Element>::type;
   using Weight = typename Policy::Weight;
@@ -39,6 +40,7 @@ struct sparse_conv2d {
   using Geometry = ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS>;
   static constexpr int kStep = Policy::kStep;
   static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
+  static_assert(Group == 1 || NB % kLanes == 0, "blocks of a group are whole registers");
   static_assert(Depth % kStep == 0 && Depth <= In::C, "a place is a whole number of steps of one pixel");
 
   static constexpr bool kCopy = Pitch > 0;
@@ -55,11 +57,19 @@ struct sparse_conv2d {
 
   static constexpr int OC = Filter::OC;
   static constexpr int kBlocks = div_up(OC, NB);
-  static constexpr int kLastBlock = OC - (kBlocks - 1) * NB;
-  static constexpr int kFirstBlock = OC < NB ? OC : NB;
+  static constexpr int kWide = Group * NB, kGroups = div_up(OC, kWide);
+  static constexpr int kLast = OC - (kGroups - 1) * kWide;  // channels of the last group of blocks
+  static constexpr int kFirst = OC < kWide ? OC : kWide;
   static constexpr int kSteps = Depth / kStep;  // rows of weights of a place
 
-  static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes));
+  // Only the weights of one block are in registers at a time.
+  static constexpr int kVectors = div_up(kFirst, kLanes), kBlockVectors = div_up(kFirst < NB ? kFirst : NB, kLanes);
+  static constexpr int max_pixels() {
+    constexpr int n =
+        (Policy::kRegisters - Policy::kInputRegisters - kBlockVectors * Policy::kWeightRegisters) / kVectors;
+    return n < 1 ? 1 : n > 14 ? 14 : n;
+  }
+  static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, kVectors, max_pixels());
   static constexpr int kStrips = div_up(shape.oh, tile.rows);  // per image, tile.rows rows each
 
   // The rows that tiles read: x itself, or the copy with its border.
@@ -101,12 +111,62 @@ struct sparse_conv2d {
     }
   };
 
-  // Weights and places of one block.
-  struct Block {
+  // Weights, places and bias of the blocks of one tile.
+  struct Blocks {
     const Weight* w;
-    const int32_t *first, *end;
+    const int32_t *starts, *places;
     const Sum* bias;
     int channel;
+  };
+
+  // `Count` vectors of channels from vector `First` of a tile T: those of one block.
+  template <class T, class Offsets, int First, int Count>
+  struct Walk {
+    template <class>
+    struct Row;
+    template <int... V>
+    struct Row<Index<V...>> : Slot<V, typename Policy::template Weights<T::lanes(First + V)>>... {};
+    using EachVector = Indices<Count>;
+    using WeightRow = Row<EachVector>;
+    static constexpr int kChannels = (Count - 1) * kLanes + T::lanes(First + Count - 1);
+    static constexpr int kRow = kChannels * kStep;  // weights per row
+
+    template <int... V>
+    static SKIVE_INLINE void load_weights(WeightRow& row, const Weight* w, Index<V...>) {
+      ((slot<V>(row) = Policy::template load_weights<T::lanes(First + V)>(w + V * kLanes * kStep)), ...);
+    }
+    template <int P, int... V>
+    static SKIVE_INLINE void step_pixel(typename T::Accumulators& acc, WeightRow& row, const Element* p, Index<V...>) {
+      if constexpr (Policy::kEmbeds && kChannels <= kLanes * 3 / 2) {
+        ((slot<P * T::kVectors + First + V>(acc) =
+              Policy::multiply_add_broadcast(slot<P * T::kVectors + First + V>(acc), p, slot<V>(row))),
+         ...);
+      } else {
+        const auto b = Policy::template broadcast<T::lanes(First)>(p);
+        ((slot<P * T::kVectors + First + V>(acc) =
+              Policy::multiply_add(slot<P * T::kVectors + First + V>(acc),
+                                   Policy::template narrow<T::lanes(First + V)>(b), slot<V>(row))),
+         ...);
+      }
+    }
+    template <int... P>
+    static SKIVE_INLINE void step(typename T::Accumulators& acc, const Element* x, const Weight* w, Index<P...>) {
+      WeightRow row;
+      if constexpr (kHeavy && T::kVectors * sizeof...(P) >= 4) {
+        constexpr int kLine = 64 / static_cast<int>(sizeof(Weight));
+        for (int i = 0; i < kRow; i += kLine) __builtin_prefetch(w + kAhead * kRow + i);
+      }
+      load_weights(row, w, EachVector{});
+      (step_pixel<P>(acc, row, x + Offsets::template at<P>(), EachVector{}), ...);
+    }
+    // The weights of one place, at x.
+    template <int Row = 0>
+    static SKIVE_INLINE void place(typename T::Accumulators& acc, const Element* x, const Weight* w) {
+      if constexpr (Row < kSteps) {
+        step(acc, Policy::opaque(x + Row * kStep), w + Row * kRow, typename T::EachPixel{});
+        place<Row + 1>(acc, x, w);
+      }
+    }
   };
 
   // Chains that a tile of `registers` accumulators is summed in.
@@ -126,11 +186,29 @@ struct sparse_conv2d {
       start_chains<T, C - 1>(set, bias);
     }
   }
-  template <class T, int... C, class Set>
+  template <class W, int... C, class Set>
   static SKIVE_INLINE void add_places(Set& set, const Element* x, const int32_t* at, const Weight* w, Index<C...>) {
-    (T::template steps<kSteps>(slot<C>(set), Policy::opaque(x + at[C]), w + C * kSteps * T::kRow), ...);
+    (W::place(slot<C>(set), x + at[C], w + C * kSteps * W::kRow), ...);
   }
-  // Stores the chains from C on to `to`, `size` apart.
+  // All places of the blocks from B on.
+  template <class T, class Offsets, int Channels, int Chains, int B, class Set>
+  static SKIVE_INLINE void add_blocks(Set& set, const Element* x, const Blocks& blocks) {
+    if constexpr (B * NB < Channels) {
+      constexpr int kCount = div_up(Channels - B * NB < NB ? Channels - B * NB : NB, kLanes);
+      using W = Walk<T, Offsets, B * div_up(NB, kLanes), kCount>;
+      const Weight* w = blocks.w + static_cast<ptrdiff_t>(blocks.starts[B]) * Depth * NB;
+      const int32_t* at = blocks.places + blocks.starts[B];
+      const int32_t* const end = blocks.places + blocks.starts[B + 1];
+      if constexpr (Chains > 1) {
+        for (; end - at >= Chains; at += Chains, w += Chains * kSteps * W::kRow) {
+          add_places<W>(set, x, at, w, Indices<Chains>{});
+        }
+      }
+      for (; at != end; ++at, w += kSteps * W::kRow) W::place(slot<0>(set), x + *at, w);
+      add_blocks<T, Offsets, Channels, Chains, B + 1>(set, x, blocks);
+    }
+  }
+  // Stores the chains from C on to `to`, Size apart.
   template <class T, int Size, int C, int Count, class Set>
   static SKIVE_INLINE void store_chains(Set& set, Sum* to) {
     if constexpr (C < Count) {
@@ -143,28 +221,20 @@ struct sparse_conv2d {
 
   // One register tile: Rows x Columns pixels from flat output pixel `pixel`, Channels channels.
   template <int Rows, int Columns, int Channels, class Y, class E>
-  static SKIVE_NOINLINE void compute_tile(const Element* x, const Block& block, Y* y, ptrdiff_t pixel,
+  static SKIVE_NOINLINE void compute_tile(const Element* x, const Blocks& blocks, Y* y, ptrdiff_t pixel,
                                           const E& epilogue) {
-    using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>, kAhead>;
-    constexpr int kChains = chain_count(Rows * Columns * T::kVectors);
+    using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>>;
+    constexpr int kChains = Group > 1 ? 1 : chain_count(Rows * Columns * T::kVectors);
     const auto number = [=](int p) __attribute__((always_inline)) {
       return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
     };
-    const Weight* w = block.w;
-    const int32_t* at = block.first;
-    const int32_t* const end = block.end;
     ChainSet<T, Indices<kChains>> set;
-    start_chains<T, kChains>(set, block.bias);
-    if constexpr (kChains > 1) {
-      for (; end - at >= kChains; at += kChains, w += kChains * kSteps * T::kRow) {
-        add_places<T>(set, x, at, w, Indices<kChains>{});
-      }
-    }
-    for (; at != end; ++at, w += kSteps * T::kRow) add_places<T>(set, x, at, w, Indices<1>{});
+    start_chains<T, kChains>(set, blocks.bias);
+    add_blocks<T, Offsets<Columns>, Channels, kChains, 0>(set, x, blocks);
     constexpr int kSize = Rows * Columns * T::kVectors * kLanes;
     alignas(64) Sum others[kChains > 1 ? (kChains - 1) * kSize : 1];
     store_chains<T, kSize, 1, kChains>(set, others);
-    const int channel = block.channel;
+    const int channel = blocks.channel;
     T::finish(
         slot<0>(set),
         [&](int p, int c, auto value) __attribute__((always_inline)) {
@@ -178,33 +248,33 @@ struct sparse_conv2d {
 
   // One strip: Rows output rows from `pixel`, one block of channels.
   template <int Rows, int Channels, class Y, class E>
-  static SKIVE_INLINE void compute_strip(const Element* x, const Block& block, Y* y, ptrdiff_t pixel,
+  static SKIVE_INLINE void compute_strip(const Element* x, const Blocks& blocks, Y* y, ptrdiff_t pixel,
                                          const E& epilogue) {
     constexpr int kRest = shape.ow % tile.columns;
     for (int c = 0; c < shape.ow - kRest; c += tile.columns) {
-      compute_tile<Rows, tile.columns, Channels>(x + c * shape.sw * kPixel, block, y, pixel + c * shape.to_pixel,
+      compute_tile<Rows, tile.columns, Channels>(x + c * shape.sw * kPixel, blocks, y, pixel + c * shape.to_pixel,
                                                  epilogue);
     }
     if constexpr (kRest != 0) {
       constexpr int c = shape.ow - kRest;
-      compute_tile<Rows, kRest, Channels>(x + c * shape.sw * kPixel, block, y, pixel + c * shape.to_pixel, epilogue);
+      compute_tile<Rows, kRest, Channels>(x + c * shape.sw * kPixel, blocks, y, pixel + c * shape.to_pixel, epilogue);
     }
   }
 
   // Strips [begin, end) of one image, one block of channels. `x`: where strip `begin` reads first.
   template <int Channels, class Y, class E>
-  static SKIVE_INLINE void compute_block(const Element* x, const Block& block, Y* y, int image, int begin, int end,
+  static SKIVE_INLINE void compute_block(const Element* x, const Blocks& blocks, Y* y, int image, int begin, int end,
                                          const E& epilogue) {
     constexpr int kRestRows = shape.oh % tile.rows;
     ptrdiff_t pixel = shape.first + image * shape.to_image + begin * tile.rows * shape.to_row;
     const int full = end * tile.rows <= shape.oh ? end : end - 1;
     for (int s = begin; s < full; ++s) {
-      compute_strip<tile.rows, Channels>(x, block, y, pixel, epilogue);
+      compute_strip<tile.rows, Channels>(x, blocks, y, pixel, epilogue);
       x += tile.rows * shape.sh * kRow;
       pixel += tile.rows * shape.to_row;
     }
     if constexpr (kRestRows != 0) {
-      if (full != end) compute_strip<kRestRows, Channels>(x, block, y, pixel, epilogue);
+      if (full != end) compute_strip<kRestRows, Channels>(x, blocks, y, pixel, epilogue);
     }
   }
 
@@ -237,12 +307,12 @@ struct sparse_conv2d {
                   Part part, const E& epilogue) {
     // Workers share out the strips, or the blocks of channels where that is the more even split.
     constexpr int kAllStrips = shape.images * kStrips;
-    const bool by_strip = share_cost(kAllStrips, part.count) <= share_cost(kBlocks, part.count);
+    const bool by_strip = share_cost(kAllStrips, part.count) <= share_cost(kGroups, part.count);
     const Part whole;
     const int s0 = static_cast<int>(part_begin(kAllStrips, by_strip ? part : whole));
     const int s1 = static_cast<int>(part_end(kAllStrips, by_strip ? part : whole));
-    const int b0 = static_cast<int>(part_begin(kBlocks, by_strip ? whole : part));
-    const int b1 = static_cast<int>(part_end(kBlocks, by_strip ? whole : part));
+    const int g0 = static_cast<int>(part_begin(kGroups, by_strip ? whole : part));
+    const int g1 = static_cast<int>(part_end(kGroups, by_strip ? whole : part));
     Element* const rows = static_cast<Element*>(scratch) + part.index * (kCopyBytes / kBytes);
     const int32_t* const places = index + kBlocks + 1;
 
@@ -258,11 +328,10 @@ struct sparse_conv2d {
         const int last = end * tile.rows < shape.oh ? end * tile.rows : shape.oh;
         copy_rows(x + image * shape.image, rows, first, rows_read(last - begin * tile.rows));
       }
-      for (int b = b0; b < b1; ++b) {
-        const Block block{w + static_cast<ptrdiff_t>(index[b]) * Depth * NB, places + index[b], places + index[b + 1],
-                          bias + b * NB, b * NB};
-        if (b < kBlocks - 1) compute_block<kFirstBlock>(from, block, y, image, begin, end, epilogue);
-        else compute_block<kLastBlock>(from, block, y, image, begin, end, epilogue);
+      for (int g = g0; g < g1; ++g) {
+        const Blocks blocks{w, index + g * Group, places, bias + g * kWide, g * kWide};
+        if (g < kGroups - 1) compute_block<kFirst>(from, blocks, y, image, begin, end, epilogue);
+        else compute_block<kLast>(from, blocks, y, image, begin, end, epilogue);
       }
       s += end - begin;
     }
