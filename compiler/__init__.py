@@ -24,6 +24,7 @@ from skive.errors import (
 if TYPE_CHECKING:
     from skive.api import compile  # noqa: A004 - the contract's name
     from skive.exits import Exit
+    from skive.frontend.exit_point import exit_point
     from skive.pruning import Prune
     from skive.quantization import Quantize
     from skive.runtime import Module, load
@@ -49,16 +50,18 @@ __all__ = [
     "VerificationError",
     "__version__",
     "compile",
+    "exit_point",
     "load",
 ]
 
-_LAZY = {"compile": "skive.api", "Exit": "skive.exits", "load": "skive.runtime", "Module": "skive.runtime",
+_LAZY = {"compile": "skive.api", "Exit": "skive.exits", "exit_point": "skive.frontend.exit_point",
+         "load": "skive.runtime", "Module": "skive.runtime",
          "Prune": "skive.pruning", "Quantize": "skive.quantization", "Sparsify": "skive.sparsity"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "backend":
-        return importlib.import_module("skive.backend")
+    if name in ("backend", "torch"):
+        return importlib.import_module(f"skive.{name}")
     raise AttributeError(f"module 'skive' has no attribute {name!r}")

@@ -151,6 +151,8 @@ def compile(
     if batch_max is not None and imported.batch_max != batch_max:
         raise SkiveError(f"batch_max={batch_max}: the graph itself says "
                          f"{imported.batch_max or 'that its batch is fixed'}; set Graph.batch_max")
+    if imported.exit_points and not ways:
+        imported = early.unmarked(imported)
     if ways:
         imported, ways, source = early.arranged(imported, ways, source)
     progress("optimise", 0.1)
@@ -220,7 +222,7 @@ def compile(
             "tuning": choices.to_json() if tune is not None else None,
         }
         if tests:
-            manifest["exits"] = early.described(plan)
+            manifest["exits"] = early.described(plan, ways)
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         verdict = None
         if verify and not emit_only:
@@ -252,7 +254,7 @@ def compile(
         if zeros := sparse_layers(optimised, chosen):
             report.setdefault("sparsity", {"macs_removed": 0.0, "groups": [], "pattern": "as given"})["layers"] = zeros
         if tests:
-            report["exits"] = early.described(plan)
+            report["exits"] = early.described(plan, ways)
         _write_report(temporary, report, imported, optimised, timed=verdict is not None)
         if export_onnx is not None:
             from skive.export import onnx as exporter

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,11 @@ class Exit:
     def fingerprint(self) -> str | None:
         """Equal for equal exits; None where a function decides."""
         return json.dumps(self.options(), sort_keys=True) if isinstance(self.criterion, str) else None
+
+    def text(self, threshold: float) -> str:
+        """The form that `parse` reads, with another threshold."""
+        of = self.of if isinstance(self.of, str) else ",".join(map(repr, self.of or ()))
+        return f"{self.output}:{self.criterion_name}{'@' + of if of else ''}={float(np.float32(threshold)):.9g}"
 
     @staticmethod
     def parse(text: str) -> Exit:
@@ -198,14 +203,16 @@ def attach(graph: Graph, exits: Sequence[Exit], ports: Sequence[Mapping[str, Any
 
 def arranged(graph: Graph, exits: Sequence[Exit], source: Source) -> tuple[Graph, tuple[Exit, ...], Source]:
     """`arrange`, and the Source whose oracle gives outputs in that order, None for what it does not compute."""
-    ordered, ways = arrange(graph, exits)
+    asked = {n for e in exits for n in (e.output, e.of)}
+    ordered, ways = arrange(unmarked(graph, asked), exits)
     names = attach(ordered, ways).graph.output_names
 
     def oracle(inputs: Sequence[np.ndarray]) -> list[Any] | None:
         values = source.oracle(inputs)
         if values is None:
             return None
-        known = dict(zip(graph.output_names, values, strict=True))
+        returned = [n for n in graph.output_names if n not in graph.exit_points]
+        known = dict(zip(returned, values, strict=True))
         return [known.get(n) for n in names]
 
     return ordered, ways, replace(source, oracle=oracle)
@@ -222,9 +229,17 @@ def reference(graph: Graph, module: Module) -> tuple[Graph, list[int]]:
     return replace(graph, outputs=tuple(known[n] for n in names), output_names=names), kept
 
 
-def described(plan: Plan) -> list[dict[str, Any]]:
+def unmarked(graph: Graph, asked: Collection[Any] = ()) -> Graph:
+    """`graph` without the outputs that are there only as exits, but for those that are `asked` for."""
+    kept = [i for i, n in enumerate(graph.output_names) if n not in graph.exit_points or n in asked]
+    return replace(graph, outputs=tuple(graph.outputs[i] for i in kept),
+                   output_names=tuple(graph.output_names[i] for i in kept), exit_points=())
+
+
+def described(plan: Plan, exits: Sequence[Exit]) -> list[dict[str, Any]]:
     """The exits in the order in which they are reached, as manifest and report hold them. `macs` and `arena_bytes` are
-    what a call needs that ends there."""
+    what a call needs that ends there; `of` is that of the request."""
+    beside = {e.output: e.of for e in exits}
     rows, macs = [], 0
     for e, stage in zip(plan.exits, plan.stages, strict=True):
         macs += stage.macs
@@ -233,6 +248,7 @@ def described(plan: Plan) -> list[dict[str, Any]]:
             "criterion": e.criterion or None,
             "threshold": e.threshold if e.score is not None else None,
             "test": e.test or None,
+            "of": beside.get(e.name),
             "score": plan.outputs[e.score].name if e.score is not None else None,
             "outputs": [plan.outputs[i].name for i in e.outputs],
             "macs": macs,
@@ -241,7 +257,7 @@ def described(plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le
 }
 
@@ -253,7 +269,7 @@ def path(module: Module, values: Sequence[np.ndarray], thresholds: np.ndarray) -
     for k in reversed(range(last)):
         way = module.exits[k]
         assert way.score is not None and way.test is not None
-        leaves = _COMPARE[way.test](values[way.score].reshape(-1), thresholds[k])
+        leaves = COMPARE[way.test](values[way.score].reshape(-1), thresholds[k])
         chosen = np.where(leaves, k, last if chosen is None else chosen)
     assert chosen is not None
     return chosen

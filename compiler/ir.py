@@ -138,6 +138,7 @@ class Graph:
     output_names: tuple[str, ...]
     batch_max: int | None = None
     states: tuple[tuple[Node, Node], ...] = field(default=())
+    exit_points: tuple[str, ...] = ()  # outputs that the model marks as exits and does not return
 
     @cached_property
     def nodes(self) -> tuple[Node, ...]:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skive.errors import InvalidModelError, SkiveError, UnsupportedOpError
+from skive.errors import ExitError, InvalidModelError, SkiveError, UnsupportedOpError
 from skive.frontend import Source
 from skive.ir import Graph
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+EXIT_DOMAIN = "skive"
 OPSET = 20  # of the ONNX model in between: the newest that PyTorch 2.9 translates to without conversion
 REFUSED_TYPES = ("float16", "bfloat16", "float64", "complex64", "complex128")
 
@@ -82,6 +83,8 @@ def open_exported(path: Path, *, request: str, batch_max: int | None) -> Source:
     """The Source of a `.pt2` file; InvalidModelError if it is damaged or carries anything executable."""
     torch = _torch()
     refuse_code(path)
+    import skive.frontend.exit_point  # noqa: F401 - registers its operator
+
     with _quiet():
         try:
             program = torch.export.load(path)
@@ -249,7 +252,9 @@ def _source(program: ExportedProgram, name: str, path: str | None, request: str,
     def graph() -> Graph:
         from skive.frontend.onnx import import_onnx
 
-        return import_onnx(to_onnx(program), input_shapes=dict(shapes), batch_max=batch_max)
+        model = to_onnx(program)
+        marked = _exit_outputs(model)
+        return replace(import_onnx(model, input_shapes=dict(shapes), batch_max=batch_max), exit_points=marked)
 
     def oracle(inputs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
         try:
@@ -324,13 +329,74 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
             _refuse_state(program.run_decompositions({}))
         try:
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=names,
-                                           optimize=True, verbose=False)
+                                           optimize=True, verbose=False,
+                                           custom_translation_table=_exit_point_table(program))
         except torch.onnx.OnnxExporterError as e:
             raise _translation_error(program, e) from None
         model = translated.model_proto
     _name_inputs(model, {str(i) for i in program.graph_signature.user_inputs})
     _name_nodes(model)
     return model
+
+
+def _exit_point_table(program: ExportedProgram) -> dict[Any, Callable[..., Any]] | None:
+    """How `skive.exit_point` is translated: to a node of skive's own; None where the program has none."""
+    targets = {n.target for n in program.graph.nodes if str(n.target) == "skive.exit_point.default"}
+    if not targets:
+        return None
+    import onnxscript
+    from onnx import defs
+
+    if not defs.has("ExitPoint", domain=EXIT_DOMAIN):
+        kind, parameter = defs.OpSchema.AttrType.STRING, defs.OpSchema.FormalParameter
+        floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
+        defs.register_schema(defs.OpSchema(
+            "ExitPoint", EXIT_DOMAIN, 1, inputs=[parameter("x", "T"), parameter("logits", "T")],
+            outputs=[parameter("y", "T")], type_constraints=[("T", floats, "")],
+            attributes=[defs.OpSchema.Attribute("name", kind, "")]))
+
+    def translate(x: Any, logits: Any, name: str = "") -> Any:
+        return onnxscript.values.Opset(EXIT_DOMAIN, 1).ExitPoint(x, logits, name=name)
+
+    return dict.fromkeys(targets, translate)
+
+
+def _exit_outputs(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Turns every marked exit of `model` into an output; their names. ExitError if two have one name."""
+    from onnx import helper
+
+    graph = model.graph
+    marks = [n for n in graph.node if n.domain == EXIT_DOMAIN]
+    names: list[str] = []
+    taken = {o.name for o in graph.output}
+    renamed = {}
+    for number, mark in enumerate(marks):
+        given = next((a.s.decode() for a in mark.attribute if a.name == "name"), "")
+        name = given or f"exit{number}"
+        if name in taken or name in names:
+            raise ExitError(f"exit_point: there are two outputs called {name!r}; give each exit a name of its own")
+        names.append(name)
+        renamed[mark.output[0]] = mark.input[0]
+        graph.node.append(helper.make_node("Identity", [mark.input[1]], [name], name=name))
+        graph.output.append(onnx_value(name))
+    for mark in marks:
+        graph.node.remove(mark)
+    while any(v in renamed for v in renamed.values()):  # one mark behind the other
+        renamed = {k: renamed.get(v, v) for k, v in renamed.items()}
+    for node in graph.node:
+        for i, operand in enumerate(node.input):
+            node.input[i] = renamed.get(operand, operand)
+    for i, output in enumerate(graph.output):  # the whole network's result went through a mark
+        if output.name in renamed:
+            graph.node.append(helper.make_node("Identity", [renamed[output.name]], [output.name], name=f"out{i}"))
+    return tuple(names)
+
+
+def onnx_value(name: str) -> onnx.ValueInfoProto:
+    """An output whose type the importer infers."""
+    from onnx import ValueInfoProto
+
+    return ValueInfoProto(name=name)
 
 
 def _output_names(program: ExportedProgram) -> list[str]:
@@ -419,7 +485,7 @@ def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError
 
 # Operators that a file may call: those of ATen, torch's control flow and Python's arithmetic.
 _TARGET = re.compile(
-    r"torch\.ops\.(aten|prims|higher_order)(\.(_?[A-Za-z]\w*|__i?(and|or|xor|lshift|rshift)__)){1,2}"
+    r"torch\.ops\.skive\.exit_point\.default|torch\.ops\.(aten|prims|higher_order)(\.(_?[A-Za-z]\w*|__i?(and|or|xor|lshift|rshift)__)){1,2}"
     r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pos|pow|getitem|eq|ne|ge|gt|le|lt|and_|or_|not_)"
     r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_[a-z]+|#\w*")
 # Size expressions: symbols, numbers, arithmetic, and the functions of sympy that export writes.

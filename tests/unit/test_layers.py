@@ -90,7 +90,10 @@ def test_the_artefact_side_does_not_see_the_ir(package: str) -> None:
 
 
 # Reading and writing other formats is all that these do.
-@pytest.mark.parametrize("name", sorted(n for n in MODULES if not within(n, {"skive.frontend", "skive.export"})))
+FOREIGN = {"skive.frontend", "skive.export", "skive.torch"}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in MODULES if not within(n, FOREIGN)))
 def test_heavy_packages_are_imported_where_they_are_needed(name: str) -> None:
     heavy = {t for t in imports(MODULES[name], top_level_only=True) if t.split(".")[0] in HEAVY}
     # `skive.backend` *is* an onnx.backend.base.Backend.

@@ -1,0 +1,224 @@
+"""Early exits on real data: heads trained on frozen networks, thresholds calibrated, accuracy, cost and time.
+
+    python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs 6] [--joint]
+                               [--criteria max-prob,entropy,margin,patience] [--goal accuracy-drop=0.5] [--int8]
+                               [--json FILE]
+
+DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
+samples and every figure from the other half. `us` is the mean over samples of the smallest time of a call, beside
+that of the same network compiled without exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as fn
+
+import skive
+from skive import bench, exit_calibration
+from skive.torch import WithExits, add_exits, train_exits
+
+MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+Arrays = tuple[np.ndarray, np.ndarray]
+
+
+class Block(nn.Module):
+    """A residual block whose shortcut drops every other pixel and pads channels (He et al., 2015, option A)."""
+
+    def __init__(self, inputs: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.pad = (channels - inputs) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(fn.relu(self.bn1(self.conv1(x)))))
+        return fn.relu(y + (fn.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x))
+
+
+class ResNet20(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(fn.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+class DSCNN(nn.Module):
+    """The keyword network of MLPerf Tiny, without its softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 64, (10, 4), 2)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1, groups=64), nn.ReLU(),
+                                                    nn.Conv2d(64, 64, 1), nn.ReLU()) for _ in range(4)))
+        self.linear = nn.Linear(64, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(fn.relu(self.first(fn.pad(x, (1, 1, 4, 5)))))
+        return self.linear(x.mean((2, 3)))
+
+
+def resnet20(data: Path) -> tuple[nn.Module, Arrays, Arrays]:
+    """The network, (inputs, classes) to train heads with, and those to test with."""
+    network = ResNet20()
+    network.load_state_dict(torch.load(data / "models" / "resnet20_cifar10.pt", weights_only=True))
+
+    def images(*files: str) -> Arrays:
+        parts = [np.load(data / f) for f in files]
+        x = (np.concatenate([p["x"] for p in parts]).astype(np.float32) / 255 - MEAN) / STD
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)), np.concatenate([p["y"] for p in parts]).astype(np.int64)
+
+    return network, images("cifar10_train_0.npz", "cifar10_train_1.npz"), images("cifar10_test_a.npz")
+
+
+def dscnn(data: Path) -> tuple[nn.Module, Arrays, Arrays]:
+    """As `resnet20`. There is no training part: the first 200 of the 600 recordings train the heads."""
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(data / "models" / "kws_dscnn.onnx")
+    value = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in model.graph.initializer}
+    network = DSCNN()
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    with torch.no_grad():
+        for layer, node in zip(convolutions, (n for n in model.graph.node if n.op_type == "Conv"), strict=True):
+            layer.weight.copy_(value[node.input[1]])
+            layer.bias.copy_(value[node.input[2]])  # type: ignore[union-attr]
+        network.linear.weight.copy_(value["functional_1/dense/MatMul/ReadVariableOp:0"].T)
+        network.linear.bias.copy_(value["functional_1/dense/BiasAdd/ReadVariableOp:0"])
+    stored = np.load(data / "kws_mfcc_a.npz")
+    x = ((stored["x"].astype(np.float32) - 83) * 0.5847029089927673)[:, None]
+    y = stored["y"].astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(x))
+    return network, (x[order[:200]], y[order[:200]]), (x[order[200:]], y[order[200:]])
+
+
+MODELS: dict[str, tuple[Callable[[Path], tuple[nn.Module, Arrays, Arrays]], list[str], int, bool]] = {
+    # network and data, places, channels of the heads' convolution, whether to mirror images
+    "resnet20": (resnet20, ["layer1.2", "layer2.0", "layer2.2", "layer3.0"], 32, True),
+    "dscnn": (dscnn, ["blocks.0", "blocks.1", "blocks.2"], 0, False),
+}
+
+
+def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool) -> WithExits:
+    """`network` with heads from WORK, or trained now."""
+    _, at, channels, mirror = MODELS[name]
+    torch.manual_seed(seed)
+    model = add_exits(network.eval(), (torch.from_numpy(fold[0][:1]),), at, channels=channels)
+    file = work / f"{name}-{seed}-{epochs}{'-joint' if joint else ''}.pt"
+    if file.exists():
+        model.load_state_dict(torch.load(file, weights_only=True))
+        return model.eval()
+    rng = np.random.default_rng(seed)
+
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        order = rng.permutation(len(fold[0]))
+        for i in range(0, len(order) - 31, 64):
+            x = torch.from_numpy(fold[0][order[i : i + 64]])
+            if mirror and rng.random() < 0.5:
+                x = x.flip(3)
+            yield x, torch.from_numpy(fold[1][order[i : i + 64]])
+
+    train_exits(model, batches, epochs=epochs, network_lr=2e-4 if joint else 0.0,
+                progress=lambda e, loss: print(f"  {name} seed {seed} epoch {e}: loss {loss:.3f}", flush=True))
+    work.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), file)
+    return model
+
+
+def mean_us(module: skive.Module, inputs: np.ndarray, rounds: int = 5) -> float:
+    """Microseconds of a call with one sample: the mean over samples, each the smallest of `rounds`."""
+    best = np.full(len(inputs), np.inf)
+    for _ in range(rounds):
+        for i in range(len(inputs)):
+            one = inputs[i : i + 1]
+            start = time.perf_counter()
+            module(one)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return 1e6 * float(best.mean())
+
+
+def measured(name: str, model: WithExits, network: nn.Module, fold: Arrays, test: Arrays, goal: exit_calibration.Goal,
+             criterion: str, int8: bool, limit: int) -> dict[str, Any]:
+    """One row: a criterion, calibrated on one half of the test samples and measured on the other."""
+    example = (torch.from_numpy(test[0][:1]),)
+    exits = [skive.Exit(f"exit{i}", criterion, 1e9) for i in range(len(model.at))]
+    quantize = skive.Quantize("int8", calibration=fold[0][:200]) if int8 else None
+    module = skive.compile(model, example_inputs=example, exits=exits, quantize=quantize)
+    plain = skive.compile(network, example_inputs=example, quantize=quantize)
+    x, y = test
+
+    def evidence(rows: slice) -> exit_calibration.Evidence:
+        return exit_calibration.collect(module, ([v[None]] for v in x[rows]), y[rows])
+
+    chosen = exit_calibration.calibrate(evidence(slice(0, None, 2)), goal)
+    found = exit_calibration.setting(evidence(slice(1, None, 2)), chosen.setting.thresholds)
+    whole = exit_calibration.setting(evidence(slice(1, None, 2)), chosen.whole.thresholds)
+    names = list(module.thresholds)
+    sample = x[1::2][:limit]
+    module.thresholds = dict(zip(names, chosen.whole.thresholds.tolist(), strict=True))
+    never = mean_us(module, sample)
+    module.thresholds = dict(zip(names, chosen.setting.thresholds.tolist(), strict=True))
+    taken = np.concatenate([module.run(v[None]).exit for v in sample])
+    return {"model": name, "dtype": "int8" if int8 else "float32", "criterion": criterion, "top1": found.accuracy,
+            "whole_top1": whole.accuracy, "macs": found.cost, "shares": found.shares.tolist(),
+            "us": mean_us(module, sample), "plain_us": mean_us(plain, sample), "never_us": never,
+            "thresholds": chosen.setting.thresholds.tolist(), "exits_of_sample": taken.tolist()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--models", default="resnet20,dscnn")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--joint", action="store_true", help="the network learns along")
+    parser.add_argument("--criteria", default="max-prob,entropy,margin,patience")
+    parser.add_argument("--goal", type=exit_calibration.Goal.parse, default=exit_calibration.Goal("accuracy-drop", 0.5))
+    parser.add_argument("--int8", action="store_true", help="the same in int8, too")
+    parser.add_argument("--limit", type=int, default=300, help="samples that are timed")
+    parser.add_argument("--json", metavar="FILE")
+    a = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in a.models.split(","):
+        for seed in range(a.seeds):
+            network, fold, test = MODELS[name][0](a.data)
+            model = trained(name, network, fold, a.work, seed, a.epochs, a.joint)
+            for criterion in a.criteria.split(","):
+                for int8 in (False, True)[: 1 + a.int8]:
+                    row = measured(name, model, model.network, fold, test, a.goal, criterion, int8, a.limit)
+                    rows.append(row | {"seed": seed})
+                    shares = " ".join(f"{100 * s:.0f}" for s in row["shares"])
+                    print(f"{name:<9} seed {seed} {row['dtype']:<8} {criterion:<9} top-1 {row['top1']:.2f} % of "
+                          f"{row['whole_top1']:.2f}, {100 * row['macs']:.1f} % of the MACs, exits {shares} %, "
+                          f"{row['us']:.1f} us of {row['plain_us']:.1f} (never leaving {row['never_us']:.1f})",
+                          flush=True)
+    if a.json:
+        for row in rows:
+            row.pop("exits_of_sample")
+        document = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": bench.machine(), "rows": rows}
+        Path(a.json).write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Exits of PyTorch models: the marker in `forward`, and heads that are added and trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("onnxscript")
+
+import skive  # noqa: E402
+from skive.errors import ExitError  # noqa: E402
+from skive.torch import add_exits, suggest_exits, train_exits  # noqa: E402
+
+nn = torch.nn
+
+
+class Marked(nn.Module):
+    """Two exits on the way; the last mark is the result itself."""
+
+    def __init__(self, second: str = "middle") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.then, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+        self.second = second
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        x = skive.exit_point(x, self.heads[0](x))
+        x = torch.tanh(self.then(x))
+        x = skive.exit_point(skive.exit_point(x, self.heads[1](x), self.second), self.heads[1](2 * x), "double")
+        return self.last(x)
+
+
+def test_exit_point_is_nothing_in_eager_mode() -> None:
+    x = torch.randn(2, 3)
+    assert skive.exit_point(x, x) is x
+
+
+def test_marked_exits(tmp_path: Path) -> None:
+    model = Marked().eval()
+    x = torch.randn(40, 6)
+    exits = ["exit0:max-prob=0.5", "middle:margin=0.1"]
+    module = skive.compile(model, example_inputs=(x[:1],), exits=exits, batch_max=40)
+    assert [e.name for e in module.exits] == ["exit0", "middle", "output"]
+    result = module.run(x)
+    with torch.no_grad():
+        h = torch.tanh(model.first(x))
+        g = torch.tanh(model.then(h))
+        logits = [model.heads[0](h), model.heads[1](g), model.last(g)]
+    top = logits[0].softmax(-1).amax(-1)
+    two = logits[1].softmax(-1).topk(2).values
+    want = np.where(top > 0.5, 0, np.where(two[:, 0] - two[:, 1] > 0.1, 1, 2))
+    np.testing.assert_array_equal(result.exit, want)
+    assert set(want.tolist()) == {0, 1, 2}
+    expected = torch.stack([logits[e][i] for i, e in enumerate(want)])
+    torch.testing.assert_close(result.outputs, expected, rtol=1e-4, atol=1e-5)
+    plain = skive.compile(model, example_inputs=(x[:1],))  # the marks mean nothing without exits
+    assert [p.name for p in plain.outputs] == ["output"]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x[:1]), model(x[:1]), rtol=1e-4, atol=1e-5)
+    program = torch.export.export(model, (x[:1],))  # the mark survives export and its file
+    torch.export.save(program, tmp_path / "net.pt2")
+    saved = skive.compile(tmp_path / "net.pt2", exits=["double:max-prob=0"], verify=False)
+    assert saved.run(x[:1].numpy()).exit.tolist() == [0]
+
+
+def test_two_exits_of_one_name_are_refused() -> None:
+    with pytest.raises(ExitError, match="two outputs called 'exit0'"):
+        skive.compile(Marked("exit0").eval(), example_inputs=(torch.randn(1, 6),), exits=["exit0:max-prob=1"])
+
+
+class Stack(nn.Module):
+    """Blocks in a row that a classifier follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.ReLU())
+                                      for i in range(4)))
+        self.classify = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classify(self.blocks(x).mean((2, 3)))
+
+
+def test_heads_learn_on_a_network_that_stays() -> None:
+    network = Stack().eval()
+    x = torch.randn(64, 3, 8, 8)
+    y = (x.mean((1, 2, 3)) > 0).long()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    assert suggest_exits(network, (x[:1],), 2) == ["blocks.1", "blocks.2"]
+    model = add_exits(network, (x[:1],), ["blocks.0", "blocks.2"], channels=4)
+    assert model.at == ("blocks.0", "blocks.2")
+    losses: list[float] = []
+    train_exits(model, lambda: [(x, y)], epochs=60, lr=0.02, distill=0.0, progress=lambda e, loss: losses.append(loss))
+    assert losses[-1] < 0.5 * losses[0] and not model.training
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    with torch.no_grad():
+        answers = model(x)
+    assert (answers["exit1"].argmax(-1) == y).float().mean() > 0.9
+    module = skive.compile(model, example_inputs=(x[:1],), exits=["exit0:max-prob=0.9", "exit1:max-prob=0.9"])
+    np.testing.assert_allclose(module.all_outputs(x[:1].numpy())[0], answers["exit0"][:1], rtol=1e-3, atol=1e-4)
+    train_exits(model, lambda: [(x, y)], epochs=1, network_lr=1e-3)
+    assert not all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_places_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ExitError, match="no submodule 'nowhere'"):
+        add_exits(Stack().eval(), (torch.randn(1, 3, 8, 8),), ["nowhere"])
