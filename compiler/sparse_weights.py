@@ -115,3 +115,28 @@ def pack_sparse(
     filled = np.zeros(_round_up(max(packed.nbytes, 1), _LINE) // packed.itemsize, packed.dtype)
     filled[: packed.size] = packed
     return filled, index
+
+
+def rows_chunk(lanes: int) -> int:
+    """kChunk of spmm.h: pixels that are turned together."""
+    return 4 * lanes
+
+
+def rows_scratch_bytes(channels: int, lanes: int, parts: int) -> int:
+    """`sparse_rows::scratch_bytes(parts)`."""
+    return 4 * (channels + 2 * lanes) * rows_chunk(lanes) * parts
+
+
+def pack_rows(weights: np.ndarray, together: int, lanes: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """(weights, index) of `sparse_rows`, flat; `weights` is [OC, IC]."""
+    oc, ic = weights.shape
+    groups = np.zeros((_round_up(oc, together), ic), np.float32)
+    groups[:oc] = weights
+    groups = groups.reshape(-1, together, ic).transpose(0, 2, 1)  # [groups, IC, together]
+    kept = (groups != 0).any(2)
+    starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    index = np.concatenate([starts, np.nonzero(kept)[1] * rows_chunk(lanes)]).astype(np.int32)
+    packed = groups[kept].ravel()
+    filled = np.zeros(_round_up(max(packed.size, 1), _LINE // 4), np.float32)
+    filled[: packed.size] = packed
+    return filled, index

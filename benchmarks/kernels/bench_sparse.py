@@ -1,7 +1,8 @@
 """Block-sparse convolution layers against the dense kernel, one thread: time and speed-up by share of zeros.
 
     python benchmarks/kernels/bench_sparse.py --only resnet50 --block 16 --fractions 0.5,0.75,0.9
-    python benchmarks/kernels/bench_sparse.py --element float32 --depth 1 --fractions 0.5,0.6,0.7,0.8,0.9,0.95
+    python benchmarks/kernels/bench_sparse.py --element float32 --rows --depth 1 --block 1 --only mobilenetv2 \
+        --fractions 0.3,0.5,0.6,0.7,0.8,0.9,0.95
 
 Blocks are drawn at random; the epilogue is that of bench_conv_integer.py (uint8) or a factor and ReLU (float32).
 The dense kernel is the direct one. `--fit` prints what `Costs` in compiler/lower/sparse.py holds: by least squares of
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--only", help="networks or layers whose name contains this")
     parser.add_argument("--block", type=int, default=16, help="output channels of a block of weights")
     parser.add_argument("--group", type=int, default=1, help="neighbouring blocks whose outputs are stored together")
+    parser.add_argument("--rows", action="store_true", help="spmm.h: float32, 1x1 windows, single input channels")
     parser.add_argument("--depth", type=int, default=4, help="input channels of a block of weights")
     parser.add_argument("--fractions", default="0,0.5,0.75,0.9", help="shares of zeros")
     parser.add_argument("--samples", type=int, default=30)
@@ -98,7 +100,9 @@ def main() -> None:
     types = {"x": "uint8_t", "w": "int8_t", "s": "int32_t"} if integer else dict.fromkeys("xws", "float")
     size, depth = (1, options.depth) if integer else (4, options.depth)
 
+    lanes = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "generic": 4}[options.isa]
     layers = [la for la in LAYERS if la.image[3] >= depth
+              and (not options.rows or (la.kernel[1:] == (1, 1) and la.stride == (1, 1)))
               and (not options.only or options.only in f"{la.network} {la.name}")]  # fmt: skip
     body, cases = "", []
     for layer in layers:
@@ -116,12 +120,17 @@ def main() -> None:
             pitch = sparse_weights.copied_pitch(layer.image, window(layer), ic, size)
             kept = int(sparse_weights.kept_places(w, options.block, depth).sum())
             tags = cpp(layer, options.block).rpartition(",")[0]
+            if options.rows:
+                text = f"sparse_rows<{int(np.prod(layer.output[:3]))}, {ic}, {oc}, {options.block}>"
+                body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
+                cases.append((layer, w, 0, options.block))
+                continue
             blocks = f"{options.block}, {options.group}, {depth}"
             text = f"sparse_conv2d<{tags}, {blocks}, {ic}, {oc}, {pitch}, {kept}, {types['x']}, 3>"
             body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
             cases.append((layer, w, pitch, options.block))
     with tempfile.TemporaryDirectory() as folder:
-        source = '#include "skive/math.h"\n#include "skive/sparse.h"\n' + _PRELUDE + body + "} }"
+        source = '#include "skive/math.h"\n#include "skive/sparse.h"\n#include "skive/spmm.h"\n' + _PRELUDE + body + "} }"
         lib = compile_library(source, options.isa, Path(folder), flags=(options.optimize, "-ffp-contract=off"))
         rows = []
         for i, (layer, w, pitch, block) in enumerate(cases):
@@ -130,12 +139,14 @@ def main() -> None:
             index: NDArray[np.generic] = np.zeros(1, np.int32)
             if pitch is None:
                 packed = pack.pack_conv2d_u8(w, block) if integer else pack.pack_conv2d(w, block)
+            elif options.rows:
+                packed, index = sparse_weights.pack_rows(w.reshape(len(w), -1), block, lanes)
             else:
                 packed, index = sparse_weights.pack_sparse(
                     w, block, depth, layer.image, window(layer), layer.image[3], pitch
                 )
             bias = aligned(pack.pack_bias_i32(None, w, 3, block) if integer
-                           else pack.pack_bias(np.zeros(w.shape[0], np.float32), block))  # fmt: skip
+                           else pack.pack_bias(np.zeros(w.shape[0], np.float32), max(4, block)))  # fmt: skip
             packed, index = aligned(packed), aligned(index)
             factor = aligned(np.full(w.shape[0], 1e-3, np.float32))
             y = aligned(np.zeros(layer.output, x.dtype))

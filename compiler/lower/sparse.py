@@ -6,8 +6,10 @@ sparse kernel is taken where it is forecast to be faster than the dense one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,36 +25,41 @@ LEAST_ZEROS = 0.25  # share of a layer's weights below which no pattern pays
 LEAST_SPEEDUP = 1.1
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What the kernels cost in multiply-adds of the dense one: a multiply-add of the sparse kernel, and an output of
-    each besides its multiply-adds. `winograd`: the dense multiply-adds by those that Winograd takes as long for.
-
-    Measured on Zen 4: benchmarks/kernels/bench_sparse.py --fit.
-    """
+class Costs(NamedTuple):
+    """What a sparse kernel costs in multiply-adds of the dense one: a multiply-add, and an output besides its own."""
 
     kept: float
     output: float
-    dense_output: float
-    winograd: float = 1.0
 
 
-# By target, whether operands are integers, and registers of output channels of a block. Few of them leave
-# more zeros out; many make better use of what is loaded.
-COSTS: dict[tuple[str, bool], dict[int, Costs]] = {
-    ("avx512vnni", True): {1: Costs(1.0, 13, 8), 2: Costs(1.0, 12, 8)},
-    ("avx512", True): {1: Costs(1.0, 5, 4), 2: Costs(1.0, 5, 4)},
-    ("avx2", True): {1: Costs(1.0, 5, 4), 2: Costs(1.0, 5, 4)},
-    ("generic", True): {1: Costs(1.0, 5, 4), 2: Costs(1.0, 5, 4), 4: Costs(1.0, 5, 4)},
-    ("avx512", False): {1: Costs(1.0, 5, 4, 2.5), 2: Costs(1.0, 5, 4, 2.5)},
-    ("avx2", False): {1: Costs(1.0, 5, 4, 2.5), 2: Costs(1.0, 5, 4, 2.5)},
-    ("generic", False): {1: Costs(1.0, 5, 4), 2: Costs(1.0, 5, 4), 4: Costs(1.0, 5, 4)},
+# Measured on Zen 4 (benchmarks/kernels/bench_sparse.py --only 1x14x14 --fit): by target and whether operands are
+# integers, what an output of the dense kernel costs, and the sparse one by registers of output channels of a block.
+# Fewer channels leave more zeros out; more of them make better use of what is loaded.
+BLOCKS: dict[tuple[str, bool], tuple[float, dict[int, Costs]]] = {
+    ("avx512vnni", True): (7.7, {1: Costs(1.02, 9.8), 2: Costs(1.01, 8.9)}),
+    ("avx512", True): (2.7, {1: Costs(1.18, 5.8), 2: Costs(1.01, 3.9)}),
+    ("avx2", True): (7.0, {1: Costs(1.22, 8.8), 2: Costs(1.05, 8.8)}),
+    ("generic", True): (17.0, {1: Costs(0.8, 17), 2: Costs(1.0, 17), 4: Costs(1.55, 18)}),
+    ("avx512", False): (1.0, {1: Costs(1.02, 2.9), 2: Costs(1.03, 2.0), 3: Costs(1.02, 2.4)}),
+    ("avx2", False): (1.0, {1: Costs(1.34, 7), 2: Costs(1.02, 3)}),
+    ("generic", False): (19.0, {1: Costs(1.24, 29), 2: Costs(1.1, 26)}),
 }
-COSTS["avx512vnni", False] = COSTS["avx512", False]
+BLOCKS["avx512vnni", False] = BLOCKS["avx512", False]
 
+# The same with `--rows`, of spmm.h by the output channels that read the same inputs: as long as the turned inputs fit
+# the first cache, and where they do not. An output costs ROWS_OUTPUT and ROWS_TURN for each input channel that is
+# turned for it.
+ROWS: dict[str, dict[int, tuple[float, float]]] = {
+    "avx512": {1: (1.45, 2.1), 2: (1.1, 1.22), 4: (1.03, 1.06)},
+    "avx2": {1: (1.6, 2.4), 2: (1.2, 1.35)},
+    "generic": {1: (0.7, 0.95), 4: (0.65, 0.85)},
+}
+ROWS_OUTPUT, ROWS_TURN = 10, 5
+ROWS_CACHE = 32 * 1024
+WINOGRAD = 3.0  # times as fast as the direct kernel, from 64 channels on
 
 # Registers of output channels whose blocks share a tile, of integers.
-TOGETHER = {"avx512vnni": 4, "avx512": 4}
+TOGETHER = {"avx512vnni": 4}
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ class Choice:
     """How the zeros of a layer are used: blocks of `depth` input by `block` output channels, `kept` of them (a share)
     not zero; or, where `refused` says why, not at all. `speedup`: forecast, against the dense kernel."""
 
+    kernel: str
     block: int
     depth: int
     kept: float
@@ -68,7 +76,7 @@ class Choice:
 
     @property
     def pattern(self) -> str:
-        return f"block{self.depth}x{self.block}"
+        return "1x1" if self.block == self.depth == 1 else f"block{self.depth}x{self.block}"
 
 
 def _window(node: Node) -> tuple[np.ndarray, tuple[int, ...], dict[str, Any]]:
@@ -94,50 +102,66 @@ def sparse_choice(node: Node, target: Target) -> Choice | None:
     zeros = zeros_of(node)
     if zeros < LEAST_ZEROS:
         return None
-    found = Choice(1, 1, 1 - zeros, 1.0)
-
-    def refused(reason: str) -> Choice:
-        return Choice(found.block, found.depth, found.kept, found.speedup, reason)
-
-    if not has_fast_kernel(node):
-        return refused("the layer runs the plain kernel")
-    if node.op == "conv2d" and is_depthwise(node):
-        return refused("a depthwise convolution has no blocks of input channels")
-    if node.op == "conv2d" and node.attrs["groups"] > 1:
-        return refused("a grouped convolution has no sparse kernel")
-    if node.attrs.get("chain"):
-        return refused("its sums are beyond 32 bits")
-    weights, image, _ = _window(node)
-    step = 4 // node.inputs[0].dtype.bytes
-    if weights.shape[3] < step:
-        return refused(f"{weights.shape[3]} input channels do not fill the {step} of a block")
-    integer = node.inputs[0].dtype is not DType.f32
-    winograd = node.op == "conv2d" and not integer and target.winograd_pays(node)
-    oc, length = weights.shape[0], weights[0].size
-    best = None
-    for vectors, costs in COSTS[target.name, integer].items():
-        block = min(vectors * target.lanes, -(-oc // 4) * 4)
-        for depth in dict.fromkeys((step, 4)) if weights.shape[3] >= 4 else (step,):
-            kept = sparse_weights.kept_places(weights, block, depth)
-            channels = np.minimum(block, oc - np.arange(len(kept)) * block)
-            left = float((kept.sum(1) * channels).sum()) * depth / oc  # multiply-adds of an output
-            dense = length / (costs.winograd if winograd else 1.0) + costs.dense_output
-            speedup = dense / (left * costs.kept + costs.output)
-            # Deeper places make a shorter list: at equal cost they win.
-            if best is None or speedup > best.speedup or (speedup == best.speedup and depth > best.depth):
-                best = Choice(block, depth, left / length, speedup)
-    assert best is not None
-    found = best
-    if found.speedup < LEAST_SPEEDUP:
+    reason = _obstacle(node)
+    if reason:
+        return Choice("", 1, 1, 1 - zeros, 1.0, reason)
+    winograd = node.op == "conv2d" and node.inputs[0].dtype is DType.f32 and target.winograd_pays(node)
+    # At equal speed deeper places win: they make a shorter list.
+    best = max(_candidates(node, target, winograd), key=lambda c: (c.speedup, c.depth))
+    if best.speedup < LEAST_SPEEDUP:
         winner = "Winograd" if winograd else "the dense kernel"
-        return refused(f"{zeros:.0%} of the weights are zero, {1 - found.kept:.0%} in blocks: {winner} is as fast")
-    return found
+        blocks = f"{1 - best.kept:.0%} in {best.pattern}"
+        reason = f"{zeros:.0%} of the weights are zero, {blocks}: {winner} is as fast ({best.speedup:.2f})"
+        return replace(best, refused=reason)
+    return best
+
+
+def _obstacle(node: Node) -> str | None:
+    """Why no sparse kernel can compute `node`."""
+    if not has_fast_kernel(node):
+        return "the layer runs the plain kernel"
+    if node.op == "conv2d" and is_depthwise(node):
+        return "a depthwise convolution has no blocks of input channels"
+    if node.op == "conv2d" and node.attrs["groups"] > 1:
+        return "a grouped convolution has no sparse kernel"
+    if node.attrs.get("chain"):
+        return "its sums are beyond 32 bits"
+    channels, step = node.inputs[1].shape[-1], 4 // node.inputs[0].dtype.bytes
+    return f"{channels} input channels do not fill the {step} of a block" if channels < step else None
+
+
+def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
+    """Every sparse kernel for `node`, with its forecast."""
+    weights, image, window = _window(node)
+    oc, length, channels = weights.shape[0], weights[0].size, weights.shape[3]
+    integer = node.inputs[0].dtype is not DType.f32
+    dense_output, blocks = BLOCKS[target.name, integer]
+    dense = length / (WINOGRAD if winograd else 1.0) + dense_output
+    step = 4 // node.inputs[0].dtype.bytes
+    for vectors, costs in blocks.items():
+        block = min(vectors * target.lanes, -(-oc // 4) * 4)
+        for depth in dict.fromkeys((step, 4)) if channels >= 4 else (step,):
+            kept = sparse_weights.kept_places(weights, block, depth)
+            own = np.minimum(block, oc - np.arange(len(kept)) * block)
+            left = float((kept.sum(1) * own).sum()) * depth / oc  # multiply-adds of an output
+            yield Choice("sparse_conv2d", block, depth, left / length, dense / (left * costs.kept + costs.output))
+    if not integer and length == channels and not any(window["pad"]) and window["stride"] == (1, 1):
+        if math.prod(image[:3]) < target.lanes:
+            return
+        far = channels * 4 * sparse_weights.rows_chunk(target.lanes) > ROWS_CACHE
+        for together, cost in ROWS[target.vectors].items():
+            left = float(sparse_weights.kept_places(weights, together, 1).mean()) * length
+            output = ROWS_OUTPUT + ROWS_TURN * channels / oc
+            yield Choice("sparse_rows", together, 1, left / length, dense / (left * cost[far] + output))
 
 
 def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bias: np.ndarray) -> None:
     """Appends the call of the sparse kernel; `tags` are image, kernel and window as template arguments."""
     x = node.inputs[0]
     weights, image, window = _window(node)
+    if choice.kernel == "sparse_rows":
+        _lower_rows(ctx, node, choice, weights.reshape(len(weights), -1), bias)
+        return
     pixel, size = ctx.pixel(x), x.dtype.bytes
     pitch = sparse_weights.copied_pitch(image, window, pixel, size)
     words, index = sparse_weights.pack_sparse(weights, choice.block, choice.depth, image, window, pixel, pitch)
@@ -169,6 +193,29 @@ def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bia
         ],
         fn,
         scratch=sparse_weights.scratch_bytes(image, window, weights.shape[1:3], pitch, size, ctx.threads),
+    )
+
+
+def _lower_rows(ctx: Lowering, node: Node, choice: Choice, weights: np.ndarray, bias: np.ndarray) -> None:
+    x, (oc, channels), lanes = node.inputs[0], weights.shape, ctx.target.lanes
+    words, index = sparse_weights.pack_rows(weights, choice.block, lanes)
+    fn, extra = ctx.epilogue(node)
+    ctx.call(
+        node,
+        "sparse_rows",
+        "spmm.h",
+        [x.type.size // channels, channels, oc, choice.block, ctx.pixel(x), ctx.pixel(node)],
+        ["x", "w", "index", "bias", "y", "scratch", "part", "fn"],
+        [
+            ctx.read("x", x, strided=True),
+            ctx.packed("w", words),
+            ctx.packed("index", index),
+            ctx.packed("bias", pack.pack_bias(bias, 4)),
+            ctx.write("y", node, strided=True),
+            *extra,
+        ],
+        fn,
+        scratch=sparse_weights.rows_scratch_bytes(channels, lanes, ctx.threads),
     )
 
 

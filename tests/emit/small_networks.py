@@ -255,6 +255,8 @@ def zero_blocks(net: Net) -> None:
     rows = ops.make("reshape", y, shape=(30, 64))
     net.output(ops.make("linear", rows, weights(33, 64), net.weights(33)),
                ops.make("linear", pooled, weights(32, 64), net.weights(32)))
+    single = net.weights(35, 64).value * (net.rng.random((35, 64)) < 0.1)
+    net.output(ops.make("linear", rows, constant(single.astype(np.float32)), net.weights(35)))
 
 
 def integer_pools(net: Net) -> None:

@@ -244,3 +244,57 @@ def test_random_shapes(isa: str, chunk: int, tmp_path: Path) -> None:
     lib = build(found, isa, tmp_path, (f"-O{chunk % 4}",))
     for index, job in enumerate(found):
         check(lib, index, job)
+
+
+# Rows, input channels, output channels, channels that share their inputs, gaps of x and y.
+ROWS = [(1, 9, 5, 1, 0, 0), (49, 17, 33, 1, 0, 3), (64, 64, 16, 2, 0, 0), (70, 24, 40, 4, 5, 0), (131, 8, 16, 4, 0, 0),
+        (16, 40, 7, 1, 1, 2)]
+_ROWS_SOURCE = """
+#include "skive/spmm.h"
+namespace skive { inline namespace SKIVE_ISA {
+%s
+} }
+"""
+_ROWS_CASE = """
+using Rows%(i)d = sparse_rows<%(type)s>;
+extern "C" long rows_scratch_%(i)d(int parts) { return static_cast<long>(Rows%(i)d::scratch_bytes(parts)); }
+extern "C" void rows_%(i)d(const float* x, const float* w, const int32_t* index, const float* bias, float* y,
+                           void* scratch, int part, int parts, const float* offset, const float* shift) {
+  Rows%(i)d::run(x, w, index, bias, y, scratch, Part{part, parts}, [=](auto acc, ptrdiff_t pixel, int channel) {
+    constexpr int L = decltype(acc)::lanes;
+    return acc + load<L>(offset + channel) + splat<L>(shift[pixel]);
+  });
+}
+"""
+
+
+@pytest.mark.parametrize("isa", [i for i in INTEGER_ISA_FLAGS if i != "avx512vnni"])
+def test_single_weights(isa: str, tmp_path: Path) -> None:
+    if isa not in cpu_isas(INTEGER_ISA_FLAGS):
+        pytest.skip(f"this CPU has no {isa}")
+    body = ""
+    for i, (rows, ic, oc, together, xs, ys) in enumerate(ROWS):
+        body += _ROWS_CASE % {"i": i, "type": f"{rows}, {ic}, {oc}, {together}, {ic + xs}, {oc + ys}"}
+    lib = compile_library(_ROWS_SOURCE % body, isa, tmp_path, flags=("-O1",))
+    for i, (rows, ic, oc, together, xs, ys) in enumerate(ROWS):
+        rng = np.random.default_rng(i)
+        x, bias, offset = (rng.standard_normal(n).astype(np.float32) for n in ((rows, ic), oc, oc))
+        shift = rng.standard_normal(rows).astype(np.float32)
+        w = (rng.standard_normal((oc, ic)) * (rng.random((oc, ic)) < 0.3)).astype(np.float32)
+        w[0] = 0
+        words, index = sparse_weights.pack_rows(w, together, LANES[isa])
+        source = strided(x, xs)
+        source[:, ic:] = np.nan
+        given = [placed(a, 0) for a in (words, index, pack.pack_bias(bias, 4))]
+        need = getattr(lib, f"rows_scratch_{i}")
+        need.restype = ctypes.c_long
+        expected = x.astype(np.float64) @ w.T + bias + offset + shift[:, None]
+        for parts in (1, 3):
+            assert need(parts) == sparse_weights.rows_scratch_bytes(ic, LANES[isa], parts)
+            scratch = placed(np.full(need(parts), 0xFF, np.uint8), 0)  # NaN
+            y = strided(np.full((rows, oc), 5, np.float32), ys)
+            for part in range(parts):
+                getattr(lib, f"rows_{i}")(pointer(source), *map(pointer, given), pointer(y), pointer(scratch), part,
+                                          parts, pointer(placed(offset, 0)), pointer(placed(shift, 0)))
+            assert (y[:, oc:] == 77).all(), "wrote between the pixels"
+            np.testing.assert_allclose(y[:, :oc], expected, atol=2e-6 * ic)

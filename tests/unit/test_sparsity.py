@@ -147,12 +147,17 @@ def test_zeros_are_found_and_judged(target: str) -> None:
     assert choice(full) is None
     blocks = choice(full * sparsity.mask(full, "block4x16", 0.75))
     assert blocks is not None and blocks.refused is None and blocks.kept == pytest.approx(0.25, abs=0.05)
-    assert 2 < blocks.speedup <= 4.2 and blocks.pattern.startswith("block4x")
-    scattered = choice(full * sparsity.mask(full, "1x1", 0.5))
-    assert scattered is not None and "50% of the weights are zero, " in str(scattered.refused)
+    assert 2 < blocks.speedup <= 4.2 and blocks.pattern.startswith("block")
+    single = choice(full * sparsity.mask(full, "1x1", 0.9))  # a 1x1 window takes single weights in float32
+    assert single is not None and single.refused is None and single.kernel == "sparse_rows"
+    assert 1.5 < single.speedup and single.kept < 0.3
     empty = choice(np.zeros_like(full))
     assert empty is not None and empty.refused is None and empty.kept == 0
     assert choice(full * sparsity.mask(full, "1x1", 0.2)) is None
+    node = by_name(network(64), "middle")
+    full = node.inputs[1].value
+    scattered = choice(full * sparsity.mask(full, "1x1", 0.5))
+    assert scattered is not None and "50% of the weights are zero, " in str(scattered.refused)
 
 
 def test_the_report_names_every_layer_with_zeros() -> None:
