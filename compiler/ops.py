@@ -299,6 +299,32 @@ _elementwise("thresholded_relu", 1, lambda x, alpha: np.where(x > _f32(alpha, x)
              attrs={"alpha": 1.0}, doc="x if x > alpha else 0")
 _elementwise("hard_sigmoid", 1, lambda x, alpha, beta: np.clip(_f32(alpha, x) * x + _f32(beta, x), 0, 1),
              attrs={"alpha": 0.2, "beta": 0.5}, tolerance=1e-6, doc="clip(alpha x + beta, 0, 1)")
+
+
+def piecewise_table(a: FrozenDict | dict[str, Any]) -> Array:
+    """[degree + 1, segments] coefficients of `piecewise`, float32; InvalidModelError if they are not that many."""
+    try:
+        table = np.array(a["table"].split(), np.float32).reshape(a["degree"] + 1, -1)
+    except ValueError:
+        table = np.zeros((0, 0), np.float32)
+    if table.shape[1] not in (16, 32):
+        raise InvalidModelError(f"piecewise: not 16 or 32 polynomials of degree {a['degree']}: {a['table'][:40]!r}")
+    return table
+
+
+def _piecewise(x: Array, lowest: int, degree: int, table: str) -> Array:
+    c = piecewise_table({"degree": degree, "table": table})
+    n = np.fmin(np.fmax(np.rint(x), np.float32(lowest)), np.float32(lowest + c.shape[1] - 1))
+    i, r = n.astype(np.int32) % c.shape[1], x - n
+    y = c[degree][i]
+    for k in range(degree - 1, -1, -1):
+        y = y * r + c[k][i]
+    return y
+
+
+_elementwise("piecewise", 1, _piecewise, frozenset({F32}), attrs={"lowest": REQUIRED, "degree": REQUIRED, "table": REQUIRED},
+             doc="sum over k of c[k][n mod S] (x - n)^k with n = round_even(x) clipped to [lowest, lowest + S - 1]; table: the "
+                 "float32 values c[degree + 1][S], S 16 or 32; every operation is rounded on its own")
 _elementwise("hard_swish", 1, lambda x: x * np.clip(x * _f32(1 / 6, x) + _f32(0.5, x), 0, 1), tolerance=1e-6,
              doc="x clip(x / 6 + 1/2, 0, 1)")
 _elementwise("shrink", 1, lambda x, bias, lambd: np.where(x < -lambd, x + _cast_like(bias, x),

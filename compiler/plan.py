@@ -52,11 +52,13 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class FnStep:
-    """`name(args..., tail...)`: args are `x<i>` or `t<i>`, the tail is literal C++ text."""
+    """`name(args..., tail...)`: args are `x<i>` or `t<i>`, the tail is literal C++ text. `table`: float32
+    literals of a constant array that is the last argument, if there are any."""
 
     name: str
     args: tuple[str, ...]
     tail: tuple[str, ...] = ()
+    table: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

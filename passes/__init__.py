@@ -8,12 +8,14 @@ from skive.passes.eliminate_common import eliminate_common
 from skive.passes.eliminate_dead import eliminate_dead
 from skive.passes.eliminate_identity import eliminate_identity
 from skive.passes.equalise import equalise
+from skive.passes.fit_functions import fit_functions
 from skive.passes.fold_batchnorm import fold_batchnorm
 from skive.passes.fold_constants import fold_constants
 from skive.passes.fold_padding import fold_padding
 from skive.passes.fuse_elementwise import fuse_elementwise
 from skive.passes.integer_arithmetic import integer_arithmetic
 from skive.passes.integer_only import integer_only
+from skive.passes.join_factors import join_factors
 from skive.passes.merge_linear import merge_linear
 from skive.passes.quantize import quantize
 from skive.passes.recognise_patterns import recognise_patterns
@@ -24,9 +26,10 @@ from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
 __all__ = ["CANONICAL", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights", "eliminate_common",
-           "eliminate_dead", "eliminate_identity", "equalise", "fold_batchnorm", "fold_constants", "fold_padding",
-           "fuse_elementwise", "integer_arithmetic", "integer_only", "merge_linear", "optimize", "quantize",
-           "recognise_patterns", "sink_reshapes", "sink_transposes", "tabulate", "transpose_free_attention"]
+           "eliminate_dead", "eliminate_identity", "equalise", "fit_functions", "fold_batchnorm", "fold_constants",
+           "fold_padding", "fuse_elementwise", "integer_arithmetic", "integer_only", "join_factors", "merge_linear",
+           "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "tabulate",
+           "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.
@@ -51,6 +54,8 @@ CANONICAL: list[str] = [
 FUSED: list[str] = [
     "integer-arithmetic",  # leaves a float32 graph alone
     "tabulate",
+    "fit-functions",
+    "join-factors",
     "fuse-elementwise",
     "eliminate-dead",
 ]

@@ -30,6 +30,11 @@ CALLS: list[tuple[str, str, int]] = [
      "return dequantize(a, 0.13f, 3); }, x)", 5 * COUNT),
     ("map requantize_fixed i32 to u8", f"vmap<{_DENSE}>::run(y, Part{{}}, [](auto a) {{ return "
      "requantize_fixed<uint8_t>(a, 1518500250, 38, 3); }, xi)", 5 * COUNT),
+    ("map silu i32 to u8", f"vmap<{_DENSE}>::run(y, Part{{}}, [](auto a) {{ return quantize<uint8_t>("
+     "silu(dequantize(a, 0.001f, 0)), 0.13f, 3); }, xi)", 5 * COUNT),
+    ("map piecewise 2 of 32 i32 to u8", f"vmap<{_DENSE}>::run(y, Part{{}}, [](auto a) {{ "
+     "alignas(64) static constexpr float t[96] = {1.0f}; return requantize<uint8_t>("
+     "piecewise<-16, 32, 2>(dequantize(a, 0.001f, 0), t), 1.0f, 3); }, xi)", 5 * COUNT),
     ("table u8 to u8", f"lookup<{_DENSE}>::run(y, Part{{}}, table, x)", 2 * COUNT),
     ("memcpy", f"__builtin_memcpy(y, x, {COUNT}); __asm__(\"\" ::: \"memory\")", 2 * COUNT),
     ("transpose u8 image to NHWC", "transpose<uint8_t, Shape<3, 50176>, Perm<1, 0>>::run(y, x, Part{})", 301056),

@@ -89,7 +89,9 @@ def _lambda(fn: Fn) -> str:
     if not fn.steps:
         lines.append("return x0;")
     for n, s in enumerate(fn.steps):
-        args = ", ".join([names.get(a, a) for a in s.args] + list(s.tail))
+        if s.table:
+            lines.append(f"alignas(64) static constexpr float table{n}[] = {{{', '.join(s.table)}}};")
+        args = ", ".join([names.get(a, a) for a in s.args] + list(s.tail) + [f"table{n}"] * bool(s.table))
         target = "return " if n == len(fn.steps) - 1 else f"const auto t{n} = "
         lines.append(f"{target}{s.name}({args});")
     body = " ".join(lines)

@@ -12,7 +12,7 @@ from skive import ops
 from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node
 from skive.lower.abilities import is_integer_conv
-from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype
+from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype, without_divisions
 from skive.lower.storage import Root, Storage, View
 from skive.plan import Access, Arg, Block, Call, Exit, Fn, Plan, Port, Stage, Step, aligned, place
 from skive.program import ExitTest
@@ -202,6 +202,7 @@ class Lowering(Storage):
             operands.append(access)
         types = [sum_dtype(node), *(i.dtype for i in node.inputs[ops.op_of(node.op).epilogue or 0 :])]
         steps = steps_of(e, types)
+        steps = without_divisions(e, steps, [None, *node.inputs[ops.op_of(node.op).epilogue or 0 :]])
         if is_integer_conv(node):
             steps = rounded_by_store(node, e, steps, operands, types)
         return Fn(steps, tuple(operands), True, True), args

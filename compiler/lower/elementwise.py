@@ -6,7 +6,7 @@ from skive import expr as expressions
 from skive import ops
 from skive.ir import Node
 from skive.lower.calls import LOWER, Lowering
-from skive.lower.functors import IN_VECTORS, in_vectors, literal, steps_of
+from skive.lower.functors import IN_VECTORS, in_vectors, literal, rounded_by_store, steps_of, without_divisions
 from skive.lower.strides import broadcast_strides, collapse, tag
 from skive.plan import Access, Fn
 
@@ -35,6 +35,10 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
     pixel = ctx.view(node).pixel
     dims, walks = collapse(node.shape, [ctx.strides(node), *strides])
     template = [node.dtype.ctype, tag("Shape", dims), *(tag("Strides", w) for w in walks[0 if pixel else 1 :])]
+    steps = steps_of(e, e_types)
+    if vector:
+        steps = without_divisions(e, steps, node.inputs)
+        steps = rounded_by_store(None, e, steps, operands, e_types)
     ctx.call(
         node,
         ("vmap" if vector else "map") + ("_to" if pixel else ""),
@@ -42,7 +46,7 @@ def _elementwise(ctx: Lowering, node: Node) -> None:
         template[1:] if vector else template,
         ["y", "part", "fn", *(a.name for _, a in args)],
         [ctx.write("y", node, strided=True), *args],
-        Fn(steps_of(e, e_types), tuple(operands), False, vector),
+        Fn(steps, tuple(operands), False, vector),
     )
 
 

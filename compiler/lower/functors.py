@@ -10,6 +10,7 @@ import numpy as np
 
 from skive import expr as expressions
 from skive import ops
+from skive.division import divides_exactly
 from skive.ir import Node
 from skive.plan import Access, FnStep
 from skive.types import DType, TensorType
@@ -21,7 +22,7 @@ VECTOR = frozenset(
     mul div neg abs sqrt rsqrt exp log sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh
     erf floor ceil round_even trunc sign reciprocal relu clip min max pow mod fmod sigmoid silu gelu
     gelu_tanh hard_sigmoid hard_swish leaky_relu elu selu celu softplus softsign mish prelu
-    thresholded_relu shrink
+    thresholded_relu shrink piecewise
     """.split()
 )
 
@@ -109,6 +110,12 @@ def steps_of(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]
         operand_types = [dtypes[i] if k == "x" else types[i] for k, i in s.args]
         attrs = ops.complete_attrs(s.op, dict(s.attrs))
         types.append(row.infer([TensorType((), t) for t in operand_types], attrs).dtype)
+        if s.op == "piecewise":
+            table = ops.piecewise_table(attrs)
+            name = f"piecewise<{attrs['lowest']}, {table.shape[1]}, {attrs['degree']}>"
+            steps.append(FnStep(name, tuple(f"{k}{i}" for k, i in s.args),
+                                table=tuple(literal(v, DType.f32) for v in table.reshape(-1))))
+            continue
         name, tail = row.cxx, []
         for v in attrs.values():
             if isinstance(v, DType):
@@ -121,30 +128,61 @@ def steps_of(e: expressions.Expr, dtypes: Sequence[DType]) -> tuple[FnStep, ...]
     return tuple(steps)
 
 
+def without_divisions(
+    e: expressions.Expr, steps: tuple[FnStep, ...], operands: Sequence[Node | None]
+) -> tuple[FnStep, ...]:
+    """`steps` on vectors in which `quantize` multiplies where that gives the same integers as its division."""
+
+    def value(arg: tuple[str, int]) -> Node | None:
+        node = operands[arg[1]] if arg[0] == "x" else None
+        return node if node is not None and node.is_const and node.type.size == 1 else None
+
+    done = list(steps)
+    for n, s in enumerate(e.steps):
+        scale, zero = (value(a) for a in s.args[1:3]) if s.op == "quantize" else (None, None)
+        if scale is None or zero is None:
+            continue
+        limits, z = np.iinfo(zero.dtype.numpy), int(zero.value.item())
+        divisor = scale.value.reshape(())[()]
+        if divides_exactly(float(divisor), limits.min - z, limits.max - z):
+            texts = (literal(v, DType.f32) for v in (divisor, np.float32(1) / divisor))
+            name = steps[n].name.replace("quantize<", "quantize_by<")
+            done[n] = FnStep(name, steps[n].args[:1], (*texts, literal(z, zero.dtype)))
+    return tuple(done)
+
+
 def rounded_by_store(
-    node: Node,
+    node: Node | None,
     e: expressions.Expr,
     steps: tuple[FnStep, ...],
     operands: Sequence[Access],
     types: Sequence[DType],
 ) -> tuple[FnStep, ...]:
-    """`steps` with a quantizing last step as `rounded` (tile.h), whose store saturates several registers at once."""
-    last = e.steps[-1]
+    """`steps` with a quantizing last step as `rounded` (tile.h), whose store saturates several registers at once.
+    `node`: the contraction of which `e` is the epilogue."""
+    last, name = e.steps[-1], steps[-1].name
     if last.op not in ("quantize", "requantize") or last.args[2][0] != "x":
         return steps
     zero, (kind, index) = operands[last.args[2][1]], last.args[0]
-    if zero.mode != "literal" or steps[-1].name not in (f"{last.op}<{t}>" for t in ("uint8_t", "int8_t", "int16_t")):
+    to = name[name.index("<") + 1 : -1]
+    if zero.mode != "literal" or to not in ("uint8_t", "int8_t", "int16_t"):
         return steps
-    to = steps[-1].name[len(last.op) + 1 : -1]
     value, factor = (f"{k}{i}" for k, i in last.args[:2])
     done = list(steps[:-1])
     dtype = types[index] if kind == "x" else ops.expr_dtype(expressions.Expr(e.steps[: index + 1]), types)
     if dtype is not DType.f32:
         done.append(FnStep("cast<float>", (value,)))
         value = f"t{len(done) - 1}"
-    done.append(FnStep("mul" if last.op == "requantize" else "div_", (value, factor)))
-    bounded = "true" if len(e.steps) == 1 and _stays_below(node, last, 2**30) else "false"
-    done.append(FnStep(f"rounded<{to}, {bounded}>", (f"t{len(done) - 1}",), (zero.text,)))
+    one = last.args[1][0] == "x" and operands[last.args[1][1]].text == literal(1.0, DType.f32)
+    small = node is not None and len(e.steps) == 1 and _stays_below(node, last, 2**30)
+    if name.startswith("quantize_by"):
+        done.append(FnStep("quotient", (value,), steps[-1].tail[:2]))
+        small = True
+    elif not one or last.op != "requantize":
+        done.append(FnStep("mul" if last.op == "requantize" else "div_", (value, factor)))
+    if len(done) > len(steps) - 1 + (dtype is not DType.f32):
+        value = f"t{len(done) - 1}"
+    done.append(FnStep(f"rounded<{to}, {'true' if small else 'false'}>", (value,), (zero.text,)))
     return tuple(done)
 
 

@@ -3,7 +3,8 @@
 //
 //   vmap<Shape<...>, Strides<...> per operand>::run(T* out, part, fn, const A*... operand)
 //       float and integers of up to 32 bits in any mixture, a generic lambda over Vec<N> (float) and
-//       IVec<N> (the integers, widened): vectorised along the last dimension
+//       IVec<N> (the integers, widened): vectorised along the last dimension; what it returns may be
+//       Rounded (tile.h)
 //   map<T, Shape<...>, Strides<...> per operand>::run(T* out, part, fn, const A*... operand)
 //       any element types, a lambda over scalars; bool is stored as uint8_t 0 or 1
 //   vmap_to / map_to / lookup_to: the same with the result's Strides after the shape (a slice of a larger
@@ -18,6 +19,7 @@
 
 #include "skive/math.h"
 #include "skive/shape.h"
+#include "skive/tile.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
@@ -70,7 +72,9 @@ struct vmap_to {
   static SKIVE_INLINE void block(T* out, ptrdiff_t i, const F& fn, P... p) {
     const auto a = value(i, fn, p...), b = value(i + kLanes, fn, p...),
                c = value(i + 2 * kLanes, fn, p...), d = value(i + 3 * kLanes, fn, p...);
-    store(out + i, a, b, c, d);
+    if constexpr (!kRounded<decltype(a)>) store(out + i, a, b, c, d);
+    else if constexpr (kJoins<T>) store_joined(out + i, a, b, c, d);
+    else store_row(out + i, a, b, c, d);
   }
   template <class T, class F, class... P>
   static SKIVE_INLINE void row(T* out, ptrdiff_t begin, ptrdiff_t end, const F& fn, P... p) {

@@ -744,6 +744,20 @@ SKIVE_INLINE T saturate(float v, int32_t zero) {
   return static_cast<T>(static_cast<int32_t>((inside + big) - big) + zero);
 }
 
+// x / divisor to a unit in the last place, |x| clipped to 2^20 divisor: one correction of x * reciprocal by
+// what it leaves over (P. Markstein, Computation of elementary functions, 1990), in a third of the time of a division.
+template <int N>
+SKIVE_INLINE Vec<N> quotient(Vec<N> x, float divisor, float reciprocal) {
+  const float most = divisor * 1048576.0f;
+  x = vmin(splat<N>(most), vmax(splat<N>(-most), x));  // NaN stays
+  if constexpr (kFusedMultiplyAdd) {
+    const Vec<N> factor = splat<N>(reciprocal), q = x * factor;
+    return fma(fma(q, splat<N>(-divisor), x), factor, q);
+  } else {
+    return x / splat<N>(divisor);
+  }
+}
+
 // saturate(round_even(x / scale) + zero), ONNX QuantizeLinear. x is float, scale and zero constants
 // or per lane.
 template <class T, int N, class S, class Z>
@@ -753,6 +767,13 @@ SKIVE_INLINE IVec<N> quantize(Vec<N> x, S scale, Z zero) {
 template <class T>
 SKIVE_INLINE T quantize(float x, float scale, int32_t zero) {
   return saturate<T>(x / scale, zero);
+}
+
+// The same for a constant scale > 0 for which compiler/division.py has shown that `quotient` rounds to the
+// same integers as x / scale. `reciprocal` is 1 / scale, rounded.
+template <class T, int N>
+SKIVE_INLINE IVec<N> quantize_by(Vec<N> x, float scale, float reciprocal, int32_t zero) {
+  return saturate<T>(quotient(x, scale, reciprocal), splat<N>(zero));
 }
 
 // float(q - zero) * scale, the difference in 32 bits, ONNX DequantizeLinear.
@@ -1259,6 +1280,27 @@ SKIVE_INLINE Vec<N> acos_(Vec<N> x) {
   const Vec<N> y = asin_half(select(upper, sqrt_(z), a), z), twice = y + y;
   const Vec<N> outer = select(negative, splat<N>(3.14159274f) - twice, twice);
   return select(upper, outer, select(negative, pi_2 + y, pi_2 - y));
+}
+
+// The polynomial of the integer n in [Lowest, Lowest + Segments) that is nearest to x, of x - n: sum over k of
+// table[k * Segments + n mod Segments] (x - n)^k. Every operation is rounded on its own, so that all
+// targets give the same bits. The table is 64-byte aligned.
+template <int Lowest, int Segments, int Degree, int N>
+SKIVE_INLINE Vec<N> piecewise(Vec<N> x, const float* table) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the lowest bits of a sum are those of n
+  const Vec<N> sum = vmin(vmax(x + splat<N>(kMagic), splat<N>(kMagic + Lowest)),
+                          splat<N>(kMagic + (Lowest + Segments - 1)));
+  const Vec<N> r = x - (sum - splat<N>(kMagic));
+  const IVec<N> n = bits(sum);
+  Vec<N> y = entries<Segments>(table + Degree * Segments, n);
+  for (int k = Degree - 1; k >= 0; --k) y = y * r + entries<Segments>(table + k * Segments, n);
+  return y;
+}
+template <int Lowest, int Segments, int Degree>
+SKIVE_INLINE float piecewise(float x, const float* table) {
+  float y;
+  store(&y, piecewise<Lowest, Segments, Degree>(splat<1>(x), table));
+  return y;
 }
 
 // e^|x| / 2, finite for every x whose hyperbolic sine is.

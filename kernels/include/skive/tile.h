@@ -52,6 +52,13 @@ SKIVE_INLINE T& slot(Slot<I, T>& s) { return s.value; }
 //   rounded<T, Bounded = false>(Vec<N> v, int32_t zero) -> Rounded<T, N>
 //   store(T*, Rounded<T, N>)
 
+template <class R>
+constexpr bool kRounded = false;
+template <class T, int N>
+constexpr bool kRounded<Rounded<T, N>> = true;
+template <class T, int N>
+constexpr bool kRounded<const Rounded<T, N>> = true;
+
 // Four full registers of results may make one store (kJoins<T>):
 //   store_joined(T* p [, T* q [, T* r, T* s]], a, b, c, d)   as one pixel, as two or as four
 

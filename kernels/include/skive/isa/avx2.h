@@ -10,6 +10,7 @@ namespace skive {
 inline namespace SKIVE_ISA {
 
 constexpr int kLanes = 8;
+constexpr bool kFusedMultiplyAdd = true;  // fma() rounds once
 
 template <int N = kLanes>
 struct Vec {
@@ -327,6 +328,16 @@ SKIVE_INLINE IVec<N> scale_fixed(IVec<N> x, IVec<N> multiplier, IVec<N> shift, I
   const __m256i even = half(x.v, multiplier.v, shift.v, offset.v);
   const __m256i odd = half(high(x), high(multiplier), high(shift), high(offset));
   return {_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa)};
+}
+
+// table[i mod S], S = 16 or 32; the table is 64-byte aligned. Bits 3 and 4 choose among registers.
+template <int S, int N> SKIVE_INLINE Vec<N> entries(const float* table, IVec<N> i) {
+  if constexpr (S == 8) {
+    return {_mm256_permutevar8x32_ps(_mm256_load_ps(table), i.v)};
+  } else {
+    const Vec<N> low = entries<S / 2>(table, i), high = entries<S / 2>(table + S / 2, i);
+    return {_mm256_blendv_ps(low.v, high.v, _mm256_castsi256_ps(_mm256_slli_epi32(i.v, S == 16 ? 28 : 27)))};
+  }
 }
 
 template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) { return {_mm256_sqrt_ps(a.v)}; }

@@ -19,6 +19,7 @@ namespace skive {
 inline namespace SKIVE_ISA {
 
 constexpr int kLanes = 16;
+constexpr bool kFusedMultiplyAdd = true;  // fma() rounds once
 
 template <int N = kLanes>
 struct Vec {
@@ -298,6 +299,12 @@ SKIVE_INLINE IVec<N> scale_fixed(IVec<N> x, IVec<N> multiplier, IVec<N> shift, I
   const __m512i even = half(x.v, multiplier.v, shift.v, offset.v);
   const __m512i odd = half(high(x), high(multiplier), high(shift), high(offset));
   return {_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32))};
+}
+
+// table[i mod S], S = 16 or 32; the table is 64-byte aligned.
+template <int S, int N> SKIVE_INLINE Vec<N> entries(const float* table, IVec<N> i) {
+  if constexpr (S == 16) return {_mm512_permutexvar_ps(i.v, _mm512_load_ps(table))};
+  else return {_mm512_permutex2var_ps(_mm512_load_ps(table), i.v, _mm512_load_ps(table + 16))};
 }
 
 template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) { return {_mm512_sqrt_ps(a.v)}; }

@@ -10,6 +10,7 @@ namespace skive {
 inline namespace SKIVE_ISA {
 
 constexpr int kLanes = 4;
+constexpr bool kFusedMultiplyAdd = false;  // fma() rounds once
 
 template <int N = kLanes>
 struct Vec {
@@ -301,6 +302,11 @@ SKIVE_INLINE IVec<N> scale_fixed(IVec<N> x, IVec<N> multiplier, IVec<N> shift, I
     const int64_t y = (sum >> shift.v[i]) + offset.v[i];
     return y < lowest ? lowest : y > highest ? highest : y;
   });
+}
+
+// table[i mod S], S = 16 or 32.
+template <int S, int N> SKIVE_INLINE Vec<N> entries(const float* table, IVec<N> i) {
+  return each<N>([&](int k) { return table[i.v[k] & (S - 1)]; });
 }
 
 template <int N> SKIVE_INLINE Vec<N> sqrt_(Vec<N> a) {
