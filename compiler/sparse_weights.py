@@ -130,9 +130,9 @@ def rows_scratch_bytes(channels: int, lanes: int, parts: int) -> int:
 def pack_rows(weights: np.ndarray, together: int, lanes: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """(weights, index) of `sparse_rows`, flat; `weights` is [OC, IC]."""
     oc, ic = weights.shape
-    groups = np.zeros((_round_up(oc, together), ic), np.float32)
-    groups[:oc] = weights
-    groups = groups.reshape(-1, together, ic).transpose(0, 2, 1)  # [groups, IC, together]
+    padded = np.zeros((_round_up(oc, together), ic), np.float32)
+    padded[:oc] = weights
+    groups = padded.reshape(-1, together, ic).transpose(0, 2, 1)  # [groups, IC, together]
     kept = (groups != 0).any(2)
     starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
     index = np.concatenate([starts, np.nonzero(kept)[1] * rows_chunk(lanes)]).astype(np.int32)

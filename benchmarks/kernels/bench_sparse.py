@@ -130,7 +130,8 @@ def main() -> None:
             body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
             cases.append((layer, w, pitch, options.block))
     with tempfile.TemporaryDirectory() as folder:
-        source = '#include "skive/math.h"\n#include "skive/sparse.h"\n#include "skive/spmm.h"\n' + _PRELUDE + body + "} }"
+        headers = "".join(f'#include "skive/{name}.h"\n' for name in ("math", "sparse", "spmm"))
+        source = headers + _PRELUDE + body + "} }"
         lib = compile_library(source, options.isa, Path(folder), flags=(options.optimize, "-ffp-contract=off"))
         rows = []
         for i, (layer, w, pitch, block) in enumerate(cases):

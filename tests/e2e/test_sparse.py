@@ -50,6 +50,25 @@ def test_fitted_weights_keep_the_accuracy_in_fewer_bytes() -> None:
     assert len(used) >= 4 and {n for n, k in kernels.items() if k == "sparse_conv2d"} == used
 
 
+def test_zeros_stay_zeros_in_fixed_point() -> None:
+    """Through equalisation, adaptive rounding and the correction of biases: no block comes back."""
+    from skive import passes, quantization, sparsity
+    from skive.frontend import open_model
+    from skive.pipeline import PassManager
+
+    data = features()[0][:32]
+    graph = open_model(MODEL, input_shapes={"input": (1, 1, 49, 10)}).graph()
+    graph, _ = PassManager().run(graph, passes.CANONICAL, check="never")
+    graph, _ = sparsity.apply(graph, skive.Sparsify("block4x16", 0.5, calibration=data))
+    fixed, _ = quantization.apply(graph, skive.Quantize("int8", calibration=data))
+    fixed, _ = PassManager().run(fixed, passes.FUSED, check="never")
+    layers = [[n for n in g.nodes if n.op in ("conv2d", "linear")] for g in (graph, fixed)]
+    zeros = [[(n.inputs[1].value == 0).reshape(n.inputs[1].shape) for n in nodes] for nodes in layers]
+    assert len(zeros[0]) == len(zeros[1]) and sum(int(z.sum()) for z in zeros[0]) > 5000
+    for before, after in zip(*zeros, strict=True):
+        assert not (before & ~after.reshape(before.shape)).any()
+
+
 def test_nothing_sparsified_is_the_same_code(tmp_path: Path) -> None:
     compiled(output=tmp_path / "whole", emit_only=True)
     compiled(output=tmp_path / "same", emit_only=True, sparsify="block4x16@0")
