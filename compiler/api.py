@@ -75,7 +75,7 @@ def compile(
     fixed_inputs: Mapping[str, np.ndarray] | None = None,
     data: Sequence[np.ndarray] | None = None,
     quantize: Quantize | str | None = None,
-    prune: Prune | float | None = None,
+    prune: Prune | float | str | None = None,
     sparsify: Sparsify | str | None = None,
     exits: Sequence[Exit | str] | None = None,
     tune: float | None = None,
@@ -130,7 +130,8 @@ def compile(
     for way in ways:
         text = way.fingerprint()
         asked = None if asked is None or text is None else asked + text
-    if asked is not None and (tune is not None or (wanted and wanted.dtype == "auto")):
+    timed = (wanted and wanted.dtype == "auto") or (cut and cut.measure == "latency")
+    if asked is not None and (tune is not None or timed):
         asked += speed.cpu()  # what is chosen by measuring holds for this processor
     key = None
     if source.sha256 and dump_ir is None and export_onnx is None and asked is not None:
@@ -162,7 +163,7 @@ def compile(
     steps: list[Any] = [*passes.CANONICAL]
     pruned: list[Graph] = []
     if cut:
-        steps.append(_prune_step(cut, found, pruned, progress))
+        steps.append(_prune_step(cut, chosen, threads, found, pruned, progress))
     if sparse:
         steps.append(_sparsify_step(sparse, found, pruned, progress))
     if wanted:
@@ -330,11 +331,12 @@ def _data_sha256(data: Sequence[np.ndarray] | None) -> str | None:
     return h.hexdigest()
 
 
-def _prune_step(cut: Prune, found: dict[str, Any], pruned: list[Graph], progress: Progress) -> Step:
+def _prune_step(cut: Prune, target: Target, threads: int, found: dict[str, Any], pruned: list[Graph],
+                progress: Progress) -> Step:
     """The pipeline's element that removes channels; `pruned` gets the graph, `found` what the report says of it."""
 
     def run(graph: Graph, options: Any) -> Graph:
-        result, found["sparsity"] = pruning.apply(graph, cut, progress)
+        result, found["sparsity"] = pruning.apply(graph, cut, progress, target, threads)
         if result is not graph:
             pruned.append(result)
         return result

@@ -285,8 +285,10 @@ def cli() -> None:
 @click.option("--activations", type=click.Choice(["8", "16", "32"]), default="16", show_default=True,
               help="With --quantize weights8 or weights4: bits to which each row of activations is rounded as it is "
                    "read; 32 computes in float32.")
-@click.option("--prune", type=click.FloatRange(0, 1, max_open=True), metavar="FRACTION",
-              help="Remove whole channels, until this fraction of the multiply-accumulates is gone; what is left is "
+@click.option("--prune", metavar="WHAT",
+              help="Remove whole channels: 0.4, until this fraction of the multiply-accumulates is gone; parameters=0.4, "
+                   "bytes=0.4 or latency=0.4 of the weights or of the time of a run here; zeros, those that are zero "
+                   "already; erase=N, so many residual branches before (several with commas between). What is left is "
                    "fitted to --calibrate, or to noise without it.")
 @click.option("--prune-criterion", type=click.Choice(["l1", "l2", "activation", "obspa", "random"]),
               default="activation", show_default=True, help="Which channels count least.")
@@ -319,7 +321,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None,
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
-                    budget_us: float | None, block: int | None, activations: str, prune: float | None,
+                    budget_us: float | None, block: int | None, activations: str, prune: str | None,
                     prune_criterion: str, sparsify: str | None, sparsify_criterion: str | None,
                     exits: tuple[str, ...], export_onnx: str | None, tune: float | None, max_ram: int | None,
                     max_flash: int | None, backend: str, emit_only: bool, no_verify: bool, strict: bool,
@@ -354,7 +356,9 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
         raise click.UsageError("--quantize needs --calibrate FILE.npz[:KEY]: inputs such as the network will meet")
     ports = _graph_ports(_open(model, **request).graph().inputs) if calibrate is not None else []
     if prune is not None:
-        cut = skive.Prune(macs=prune, criterion=prune_criterion, calibration=_calibration(calibrate, ports))
+        from skive import pruning
+
+        cut = replace(pruning.requested(prune), criterion=prune_criterion, calibration=_calibration(calibrate, ports))
     if quantize is not None:
         wanted = skive.Quantize(quantize, calibration=_calibration(calibrate, ports), method=ranges, rounding=rounding,
                                 keep=keep, integer_only=integer_only, budget_sqnr_db=budget_sqnr,
@@ -434,6 +438,7 @@ def _sparsity_lines(fewer: Mapping[str, Any]) -> list[tuple[str, str]]:
         kept, whole = (sum(g[k] for g in fewer["groups"]) for k in ("kept", "channels"))
         lines.append(("pruned", f"{channels['macs_removed']:.1%} of the MACs, {whole - kept} of {whole} channels "
                                 f"({channels['criterion']})"))
+        lines += _pruning_lines(channels)
     if "fraction" in fewer:
         lines.append(("sparsified", f"{fewer['pattern']}, {fewer['macs_removed']:.1%} of the MACs ({fewer['criterion']}"
                                     ")"))
@@ -442,6 +447,25 @@ def _sparsity_lines(fewer: Mapping[str, Any]) -> list[tuple[str, str]]:
         gains = [layer["speedup"] for layer in used]
         gain = f", {min(gains):.1f} to {max(gains):.1f} times as fast by forecast" if gains else ""
         lines.append(("zeros", f"sparse kernels in {len(used)} of {len(layers)} layers with zeros{gain}"))
+    return lines
+
+
+def _pruning_lines(channels: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What else went, and what the weights that are left were fitted to."""
+    lines = []
+    if branches := channels.get("erased"):
+        lines.append(("erased", ", ".join(b["sum"] for b in branches)))
+    if channels.get("zero_channels"):
+        lines.append(("zero", f"{channels['zero_channels']} channels were zero"))
+    if forecast := channels.get("forecast_us"):
+        lines.append(("forecast", f"{forecast['whole']:.0f} us whole, {forecast['pruned']:.0f} us pruned, in float32"))
+    fit = channels["fit"]
+    if fit["data"]:
+        noise = " of noise, as --calibrate gives no data" if fit["data"] == "noise" else " of --calibrate"
+        what = "measured with" if not channels["refit"] else "fitted to"
+        lines.append((what, f"{fit['samples']} samples{noise}"))
+    if layers := fit["not_fitted"]:
+        lines.append(("not fitted", "; ".join(f"{n['layer']}: {n['reason']}" for n in layers)))
     return lines
 
 

@@ -7,10 +7,11 @@ import pytest
 
 from skive import ops, pruning
 from skive.errors import PruningError
-from skive.ir import Graph, Node, constant
+from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.channel_groups import channel_groups, zeroed
 from skive.pipeline import total_macs
-from skive.pruning import Cost, Prune
+from skive.pruning import Cost, Importance, Prune
+from skive.pruning.fit import restored_wide
 from skive.reference import evaluate_graph
 from skive.types import DType
 from skive.verify import verify
@@ -137,8 +138,8 @@ def test_cost_of_a_cut_is_that_of_the_cut_graph() -> None:
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({}, "one of macs and parameters"),
-    ({"macs": 0.5, "parameters": 0.5}, "one of macs and parameters"),
+    ({}, "one of macs, parameters, bytes, latency"),
+    ({"macs": 0.5, "parameters": 0.5}, "one of macs, parameters"),
     ({"macs": 1.0}, "fraction"),
     ({"macs": -0.1}, "fraction"),
     ({"macs": "half"}, "fraction"),
@@ -161,3 +162,163 @@ def test_a_network_without_channels_to_remove() -> None:
     y = ops.make("linear", x, constant(np.ones((2, 4), np.float32)), origin="fc")
     with pytest.raises(PruningError, match="no channel can be removed.*output of the network"):
         pruning.apply(Graph("g", (x,), (y,), ("y",)), Prune(macs=0.5))
+
+
+def test_the_report_says_what_the_fit_rests_on(caplog: pytest.LogCaptureFixture) -> None:
+    graph = network()
+    _, report = pruning.apply(graph, Prune(macs=0.4, calibration=data()))
+    assert report["fit"] == {"data": "calibration", "samples": 24, "not_fitted": []} and not caplog.records
+    _, report = pruning.apply(graph, Prune(macs=0.4))
+    assert report["fit"]["data"] == "noise" and "noise stands in" in caplog.text
+    _, report = pruning.apply(graph, Prune(macs=0.4, criterion="l1", refit=False))
+    assert report["fit"] == {"data": None, "samples": 0, "not_fitted": []}
+
+
+def test_layers_that_are_not_fitted_are_named() -> None:
+    rng = np.random.default_rng(0)
+    x = ops.make("input", shape=(1, 8), dtype=DType.f32, label="x", origin="x")
+    shared = constant(rng.standard_normal((8, 8)).astype(np.float32), name="w", origin="shared")
+    first = ops.make("linear", x, constant(rng.standard_normal((8, 8)).astype(np.float32)), origin="first")
+    y = ops.make("add", ops.make("linear", first, shared, origin="a"), ops.make("linear", first, shared, origin="b"))
+    y = ops.make("linear", y, constant(rng.standard_normal((2, 8)).astype(np.float32)), origin="last")
+    _, report = pruning.apply(Graph("g", (x,), (y,), ("y",)), Prune(macs=0.2, criterion="random"))
+    assert {(n["layer"], "shared" in n["reason"]) for n in report["fit"]["not_fitted"]} == {("a", True), ("b", True)}
+
+
+def test_wide_layers_are_fitted_in_the_space_of_the_samples() -> None:
+    """The same problem, solved through rows or through columns."""
+    rng = np.random.default_rng(2)
+    before = np.concatenate([rng.standard_normal((50, 30)), np.ones((50, 1))], 1)
+    after = np.where(np.arange(31) % 3 == 0, 0, before)
+    after[:, -1] = 1
+    weights, keep = rng.standard_normal((4, 31)), np.arange(31) % 3 > 0
+    keep[-1] = True
+    wide = restored_wide(weights, before, after, keep)
+    plain = pruning.restored(weights, after.T @ after / 50, before.T @ after / 50, keep, 50)
+    assert not wide[:, ~keep].any()
+    assert np.abs(wide - plain).max() < 1e-6
+
+
+@pytest.mark.parametrize("measure", ["bytes", "parameters"])
+def test_bytes_are_four_to_a_weight(measure: str) -> None:
+    _, report = pruning.apply(network(), Prune(**{measure: 0.5}, criterion="l1", refit=False))
+    assert report["bytes_removed"] == pytest.approx(report["parameters_removed"]) and report["bytes_removed"] >= 0.5
+
+
+def dead(graph: Graph, name: str, channels: list[int]) -> Graph:
+    """`graph` with these output channels of a layer zero, bias and all: what other tools leave as a mask."""
+    def one(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node.is_const and node.origin == name:
+            value = node.value.copy()
+            value[channels] = 0
+            return constant(value, name=node.name, origin=node.origin)
+        return rebuilt(node, inputs)
+
+    return graph.map_nodes(one)
+
+
+def test_zeros_of_other_tools_go_exactly() -> None:
+    graph = dead(network(), "one", [2, 3, 11])
+    small, report = pruning.apply(graph, Prune(zeros=True))
+    assert report["zero_channels"] == 3 and report["macs_removed"] > 0 and report["fit"]["data"] is None
+    assert error(graph, small) < 1e-6
+    stem = dead(network(), "stem", [2])  # the residual branch writes to that channel
+    same, report = pruning.apply(stem, Prune(zeros=True))
+    assert report["zero_channels"] == 0 and same is stem
+
+
+def test_channels_that_nothing_reads_are_zero_too() -> None:
+    graph = network()
+
+    def one(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node.is_const and node.name == "two.w":
+            value = node.value.copy()
+            value[..., [4, 5]] = 0
+            return constant(value, name=node.name, origin=node.origin)
+        return rebuilt(node, inputs)
+
+    graph = graph.map_nodes(one)
+    small, report = pruning.apply(graph, Prune(zeros=True))
+    assert report["zero_channels"] == 2 and error(graph, small) < 1e-6
+
+
+def test_what_a_function_makes_of_zero_is_not_zero() -> None:
+    """A sigmoid turns a dead channel into one half."""
+    x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x", origin="x")
+    w = np.random.default_rng(0).standard_normal((8, 4)).astype(np.float32)
+    w[3] = 0
+    h = ops.make("linear", x, constant(w), origin="first")
+    last = constant(np.ones((2, 8), np.float32))
+    for op, gone in (("relu", 1), ("sigmoid", 0)):
+        y = ops.make("linear", ops.make(op, h), last, origin="last")
+        _, report = pruning.apply(Graph("g", (x,), (y,), ("y",)), Prune(zeros=True))
+        assert report["zero_channels"] == gone, op
+
+
+def test_a_branch_that_changes_little_is_erased() -> None:
+    graph = network()
+
+    def one(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node.is_const and node.origin == "two":
+            return constant(node.value * np.float32(1e-6), name=node.name, origin=node.origin)
+        return rebuilt(node, inputs)
+
+    quiet = graph.map_nodes(one)
+    small, report = pruning.apply(quiet, Prune(erase=1, calibration=data()))
+    verify(small)
+    (gone,) = report["erased"]
+    assert set(gone["layers"]) == {"one", "two"} and gone["influence"] < 1e-6
+    assert {n.origin for n in small.nodes if n.op == "conv2d"} == {"stem"} and report["macs_removed"] > 0.5
+    assert error(quiet, small) < 1e-4
+    with pytest.raises(PruningError, match="1 residual branches can be erased, not 2"):
+        pruning.apply(quiet, Prune(erase=2, calibration=data()))
+    with pytest.raises(PruningError, match="layers of keep"):
+        pruning.apply(quiet, Prune(erase=1, keep="two", calibration=data()))
+
+
+def test_a_branch_that_something_else_reads_stays_a_graph() -> None:
+    """What another node needs of a branch is kept."""
+    x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x", origin="x")
+    a = ops.make("linear", x, constant(np.eye(4, dtype=np.float32)), origin="a")
+    f = ops.make("linear", a, constant(np.eye(4, dtype=np.float32)), origin="f")
+    g = ops.make("linear", f, constant(np.eye(4, dtype=np.float32)), origin="g")
+    y = ops.make("add", a, g)
+    small, report = pruning.apply(Graph("g", (x,), (y, ops.make("relu", f)), ("y", "z")), Prune(erase=1))
+    verify(small)
+    assert report["erased"][0]["layers"] == ["g"]
+
+
+@pytest.mark.parametrize(("text", "options"), [
+    ("0.4", {"macs": 0.4}), ("latency=0.5", {"latency": 0.5}), ("zeros", {"zeros": True}),
+    ("erase=2,macs=0.3", {"erase": 2, "macs": 0.3}), ("zeros, bytes=0.2", {"zeros": True, "bytes": 0.2}),
+])
+def test_as_the_command_line_says_it(text: str, options: dict) -> None:
+    assert pruning.requested(text) == Prune(**options)
+
+
+@pytest.mark.parametrize("text", ["half", "speed=0.5", "macs=0.2,macs=0.3", "erase=1.5", "macs=0.3,bytes=0.4", "",
+                                  "1.5"])
+def test_what_the_command_line_cannot_say(text: str) -> None:
+    with pytest.raises(PruningError):
+        pruning.requested(text)
+
+
+def test_importances_of_another_network_are_refused() -> None:
+    graph = network()
+    keys = pruning.constant_keys(graph)
+    every = {k: np.abs(n.value) for n, k in keys.items()}
+    small, report = pruning.apply(graph, Prune(macs=0.3, criterion=Importance("taylor", every), refit=False))
+    assert report["criterion"] == "taylor" and total_macs(small) < total_macs(graph)
+    for wrong in ({"other#1": np.ones(3)}, {next(iter(every)): np.ones((1, 2))}):
+        with pytest.raises(PruningError, match="another network"):
+            pruning.apply(graph, Prune(macs=0.3, criterion=Importance("taylor", wrong)))
+
+
+def test_importance_decides() -> None:
+    graph = network()
+    key, node = next((k, n) for n, k in pruning.constant_keys(graph).items() if n.name == "one.w")
+    values = {key: np.arange(16.0)[:, None, None, None] * np.ones(node.shape)}
+    options = Prune(macs=0.2, criterion=Importance("snip", values), refit=False, multiple=1, keep="stem")
+    small, _ = pruning.apply(graph, options)
+    left = next(n for n in small.nodes if n.name == "one.w")
+    assert left.shape[0] < 16 and np.array_equal(left.value, node.value[16 - left.shape[0]:])
