@@ -21,6 +21,7 @@ TOLERANCE = 1e-4
 # A quantizer behind a float32 function may round a value either way; the noise of that stays well
 # below the noise of quantization itself (about 40 dB for 8 bits).
 INTEGER_SQNR_DB = 45.0
+BRANCH_TRIES = 24  # inputs that are tried to see a choice go both ways
 FLIP_DB = 6.0  # by which an artefact may be further from the reference than a perturbed reference is
 # Relative error of a weight that changes the sums of a contraction about as much (2^-19.8, L2) as float32
 # rounding does in the kernel that is worst at it, Winograd's (2^-21 for 16 channels, 2^-19.6 for 256).
@@ -224,14 +225,44 @@ def first_divergence(
     return candidates[high]
 
 
-def sample_inputs(graph: Graph, seed: int = 0) -> list[np.ndarray]:
-    """Random inputs that exercise a graph: normal floats, bools, and integers that are valid indices
+def branch_inputs(graph: Graph, first: Sequence[np.ndarray]) -> tuple[list[list[np.ndarray]], list[str]]:
+    """(inputs beside `first` on which choices of `graph` go another way, where none was found that goes both ways).
+
+    Tried are random inputs of several scales, until every choice was seen both ways or BRANCH_TRIES are over.
+    """
+    choices = [n for n in graph.nodes if n.op == "choose"]
+    if not choices:
+        return [], []
+    seen: set[tuple[Node, bool]] = set()
+    found: list[list[np.ndarray]] = []
+    conditions = {n.inputs[0] for n in choices}
+    for attempt in range(BRANCH_TRIES):
+        scale = (1.0, 0.1, 10.0, 0.0)[attempt % 4]
+        inputs = sample_inputs(graph, attempt, scale) if attempt else list(first)
+        met: set[tuple[Node, bool]] = set()
+
+        def observe(node: Node, value: np.ndarray, met: set[tuple[Node, bool]] = met) -> None:
+            if node in conditions:
+                met.add((node, bool(value.reshape(-1)[0])))
+
+        evaluate_graph(graph, inputs, observe=observe)
+        if met - seen and attempt:
+            found.append(inputs)
+        seen |= met
+        if len(seen) == 2 * len(conditions):
+            break
+    one_way = [n.label() for n in choices if sum((n.inputs[0], way) in seen for way in (False, True)) < 2]
+    return found, list(dict.fromkeys(one_way))
+
+
+def sample_inputs(graph: Graph, seed: int = 0, scale: float = 1.0) -> list[np.ndarray]:
+    """Random inputs that exercise a graph: normal floats times `scale`, bools, and integers that are valid indices
     where an input is used as one."""
     rng = np.random.default_rng(seed)
     arrays = []
     for node in graph.inputs:
         if node.dtype.is_float:
-            a: np.ndarray = rng.standard_normal(node.shape)
+            a: np.ndarray = scale * rng.standard_normal(node.shape)
         elif node.dtype is DType.bool:
             a = rng.integers(0, 2, node.shape)
         else:

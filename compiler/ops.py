@@ -396,6 +396,16 @@ _add(Op("where", (3, 3), _infer_where, lambda x, a: np.where(*x), {}, "elementwi
         doc="a where the condition holds, else b"))
 
 
+def _infer_choose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    if types[0].dtype is not BOOL or types[0].size != 1 or types[1] != types[2]:
+        raise ShapeError(f"choose needs one bool and two operands of one type, not {', '.join(map(str, types))}")
+    return types[1]
+
+
+_add(Op("choose", (3, 3), _infer_choose, lambda x, a: x[1] if bool(x[0].reshape(-1)[0]) else x[2], {}, "control",
+        doc="a if the condition, one bool, holds, else b; what only the other operand needs is not computed"))
+
+
 def _infer_map(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     e = expressions.parse(a["fn"])
     if e.arity > len(types):

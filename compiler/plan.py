@@ -73,6 +73,14 @@ class Fn:
 
 
 @dataclass(frozen=True, slots=True)
+class Guard:
+    """A call runs only if the bool at `arg` is `holds`."""
+
+    arg: Arg
+    holds: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One kernel call: `kernel<template...>::run(args..., part, fn)`.
 
@@ -91,6 +99,7 @@ class Call:
     bytes: int = 0
     parallel: bool = True
     scratch_bytes: int = 0  # given to the kernel; the emitted code asserts that it is enough
+    guards: tuple[Guard, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,10 +192,15 @@ def bound_is_clip(m: Match) -> Node | None:
     return _clip(m, m["x"], *((bound, math.inf) if m.root.op == "max" else (-math.inf, bound)))
 
 
-@rule(op("where", Const("c", _uniform), Var("a"), Var("b")))
+@rule(op("where|choose", Const("c", _uniform), Var("a"), Var("b")))
 def decided_where(m: Match) -> Node | None:
     chosen = m["a"] if m["c"].value.flat[0] else m["b"]
     return chosen if chosen.type == m.root.type else None
+
+
+@rule(op("choose", Var("c"), Var("a"), Var("b"), where=lambda n: n.inputs[1] is n.inputs[2]))
+def one_choice(m: Match) -> Node | None:
+    return m["a"]
 
 
 # ------------------------------------------------------------------------------------ reductions

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from skive.emit import exits
+from skive.emit import host
 from skive.plan import Access, Arg, Call, Fn, Plan
 from skive.targets.base import Target
 
@@ -268,7 +268,7 @@ def _public_header(plan: Plan, upper: str) -> str:
             f"{upper}_API int {n}_run_batch(const void* const* inputs, void* const* outputs, void* arena, int batch);",
         ]
     if plan.exits:
-        lines += exits.header(plan, upper)
+        lines += host.header(plan, upper)
     lines += [
         "",
         "/* 1 if this processor has the instruction sets that the code needs. */",
@@ -387,7 +387,8 @@ def _main_unit(
         f"__attribute__((noinline)) static void run({pointers}) {{",
         f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);",
     ]
-    out += [f"  {_layer_name(i, c)}(m);" for i, _, c in calls]
+    steps = host.sequence(plan, [_layer_name(i, c) for i, _, c in calls])
+    out += host.guarded(steps, "  ")
     out += ["}", ""]
     if plan.batch_max:
         out += [
@@ -397,7 +398,7 @@ def _main_unit(
         ]
         out += ["    run(in, out, arena);", "  }", "}", ""]
     if plan.exits:
-        out += exits.functions(plan, [_layer_name(i, c) for i, _, c in calls], _pointers_of_sample)
+        out += host.functions(plan, steps, _pointers_of_sample)
     if calls:
         out += [
             f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
@@ -477,7 +478,7 @@ def _main_unit(
             "",
         ]
     if plan.exits:
-        out += exits.entries(plan, upper)
+        out += host.entries(plan, upper)
     out += [
         f'extern "C" int {n}_run_layer(int layer, const void* const* inputs, void* const* outputs, void* arena) {{',
         "  if (int error = check(inputs, outputs, arena)) return error;",

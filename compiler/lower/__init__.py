@@ -7,10 +7,11 @@ calls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from skive.ir import Graph, Node
 from skive.lower import (
+    branches,
     compressed,
     convolution,
     elementwise,
@@ -21,8 +22,10 @@ from skive.lower import (
     recurrence,
     reductions,
 )
+from skive.lower.branches import guards_of
 from skive.lower.calls import LOWER, Lowering, lowers
 from skive.lower.legalise import legalise
+from skive.lower.storage import Guards
 from skive.plan import Plan
 from skive.program import ExitTest, Program
 from skive.targets.base import Target
@@ -32,7 +35,9 @@ from skive.types import DType
 __all__ = ["LOWER", "Lowering", "lower", "lowers"]
 
 # Each registers the lowering of its operations.
-FAMILIES = (compressed, convolution, pooling, elementwise, movement, indexing, recurrence, reductions, products)
+FAMILIES = (
+    branches, compressed, convolution, pooling, elementwise, movement, indexing, recurrence, reductions, products
+)
 
 
 def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None = None,
@@ -43,24 +48,27 @@ def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None 
     """
     graph = legalise(graph)
     ctx = Lowering(graph, target, threads, tuning or Tuning())
+    guards = guards_of(graph)
     if not exits:
-        _lower_nodes(ctx, graph.nodes)
+        _lower_nodes(ctx, graph.nodes, guards)
         return ctx.finish()
     program = Program(graph, exits)
     for i, nodes in enumerate(program.stages()):
-        _lower_nodes(ctx, nodes)
+        _lower_nodes(ctx, nodes, guards)
         ctx.end_stage([program.exit_of(n) == i for n in graph.output_names], nodes)
     return ctx.finish(exits)
 
 
-def _lower_nodes(ctx: Lowering, nodes: Sequence[Node]) -> None:
+def _lower_nodes(ctx: Lowering, nodes: Sequence[Node], guards: Mapping[Node, Guards]) -> None:
     """Appends the calls that compute `nodes`."""
     for node in nodes:
         if node.op in ("input", "const", "reshape") or not node.type.size:
             continue
+        ctx.guards = guards[node]
         if node.dtype is DType.f16 or any(i.dtype is DType.f16 for i in node.inputs):
             ctx.problems.append((node.label(), f"{node.op} on float16", "cast the model to float32"))
         elif node.op in LOWER:
             LOWER[node.op](ctx, node)
         else:
             ctx.problems.append((node.label(), f"{node.op} has no kernel", "report it"))
+        ctx.guards = ()

@@ -13,8 +13,8 @@ from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node
 from skive.lower.abilities import is_integer_conv
 from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype, without_divisions
-from skive.lower.storage import Root, Storage, View
-from skive.plan import Access, Arg, Block, Call, Exit, Fn, Plan, Port, Stage, Step, aligned, place
+from skive.lower.storage import Guards, Root, Storage, View
+from skive.plan import Access, Arg, Block, Call, Exit, Fn, Guard, Plan, Port, Stage, Step, aligned, place
 from skive.program import ExitTest
 from skive.targets.base import Target
 from skive.tuning import Tuning
@@ -29,8 +29,9 @@ class Lowering(Storage):
         self.target, self.threads, self.tuning = target, threads, tuning
         self.calls: list[Call] = []
         self.problems: list[tuple[str, str, str]] = []
-        self._pending: list[tuple[list[tuple[Root, int, Arg]], int]] = []
+        self._pending: list[tuple[list[tuple[Root, int, Arg]], int, tuple[bool, ...]]] = []
         self._stages: list[Stage] = []
+        self.guards: Guards = ()  # of the calls that are appended next
 
     def read(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
         """An operand; `strided`: of a kernel that heeds `pixel(node)`."""
@@ -83,7 +84,12 @@ class Lowering(Storage):
             if view.root.block:
                 view.root.block.first = min(view.root.block.first, index)
                 view.root.block.last = max(view.root.block.last, index)
-        self._pending.append(([(v.root, v.offset, a) for v, a in args], index))
+        conditions = [(self.view(c), Arg("", "bool", "")) for c, _ in self.guards]
+        for view, _ in conditions:  # read by the host program right before the call
+            if view.root.block:
+                view.root.block.last = max(view.root.block.last, index)
+        pending = [(v.root, v.offset, a) for v, a in (*args, *conditions)]
+        self._pending.append((pending, index, tuple(holds for _, holds in self.guards)))
         self.calls.append(
             Call(
                 kernel,
@@ -136,12 +142,14 @@ class Lowering(Storage):
         blocks = [r.block for r in self._roots if r.block and r.block.last >= 0]
         size, bound = place(blocks)
         calls = list(self.calls)
-        for args, index in self._pending:
+        for args, index, holds in self._pending:
             resolved = []
             for root, offset, arg in args:
                 base = root.block.offset if root.block else root.offset
                 resolved.append(replace(arg, kind=root.kind, index=root.index, offset=base + offset))
-            calls[index] = replace(calls[index], args=tuple(resolved))
+            own = len(resolved) - len(holds)
+            guards = tuple(Guard(a, h) for a, h in zip(resolved[own:], holds, strict=True))
+            calls[index] = replace(calls[index], args=tuple(resolved[:own]), guards=guards)
         ports = [
             tuple(Port(name, n.shape, n.dtype.numpy.name, n.type.bytes) for name, n in side)
             for side in (

@@ -13,6 +13,8 @@ from skive.lower.abilities import overwrites, reads_channel_slices, writes_chann
 from skive.lower.strides import row_strides
 from skive.plan import Block, WeightPool
 
+Guards = tuple[tuple[Node, bool], ...]  # conditions and what they must be, outermost first
+
 
 @dataclass
 class Root:

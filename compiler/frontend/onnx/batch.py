@@ -140,7 +140,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-@rule("elementwise")
+@rule("elementwise", "choose")
 def _elementwise(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     need(same(a, b), f"{b.op} changes with the batch")
     return broadcast_axis(b.type.rank, shapes, axes, b.op)

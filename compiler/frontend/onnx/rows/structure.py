@@ -34,7 +34,7 @@ def truth(c: Call, node: Value, what: str) -> bool:
 
 @onnx_op("If")
 def if_(c: Call) -> list[Value]:
-    """The branch that a constant condition takes; else both are computed and the results selected."""
+    """The branch that a constant condition takes; else the results are chosen, and a call computes one of them."""
     if c[0].is_const:
         return c.subgraph("then_branch" if truth(c, c[0], "the condition") else "else_branch")
     condition = c.reshape(c[0], ())
@@ -47,7 +47,7 @@ def selected(c: Call, condition: Node, a: Value, b: Value) -> Value:
     if isinstance(a, UnknownValue) or isinstance(b, UnknownValue):
         return UNKNOWN
     if isinstance(a, Node) and isinstance(b, Node) and a.type == b.type:
-        return c.make("where", condition, a, b)
+        return c.make("choose", condition, a, b)
     if isinstance(a, SequenceValue) and isinstance(b, SequenceValue) and len(a.items) == len(b.items):
         return SequenceValue(tuple(selected(c, condition, x, y) for x, y in zip(a.items, b.items, strict=True)))
     raise Unsupported(f"{c.op_type} with a condition that is no constant and branches whose results differ in shape",

@@ -1,7 +1,8 @@
-"""The host program of a network with early exits as C++: stages, tests, and the entries that run them."""
+"""The host program as C++: branches, stages, tests of early exits, and the entries that run them."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 from skive.plan import Plan
@@ -59,8 +60,34 @@ def header(plan: Plan, upper: str) -> list[str]:
             f"{upper}_API int {n}_exits_cpu_supported(void);"]
 
 
-def functions(plan: Plan, layer_names: Sequence[str], pointers_of_sample: Callable[[Plan], list[str]]) -> list[str]:
-    """The host program, for the namespace of the model. `layer_names`: the function of each call."""
+_BYTES = {"input": "m.in[{index}][{offset}]", "output": "m.out[{index}][{offset}]", "arena": "m.arena[{offset}]",
+          "weights": "m.weights[{offset}]"}
+
+
+def sequence(plan: Plan, layer_names: Sequence[str]) -> list[tuple[str, str]]:
+    """(condition, function) of every call; the condition is "" where there is none."""
+    found = []
+    for call, name in zip(plan.calls, layer_names, strict=True):
+        tests = [("" if g.holds else "!") + _BYTES[g.arg.kind].format(index=g.arg.index, offset=g.arg.offset)
+                 for g in call.guards]
+        found.append((" && ".join(tests), name))
+    return found
+
+
+def guarded(steps: Sequence[tuple[str, str]], indent: str) -> list[str]:
+    """The statements that call these functions on `m`, neighbours with the same condition together."""
+    lines = []
+    for condition, group in itertools.groupby(steps, key=lambda s: s[0]):
+        inner = indent + "  " if condition else indent
+        body = [f"{inner}{name}(m);" for _, name in group]
+        lines += [f"{indent}if ({condition}) {{", *body, f"{indent}}}"] if condition else body
+    return lines
+
+
+def functions(
+    plan: Plan, steps: Sequence[tuple[str, str]], pointers_of_sample: Callable[[Plan], list[str]]
+) -> list[str]:
+    """The host program, for the namespace of the model. `steps`: what `sequence` gave."""
     tests = [e for e in plan.exits if e.score is not None]
     out = [
         f"const float default_thresholds[] = {{{', '.join(literal(e.threshold) for e in tests)}}};",
@@ -79,7 +106,7 @@ def functions(plan: Plan, layer_names: Sequence[str], pointers_of_sample: Callab
             if started:
                 out.append("      [[fallthrough]];")
             out.append(f"    case {step.index}:" if started else "    default:")
-            out += [f"      {name}(m);" for name in layer_names[s.first : s.end]]
+            out += guarded(steps[s.first : s.end], "      ")
             started = True
         elif step.op == "leave":
             score = f"*reinterpret_cast<const float*>(m.out[{e.score}])"

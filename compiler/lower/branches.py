@@ -1,0 +1,63 @@
+"""Control flow recovered from data flow: what only one side of a `choose` needs runs only if that side is taken."""
+
+from __future__ import annotations
+
+from skive.ir import Graph, Node
+from skive.lower.calls import Lowering, lowers
+from skive.lower.storage import Guards
+from skive.plan import Arg
+
+
+def guards_of(graph: Graph) -> dict[Node, Guards]:
+    """For every node the conditions, outermost first, without which nothing needs it.
+
+    All uses of a node agree on a prefix of conditions; that prefix is its own. A condition is always computed
+    before what it guards: it is the first operand of the `choose` through which alone that is reached.
+    """
+    found: dict[Node, Guards] = {}
+    outputs = set(graph.outputs)
+    for node in reversed(graph.nodes):
+        uses: list[Guards] = [()] if node in outputs or not graph.users[node] else []
+        for user in set(graph.users[node]):
+            around = found[user]
+            if user.op != "choose":
+                uses.append(around)
+                continue
+            condition, a, b = user.inputs
+            if node is condition:
+                uses.append(around)
+            if node is a:
+                uses.append((*around, (condition, True)))
+            if node is b:
+                uses.append((*around, (condition, False)))
+        common = uses[0]
+        for other in uses[1:]:
+            length = 0
+            while length < min(len(common), len(other)) and _same(common[length], other[length]):
+                length += 1
+            common = common[:length]
+        found[node] = common
+    return found
+
+
+def _same(a: tuple[Node, bool], b: tuple[Node, bool]) -> bool:
+    return a[0] is b[0] and a[1] is b[1]
+
+
+@lowers("choose")
+def _choose(ctx: Lowering, node: Node) -> None:
+    """Two copies, of which one runs."""
+    condition, a, b = node.inputs
+    dense = f"Shape<{node.type.size}>"
+    around = ctx.guards
+    for value, holds in ((a, True), (b, False)):
+        ctx.guards = (*around, (condition, holds))
+        ctx.call(
+            node,
+            "copy_strided",
+            "copy.h",
+            [node.dtype.ctype, dense, dense, dense],
+            ["y", "x", "part"],
+            [(ctx.view(node), Arg("y", node.dtype.ctype, "", const=False)), ctx.read("x", value)],
+        )
+    ctx.guards = around

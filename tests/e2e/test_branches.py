@@ -1,0 +1,152 @@
+"""Branches on the values of tensors: only the side that is taken runs, and gives what the reference gives."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import skive
+from skive import ops
+from skive.emit import cxx
+from skive.ir import Graph, Node, constant
+from skive.lower import lower
+from skive.lower.branches import guards_of
+from skive.passes import optimize
+from skive.targets.base import TARGETS
+from skive.types import DType
+
+
+def nested() -> Graph:
+    """One choice inside a side of another; values that both sides share, or that are used outside as well."""
+    rng = np.random.default_rng(0)
+
+    def dense(x: Node, label: str) -> Node:
+        w = constant((rng.standard_normal((8, 8)) / 3).astype(np.float32))
+        return ops.make("linear", x, w, constant(rng.standard_normal(8).astype(np.float32)), origin=label)
+
+    def above(x: Node, value: float) -> Node:
+        mean = ops.make("reduce_mean", x, axes=(0, 1), keep=False)
+        return ops.make("greater", mean, constant(np.asarray(value, np.float32)))
+
+    x = ops.make("input", shape=(1, 8), dtype=DType.f32, label="x")
+    shared = dense(x, "shared")  # of both sides: always
+    outside = dense(shared, "outside")  # of one side, and an output: always
+    then = ops.make("tanh", dense(outside, "then"))
+    often = above(then, 0.55)  # about its mean
+    inner = ops.make("choose", often, ops.make("exp", dense(then, "inner-then")), dense(then, "inner-else"),
+                     origin="inner")
+    other = ops.make("add", dense(shared, "else"), shared)
+    outer = ops.make("choose", above(x, 0.1), inner, other, origin="outer")
+    return Graph("nested", (x,), (ops.make("mul", outer, constant(np.float32(2))), outside), ("y", "z"))
+
+
+def test_what_one_side_alone_needs_is_guarded() -> None:
+    graph = nested()
+    guards = guards_of(graph)
+    depth = {n.origin: len(guards[n]) for n in graph.nodes if n.origin}
+    assert depth == {"shared": 0, "outside": 0, "then": 1, "inner-then": 2, "inner-else": 2, "inner": 1, "else": 1,
+                     "outer": 0}
+    side = {n.origin: [holds for _, holds in guards[n]] for n in graph.nodes}
+    assert side["inner-then"] == [True, True] and side["inner-else"] == [True, False] and side["else"] == [False]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_path_equals_the_reference(threads: int) -> None:
+    from skive.reference import evaluate_graph
+
+    graph = nested()
+    module = skive.compile(graph, threads=threads)
+    rng = np.random.default_rng(1)
+    paths = set()
+    for _ in range(60):
+        x = rng.standard_normal((1, 8)).astype(np.float32)
+        conditions = []
+
+        def observe(node: Node, value: np.ndarray, conditions: list[bool] = conditions) -> None:
+            if node.op == "greater":
+                conditions.append(bool(value))
+
+        want = evaluate_graph(graph, [x], observe=observe)
+        paths.add(tuple(conditions))
+        for a, b in zip(module(x), want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert paths >= {(False, False), (True, False), (True, True)}  # the outer condition comes first
+
+
+def test_the_other_side_does_not_run() -> None:
+    """The memory of a side that is not taken is not written."""
+    module = skive.compile(nested(), verify=False)
+    text = (module.folder / "nested.cpp").read_text()
+    body = text[text.index("static void run("):]
+    body = body[:body.index("\n}")]
+    calls = [line for line in body.splitlines() if line.startswith("  layer")]
+    guarded = [line for line in body.splitlines() if line.startswith("    layer")]
+    assert any("shared" in line for line in calls) and any("outside" in line for line in calls)
+    assert all(any(name in line for line in guarded) for name in ("inner_then", "inner_else", "then", "else"))
+    library = ctypes.CDLL(str(module.folder / "libnested.so"))
+    size = module.manifest["arena_bytes"]
+    raw = np.zeros(size + 64, np.uint8)
+    arena = raw[-raw.ctypes.data % 64:][:size]
+    written = []
+    for sign in (1, -1):
+        x = np.full((1, 8), sign, np.float32)
+        outputs = [np.zeros((1, 8), np.float32) for _ in range(2)]
+        arena[:] = 0xA5
+        pointers = (ctypes.c_void_p * 1)(x.ctypes.data), (ctypes.c_void_p * 2)(*(o.ctypes.data for o in outputs))
+        assert library.nested_run(*pointers, ctypes.c_void_p(arena.ctypes.data)) == 0
+        written.append(int((arena != 0xA5).sum()))
+    assert written[0] != written[1]
+
+
+def if_model() -> onnx.ModelProto:
+    """An ONNX If: a product or a sum, with two results."""
+    w = np.random.default_rng(3).standard_normal((4, 4)).astype(np.float32)
+
+    def branch(name: str, op: str) -> onnx.GraphProto:
+        nodes = [helper.make_node(op, ["x", "w"], [f"{name}_a"], name=f"{name}/{op}"),
+                 helper.make_node("Neg", [f"{name}_a"], [f"{name}_b"])]
+        outs = [helper.make_tensor_value_info(f"{name}_{k}", TensorProto.FLOAT, [4, 4]) for k in "ab"]
+        return helper.make_graph(nodes, name, [], outs)
+
+    nodes = [helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+             helper.make_node("Greater", ["s", "zero"], ["c"]),
+             helper.make_node("If", ["c"], ["a", "b"], name="gate", then_branch=branch("yes", "MatMul"),
+                              else_branch=branch("no", "Add"))]
+    graph = helper.make_graph(
+        nodes, "gated", [helper.make_tensor_value_info("x", TensorProto.FLOAT, [4, 4])],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, [4, 4]) for n in "ab"],
+        [numpy_helper.from_array(w, "w"), numpy_helper.from_array(np.float32(0), "zero")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_onnx_if_with_two_results() -> None:
+    module = skive.compile(if_model())
+    w = numpy_helper.to_array(if_model().graph.initializer[0])
+    for seed in range(6):
+        x = np.random.default_rng(seed).standard_normal((4, 4)).astype(np.float32)
+        a, b = module(x)
+        np.testing.assert_allclose(a, x @ w if x.sum() > 0 else x + w, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(b, -a)
+
+
+def test_a_side_that_no_input_takes_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    model = if_model()
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.float32(1e9), "zero"))
+    with caplog.at_level(logging.WARNING, logger="skive.api"):
+        skive.compile(model)
+    assert "verified on one way only through gate" in caplog.text
+
+
+def test_without_choices_nothing_is_guarded(tmp_path: Path) -> None:
+    x = ops.make("input", shape=(1, 8), dtype=DType.f32, label="x")
+    where = ops.make("where", ops.make("greater", x, constant(np.float32(0))), x, ops.make("exp", x))
+    graph, _ = optimize(Graph("plain", (x,), (where,), ("y",)))
+    plan = lower(graph, TARGETS["generic"])
+    assert all(not c.guards for c in plan.calls)
+    assert "  if (m." not in cxx.emit(plan, TARGETS["generic"]).files["plain.cpp"]
