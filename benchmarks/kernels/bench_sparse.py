@@ -118,7 +118,7 @@ def main() -> None:
         for f in fractions:
             w = drawn(layer, options.block, depth, f, options.element)
             pitch = sparse_weights.copied_pitch(layer.image, window(layer), ic, size)
-            kept = int(sparse_weights.kept_places(w, options.block, depth).sum())
+            kept = round(16 * float(sparse_weights.kept_places(w, options.block, depth).mean()))
             tags = cpp(layer, options.block).rpartition(",")[0]
             if options.rows:
                 text = f"sparse_rows<{int(np.prod(layer.output[:3]))}, {ic}, {oc}, {options.block}>"

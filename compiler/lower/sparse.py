@@ -165,7 +165,7 @@ def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bia
     pixel, size = ctx.pixel(x), x.dtype.bytes
     pitch = sparse_weights.copied_pitch(image, window, pixel, size)
     words, index = sparse_weights.pack_sparse(weights, choice.block, choice.depth, image, window, pixel, pitch)
-    places = int(index[-(-weights.shape[0] // choice.block)])
+    share = round(16 * choice.kept)
     if x.dtype is DType.f32:
         biases: np.ndarray = pack.pack_bias(bias, choice.block)
         element: list[object] = []
@@ -181,7 +181,7 @@ def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bia
         node,
         "sparse_conv2d",
         "sparse.h",
-        [*tags, choice.block, group, choice.depth, pixel, ctx.pixel(node), pitch, places, *element],
+        [*tags, choice.block, group, choice.depth, pixel, ctx.pixel(node), pitch, share, *element],
         ["x", "w", "index", "bias", "y", "scratch", "part", "fn"],
         [
             ctx.read("x", x, strided=True),

@@ -29,10 +29,11 @@ inline namespace SKIVE_ISA {
 
 // Group: neighbouring blocks whose outputs are stored together, which costs less, from tiles of fewer pixels.
 // Depth: consecutive input elements per place. XS, YS: elements between neighbouring pixels of x and y.
-// Pitch: 0, or the elements between the pixels of the copy, at least the channels of x. Places: how many
-// there are in all. Zero: what the border holds. Epilogue and alignments as for conv2d.
+// Pitch: 0, or the elements between the pixels of the copy, at least the channels of x. Share: sixteenths of
+// the places that are left, about, so that layers alike share their code. Zero: what the border holds.
+// Epilogue and alignments as for conv2d.
 template <class In, class Filter, class Strides, class Padding, class Dilations, int NB, int Group, int Depth,
-          int XS, int YS, int Pitch, int Places, class Element = float, int Zero = 0>
+          int XS, int YS, int Pitch, int Share, class Element = float, int Zero = 0>
 struct sparse_conv2d {
   using Policy = typename tile_policy<Element>::type;
   using Weight = typename Policy::Weight;
@@ -81,7 +82,8 @@ struct sparse_conv2d {
   }
 
   // Weights that come from beyond L2: 512 KiB are half of a common one.
-  static constexpr ptrdiff_t kWeightBytes = static_cast<ptrdiff_t>(Places) * Depth * NB * sizeof(Weight);
+  static constexpr ptrdiff_t kWeightBytes =
+      static_cast<ptrdiff_t>(OC) * Filter::KH * Filter::KW * In::C * sizeof(Weight) * Share / 16;
   static constexpr bool kHeavy = kWeightBytes > 512 * 1024;
   static constexpr int kAhead = kHeavy ? 32 : 0;  // rows, 2 to 4 KiB
 
