@@ -35,8 +35,8 @@ template <class T>
 struct Requantize%(i)d {
   const float* factor;
   template <int N>
-  IVec<N> operator()(IVec<N> sum, ptrdiff_t, int c) const {
-    return requantize<T>(sum, load<N>(factor + c), sizeof(T) == 1 ? 3 : 0);
+  auto operator()(IVec<N> sum, ptrdiff_t, int c) const {
+    return rounded<T>(to_float(sum) * load<N>(factor + c), sizeof(T) == 1 ? 3 : 0);
   }
 };
 """

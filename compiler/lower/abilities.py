@@ -54,6 +54,12 @@ def is_integer_conv(node: Node) -> bool:
     return node.op != "conv2d" or not is_depthwise(node)
 
 
+def is_integer_depthwise(node: Node) -> bool:
+    """Whether the kernels of depthwise_integer.h compute `node`."""
+    integers = node.op == "conv2d" and node.inputs[0].dtype is not DType.f32
+    return integers and is_depthwise(node) and has_fast_kernel(node)
+
+
 def is_depthwise(conv: Node) -> bool:
     groups, channels = conv.attrs["groups"], conv.inputs[0].shape[3]
     return groups == channels and conv.inputs[1].shape[0] % channels == 0 and groups > 1

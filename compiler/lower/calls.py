@@ -11,7 +11,7 @@ from skive import expr as expressions
 from skive import ops
 from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node
-from skive.lower.abilities import is_integer_conv
+from skive.lower.abilities import is_integer_conv, is_integer_depthwise
 from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype, without_divisions
 from skive.lower.storage import Guards, Root, Storage, View
 from skive.plan import Access, Arg, Block, Call, Exit, Fn, Guard, Plan, Port, Stage, Step, aligned, place
@@ -211,7 +211,7 @@ class Lowering(Storage):
         types = [sum_dtype(node), *(i.dtype for i in node.inputs[ops.op_of(node.op).epilogue or 0 :])]
         steps = steps_of(e, types)
         steps = without_divisions(e, steps, [None, *node.inputs[ops.op_of(node.op).epilogue or 0 :]])
-        if is_integer_conv(node):
+        if is_integer_conv(node) or is_integer_depthwise(node):
             steps = rounded_by_store(node, e, steps, operands, types)
         return Fn(steps, tuple(operands), True, True), args
 

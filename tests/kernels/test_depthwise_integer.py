@@ -181,6 +181,8 @@ def case(layer: Layer, isa: str, seed: int, result: type, extremes: bool = False
         else:
             t, info = CTYPE[np.dtype(result)], np.iinfo(result)
             text = f"requantize<{t}>({moved}, load<{lanes}>(x3 + c), 5)"
+            if seed % 2:  # what is left to the store
+                text = f"rounded<{t}>(to_float({moved}) * load<{lanes}>(x3 + c), 5)"
             want = np.clip(np.rint(scaled) + 5, info.min, info.max).astype(result)
     epilogue = SCALE.format(expression=text)
     weights, offsets = packed(layer, w, bias, isa)

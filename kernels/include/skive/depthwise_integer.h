@@ -19,6 +19,7 @@
 #define SKIVE_DEPTHWISE_INTEGER_H
 
 #include "skive/depthwise.h"
+#include "skive/tile.h"
 
 #if defined(SKIVE_TARGET_AVX512) || defined(SKIVE_TARGET_AVX512VNNI)
 #include "skive/isa/depthwise_avx512.h"

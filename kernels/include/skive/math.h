@@ -745,7 +745,8 @@ SKIVE_INLINE T saturate(float v, int32_t zero) {
 }
 
 // x / divisor to a unit in the last place, |x| clipped to 2^20 divisor: one correction of x * reciprocal by
-// what it leaves over (P. Markstein, Computation of elementary functions, 1990), in a third of the time of a division.
+// what it leaves over (P. Markstein, Computation of elementary functions on the IBM RISC System/6000 processor,
+// 1990), in a third of the time of a division.
 template <int N>
 SKIVE_INLINE Vec<N> quotient(Vec<N> x, float divisor, float reciprocal) {
   const float most = divisor * 1048576.0f;

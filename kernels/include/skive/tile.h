@@ -52,6 +52,16 @@ SKIVE_INLINE T& slot(Slot<I, T>& s) { return s.value; }
 //   rounded<T, Bounded = false>(Vec<N> v, int32_t zero) -> Rounded<T, N>
 //   store(T*, Rounded<T, N>)
 
+// For templates on results of 8 bits alone.
+template <class T, bool Byte = sizeof(T) == 1>
+struct byte_only {};
+template <class T>
+struct byte_only<T, true> {
+  using type = int;
+};
+template <class T>
+using if_byte = typename byte_only<T>::type;
+
 template <class R>
 constexpr bool kRounded = false;
 template <class T, int N>

@@ -24,6 +24,7 @@
 //   splat<N>(float), zero<N>()
 //   in_register(a): a itself, loaded once even where the compiler would repeat the load
 //   operators + - * / and unary -, fma(a, b, c) = a * b + c
+//   constexpr bool kFusedMultiplyAdd: whether fma rounds once
 //   vmin, vmax (ordered as the instruction: second operand if either is NaN)
 //   Mask<N> = a < b etc. through less(a, b), equal(a, b); select(mask, yes, no)
 //   hsum, hmax, hmin: horizontal reductions over the N active lanes
@@ -32,6 +33,7 @@
 //     shift_lanes_left<K>, shift_lanes_right<K>, shift_left(a, counts), shift_right(a, counts),
 //     vmin, vmax, abs_, comparisons, select, hsum, hmax, hmin
 //   to_float(IVec<N>), round_to_int(Vec<N>) (ties to even), bits(Vec<N>), from_bits(IVec<N>)
+//   entries<S>(table, i): table[i mod S] of S = 16 or 32 floats, 64-byte aligned
 //   scale_fixed: multiplication and rounding shift in 64 bits
 //   Packed<T, N>: N integers of 8 or 16 bits, N * sizeof(T) <= kRegisterBytes: load_packed<T, N>,
 //     store, splat_packed, vmax, in_register; load_words_of<N>(bytes), operators + - on words

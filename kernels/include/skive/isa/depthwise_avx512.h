@@ -175,6 +175,16 @@ SKIVE_INLINE void store_two(T* p, A a, B b) {
   store(p, a);
   store(p + kLanes, b);
 }
+// Of 8 bits: the packing instructions saturate within quarters of a register, which a last step joins.
+template <class T, int N, if_byte<T> = 0>
+SKIVE_INLINE void store_two(T* p, Rounded<T, kLanes> a, Rounded<T, N> b) {
+  const __m512i words = narrow_two(a, Rounded<T, kLanes>{b.v, b.zero});
+  const __m512i packed = kSigned<T> ? _mm512_packs_epi16(words, words) : _mm512_packus_epi16(words, words);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
+  const __m256i bytes = _mm512_castsi512_si256(_mm512_permutexvar_epi32(order, packed));
+  if constexpr (N == kLanes) _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bytes);
+  else _mm256_mask_storeu_epi8(p, 0xffffu | static_cast<uint32_t>(active<N>()) << 16, bytes);
+}
 #if defined(__AVX512VBMI__)
 // One permutation narrows both to bytes.
 template <int N>
