@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 import skive
 from skive import ops
 from skive.emit import cxx
+from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node, constant
 from skive.lower import lower
 from skive.lower.branches import guards_of
@@ -133,6 +134,49 @@ def test_onnx_if_with_two_results() -> None:
         a, b = module(x)
         np.testing.assert_allclose(a, x @ w if x.sum() > 0 else x + w, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(b, -a)
+
+
+def loop_model(trips: int | None) -> onnx.ModelProto:
+    """x = 1.5 x + 1 while its sum stays below 50, at most `trips` times; how often is the second result."""
+    value = helper.make_tensor_value_info
+    body = helper.make_graph(
+        [helper.make_node("Mul", ["v", "half"], ["m"], name="step"), helper.make_node("Add", ["m", "one"], ["w"]),
+         helper.make_node("Add", ["n", "one"], ["k"]),
+         helper.make_node("ReduceSum", ["w"], ["s"], keepdims=0), helper.make_node("Less", ["s", "limit"], ["more"])],
+        "body", [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, []),
+                 value("v", TensorProto.FLOAT, [4]), value("n", TensorProto.FLOAT, [])],
+        [value("more", TensorProto.BOOL, []), value("w", TensorProto.FLOAT, [4]), value("k", TensorProto.FLOAT, [])])
+    nodes = [helper.make_node("ReduceSum", ["x"], ["s0"], keepdims=0),
+             helper.make_node("Less", ["s0", "limit"], ["c"]),
+             helper.make_node("Loop", ["trips" if trips is not None else "", "c", "x", "zero"], ["y", "n"], name="again",
+                              body=body)]
+    constants = {"half": np.float32(1.5), "one": np.float32(1), "limit": np.float32(50), "zero": np.float32(0)}
+    stored = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    if trips is not None:
+        stored.append(numpy_helper.from_array(np.int64(trips), "trips"))
+    graph = helper.make_graph(nodes, "looping", [value("x", TensorProto.FLOAT, [4])],
+                              [value("y", TensorProto.FLOAT, [4]), value("n", TensorProto.FLOAT, [])], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_a_loop_ends_when_its_values_say_so() -> None:
+    module = skive.compile(loop_model(6))
+    counts = set()
+    for start in (60.0, 11.0, 8.0, 5.0, 2.0, 0.5, -1.0, -30.0):
+        x = np.full(4, start, np.float32)
+        y, n = module(x)
+        want, steps = x, 0
+        while steps < 6 and want.sum() < 50:
+            want, steps = want * np.float32(1.5) + np.float32(1), steps + 1
+        np.testing.assert_allclose(y, want, rtol=1e-6)
+        assert n == steps
+        counts.add(steps)
+    assert {0, 1, 6} <= counts and len(counts) >= 5
+
+
+def test_a_loop_without_a_bound_is_refused() -> None:
+    with pytest.raises(UnsupportedOpError, match="Loop needs the condition to be a constant"):
+        skive.compile(loop_model(None))
 
 
 def test_a_side_that_no_input_takes_is_reported(caplog: pytest.LogCaptureFixture) -> None:

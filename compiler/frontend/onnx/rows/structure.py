@@ -56,24 +56,39 @@ def selected(c: Call, condition: Node, a: Value, b: Value) -> Value:
 
 @onnx_op("Loop")
 def loop(c: Call) -> list[Value]:
-    """The body as often as the constant trip count and condition say, one copy after the other."""
+    """The body as often as the constant trip count and condition say, one copy after the other.
+
+    Where values decide when it ends, as often as the trip count allows: what an iteration computes is chosen while the
+    loop is alive.
+    """
     trips = int(c.const(0, "the trip count").reshape(-1)[0]) if c.has(0) else None
-    going = truth(c, c[1], "the condition") if c.has(1) else True
     state = [c.value(i) for i in range(2, len(c.inputs))]
     scans: list[list[Node]] = []
     body = c.required("body")
     count = len(body.output) - 1 - len(state)
     if count < 0:
         raise InvalidModelError("the body gives fewer values than it takes")
+    bounded = trips is not None and not count  # else the condition must be known: how often decides the shapes
+    going, alive = True, None  # alive: the condition, where only values say it
+    if c.has(1) and (c[1].is_const or not bounded):
+        going = truth(c, c[1], "the condition")
+    elif c.has(1):
+        alive = c.reshape(c[1], ())
     for i in itertools.count():
         if not going or (trips is not None and i >= trips):
             break
         if i >= MAX_ITERATIONS:
             raise Unsupported(f"a loop of more than {MAX_ITERATIONS} iterations")
         results = c.subgraph("body", c.lit(i, np.int64), c.lit(True, np.bool_), *state)
-        state = results[1:1 + len(state)]
+        new = results[1:1 + len(state)]
         scans.append([need_tensor(c, v) for v in results[1 + len(state):]])
-        going = truth(c, need_tensor(c, results[0]), "the condition that the body computes")
+        state = [selected(c, alive, a, b) for a, b in zip(new, state, strict=True)] if alive else new
+        condition = need_tensor(c, results[0])
+        if condition.is_const or not bounded:
+            going = truth(c, condition, "the condition that the body computes")
+        else:
+            flag = c.reshape(condition, ())
+            alive = c.make("choose", alive, flag, c.lit(False, np.bool_)) if alive else flag
     if scans:
         return [*state, *(c.stack(list(column), 0) for column in zip(*scans))]
     if count:  # what the body would have given decides the shape of the empty results
