@@ -1,13 +1,13 @@
 """What fine-tuning gives back after channels were removed: real networks on their training data.
 
     python benchmarks/pruned_training.py DATA [--models resnet20_cifar10] [--macs 0.5] [--epochs 10]
-                                         [--ways whole,activation,l1,random,scratch] [--minutes 20] [--json FILE]
+                                         [--rate 0.05] [--ways whole,activation,l1,random,scratch] [--json FILE]
 
 DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps: `whole` is the network as it
 is, trained on (what the others are to be compared with); a criterion of `skive.Prune`, or `taylor`, is pruned at
-once and trained; `scratch` has the shape of `activation` and new weights; `torch-pruning` is DepGraph with L1 norms
-(pip install torch-pruning). Training follows the whole network's outputs (distillation). Where DATA has no more
-than a test set (keywords), 400 samples are trained on, and the other 100 are the test.
+once and trained; `scratch` has the shape of `activation` and new weights. Training follows the whole network's
+outputs (distillation). Where DATA has no more than a test set (keywords), 400 samples are trained on, and the
+other 100 are the test.
 """
 
 from __future__ import annotations
@@ -102,30 +102,13 @@ def smaller(way: str, path: Path, teacher: helpers.Network, train: Batches, macs
     return helpers.prune(path, asked, example_inputs=(train.inputs[:1].numpy(),))
 
 
-def torch_pruning(teacher: helpers.Network, macs: float, example: torch.Tensor) -> torch.nn.Module:
-    """The same weights in a module of torch's own layers, pruned by Torch-Pruning to the same multiply-accumulates."""
-    import torch_pruning as tp
-    from resnet_cifar import option_a
-
-    net = option_a(teacher)
-    whole, _ = tp.utils.count_ops_and_params(net, example)
-    ignored = [m for m in net.modules() if isinstance(m, torch.nn.Linear)]
-    pruner = tp.pruner.MagnitudePruner(net, example, tp.importance.MagnitudeImportance(p=1), global_pruning=True,
-                                       pruning_ratio=0.9, iterative_steps=200, ignored_layers=ignored)
-    for _ in range(200):
-        pruner.step()
-        if tp.utils.count_ops_and_params(net, example)[0] <= (1 - macs) * whole:
-            return net
-    raise SystemExit("Torch-Pruning does not get there")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default="resnet20_cifar10,kws_dscnn")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rate", type=float, default=0.05)
     parser.add_argument("--ways", default="whole,activation,l1,random,scratch")
     parser.add_argument("--limit", type=int, help="samples of the test at most")
     parser.add_argument("--json", metavar="FILE")
@@ -147,7 +130,7 @@ def main() -> int:
             if way == "scratch":
                 net.normalise(train.inputs[:BATCH]).reset()
             started = time.perf_counter()
-            rate = 5 * a.rate if way == "scratch" else a.rate
+            rate = 2 * a.rate if way == "scratch" else a.rate
             helpers.finetune(net, train, a.epochs, rate, distill=teacher)
             seconds = time.perf_counter() - started
             row = {"model": name, "way": way, "macs_removed": 1 - left, "epochs": a.epochs, "seconds": seconds,

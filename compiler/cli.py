@@ -286,10 +286,10 @@ def cli() -> None:
               help="With --quantize weights8 or weights4: bits to which each row of activations is rounded as it is "
                    "read; 32 computes in float32.")
 @click.option("--prune", metavar="WHAT",
-              help="Remove whole channels: 0.4, until this fraction of the multiply-accumulates is gone; parameters=0.4, "
-                   "bytes=0.4 or latency=0.4 of the weights or of the time of a run here; zeros, those that are zero "
-                   "already; erase=N, so many residual branches before (several with commas between). What is left is "
-                   "fitted to --calibrate, or to noise without it.")
+              help="Remove whole channels: 0.4, until this fraction of the multiply-accumulates is gone; "
+                   "parameters=0.4, bytes=0.4 or latency=0.4 of the weights or of the time of a run here; zeros, those "
+                   "that are zero already; erase=N, so many residual branches before (several with commas between). "
+                   "What is left is fitted to --calibrate, or to noise without it.")
 @click.option("--prune-criterion", type=click.Choice(["l1", "l2", "activation", "obspa", "random"]),
               default="activation", show_default=True, help="Which channels count least.")
 @click.option("--sparsify", metavar="PATTERN@FRACTION",

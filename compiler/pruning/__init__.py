@@ -72,11 +72,12 @@ def apply(
     if options.fraction and not found.removable:
         raise PruningError(f"{graph.name}: no channel can be removed: {obstacles(found)}")
     gone = np.zeros(len(found.groups), bool)
+    criterion = options.criterion_name
     if options.fraction:
         cost = _cost(found, options, target, threads, progress)
         if options.refit or options.criterion in DATA_DRIVEN:
             samples = samples or _samples(graph, options)
-        scores = _scores(found, options, samples, cost)
+        scores, criterion = _scores(found, options, samples, cost)
         for _ in range(TURNS):
             gone = chosen_groups(found, scores, options, cost)
             cost.measure(gone)
@@ -92,6 +93,7 @@ def apply(
         log.warning("%s: no calibration data was given; noise stands in, to which the network's accuracy does not "
                     "matter: give Prune(calibration=...) or --calibrate", graph.name)
     report = _reported(found, gone, options)
+    report["criterion"] = criterion
     report["fit"] = fit
     if options.erase:
         report["erased"] = branches
@@ -117,19 +119,24 @@ def _cost(found: Groups, options: Prune, target: Target | None, threads: int,
     return Latency(found, target or resolve("host", _native.cpu_features()), threads, progress)
 
 
-def _scores(found: Groups, options: Prune, samples: Sequence[Sequence[np.ndarray]], cost: Cost | Latency) -> np.ndarray:
+def _scores(found: Groups, options: Prune, samples: Sequence[Sequence[np.ndarray]], cost: Cost | Latency
+            ) -> tuple[np.ndarray, str]:
+    """(the score of each group, the criterion that it is of: magnitudes where no layer can be observed)."""
     if isinstance(options.criterion, Importance):
         if options.erase or options.zeros:
             raise PruningError("measured importances are those of the whole network: remove zeros and branches first")
-        return summed(found, options.criterion)
+        return summed(found, options.criterion), options.criterion.kind
     if options.criterion == "random":
-        return np.random.default_rng(options.seed).random(len(found.groups))
-    if options.criterion == "activation":
-        return activations(found, moments(found, samples))
-    if options.criterion == "obspa":
-        saved = Cost(found, "macs") if isinstance(cost, Latency) else cost
-        return per_cost(found, losses(found, moments(found, samples)), saved)
-    return magnitudes(found, 2 if options.criterion == "l2" else 1)
+        return np.random.default_rng(options.seed).random(len(found.groups)), "random"
+    if options.criterion in DATA_DRIVEN:
+        if seen := moments(found, samples):
+            if options.criterion == "activation":
+                return activations(found, seen), "activation"
+            saved = Cost(found, "macs") if isinstance(cost, Latency) else cost
+            return per_cost(found, losses(found, seen), saved), "obspa"
+        log.warning("%s: no layer with float32 weights reads what can be removed: magnitudes (l1) decide instead of %s",
+                    found.graph.name, options.criterion)
+    return (magnitudes(found, 2), "l2") if options.criterion == "l2" else (magnitudes(found, 1), "l1")
 
 
 def _leaving_one(found: Groups, gone: np.ndarray) -> np.ndarray:
@@ -161,7 +168,6 @@ def _reported(found: Groups, gone: np.ndarray, options: Prune) -> dict[str, Any]
         if g.reason and g.places and not g.reason.startswith(WINDOW):
             reasons[g.reason] = reasons.get(g.reason, 0) + 1
     return {
-        "criterion": options.criterion_name,
         "refit": options.refit,
         "scope": options.scope,
         "pattern": "channels",

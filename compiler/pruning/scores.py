@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from skive import ops
 from skive.errors import PruningError
 from skive.ir import Graph, Node
 from skive.passes.channel_groups import Groups
@@ -60,10 +61,19 @@ def summed(found: Groups, importance: Importance) -> np.ndarray:
 def magnitudes(found: Groups, power: int) -> np.ndarray:
     """[groups] the mean over a group's weight tensors of its share of their L1 or L2 norm; inf for what stays."""
     per_axis = {
-        (n, axis): np.power(np.abs(n.value.astype(np.float64)), power).sum(_others(n, axis)) ** (1 / power)
+        (n, axis): np.power(np.abs(_weights(found, n)), power).sum(_others(n, axis)) ** (1 / power)
         for n, axis in _weight_axes(found)
     }
     return _aggregated(found, per_axis)
+
+
+def _weights(found: Groups, node: Node) -> np.ndarray:
+    """The values of a constant, float64; of integers that are only dequantized, what they stand for."""
+    users = found.graph.users[node]
+    alone = len(users) == 1 and users[0].op == "dequantize" and users[0].inputs[0] is node
+    if alone and all(i.is_const for i in users[0].inputs):
+        return ops.evaluate(users[0], [i.value for i in users[0].inputs]).astype(np.float64)
+    return node.value.astype(np.float64)
 
 
 def _others(node: Node, axis: int) -> tuple[int, ...]:

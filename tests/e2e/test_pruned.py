@@ -72,3 +72,25 @@ def test_too_much_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(PruningError, match="at most"):
         compiled(output=tmp_path / "kws", prune=0.999)
     assert not (tmp_path / "kws").exists()
+
+
+def test_a_quantized_model_is_cut_with_its_scales(tmp_path: Path) -> None:
+    data = features()[0][:100]
+    compiled(quantize=skive.Quantize("int8", calibration=data, rounding="nearest"), export_onnx=tmp_path / "kws.onnx",
+             emit_only=True, output=tmp_path / "first")
+    cut = skive.compile(tmp_path / "kws.onnx", example_inputs=(data[:1],), prune=skive.Prune(macs=0.1, criterion="l1"))
+    report = cut.report
+    assert report["verification"]["passed"] and report["sparsity"]["macs_removed"] >= 0.1
+    assert all("not float32" in n["reason"] for n in report["sparsity"]["fit"]["not_fitted"])
+    assert report["compiled"]["macs"] < 0.95 * report["model"]["macs"] and accuracy(cut) > 0.4
+
+
+@pytest.mark.slow
+def test_the_target_can_be_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SKIVE_CACHE", str(tmp_path / "cache"))
+    run = CliRunner().invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "kws"), "--prune", "latency=0.25",
+                                       "--prune-criterion", "l1", "--json", "--input", "input=1x1x49x10"])
+    assert run.exit_code == 0, run.output
+    cut = json.loads(run.stdout)["sparsity"]
+    assert cut["latency_removed"] >= 0.25 and cut["fit"]["data"] == "noise"
+    assert cut["forecast_us"]["pruned"] <= 0.75 * cut["forecast_us"]["whole"]

@@ -44,6 +44,11 @@ def agree(found: Groups, removed: list[int]) -> None:
         assert np.abs(got - want).max() <= 1e-5 * scale
 
 
+def half_of(found: Groups) -> list[int]:
+    rng = np.random.default_rng(1)
+    return [int(g) for f in found.families for g in rng.permutation(f)[: len(f) // 2]]
+
+
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_every_group_alone(name: str) -> None:
     found = analysed(name)
@@ -55,8 +60,7 @@ def test_every_group_alone(name: str) -> None:
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_half_of_every_family(name: str) -> None:
     found = analysed(name)
-    rng = np.random.default_rng(1)
-    half = [int(g) for f in found.families for g in rng.permutation(f)[: len(f) // 2]]
+    half = half_of(found)
     agree(found, half)
     assert total_macs(without(found, half)) < total_macs(found.graph)
 
@@ -104,3 +108,55 @@ def test_scales_of_quantized_weights_go_with_their_channels() -> None:
     (family,) = found.families
     assert len(family) == 8 and all(scale in found.groups[g].places for g in family)
     agree(found, [family[2], family[5]])
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+def test_written_as_onnx_it_computes_the_same(name: str) -> None:
+    ort = pytest.importorskip("onnxruntime")
+    from skive.export.onnx import export_onnx
+
+    found = analysed(name)
+    small = without(found, half_of(found))
+    session = ort.InferenceSession(export_onnx(small).SerializeToString(), providers=["CPUExecutionProvider"])
+    data = random_inputs(small)
+    got = session.run(list(small.output_names), {n.name: v for n, v in zip(small.inputs, data, strict=True)})
+    for g, want in zip(got, evaluate_graph(small, data), strict=True):
+        assert np.abs(g - want).max() <= 1e-4 * (float(np.abs(want).max()) or 1.0)
+
+
+@pytest.mark.parametrize("name", ["resnet", "mobilenet", "densenet", "squeeze_excite"])
+def test_the_order_of_cutting_and_quantizing_does_not_matter(name: str) -> None:
+    """Same groups, same ranges: the same sources. (Weights may have other scales: a row may lose its largest one.)"""
+    from skive import _native
+    from skive.emit import cxx
+    from skive.lower import lower
+    from skive.passes.quantize import Quantizer, Scheme, Storage
+    from skive.targets.base import resolve
+
+    found = analysed(name)
+    target = resolve("host", _native.cpu_features())
+
+    def quantized(graph: Graph, ranges: dict) -> Graph:
+        return Quantizer(graph, Scheme(ranges, "int8"), Storage(graph)).build()
+
+    def emitted(graph: Graph) -> dict[str, str]:
+        return dict(cxx.emit(lower(PassManager().run(graph, passes.FUSED, check="never")[0], target, 1), target).files)
+
+    ranges = {n: (-4.0, 4.0) for n in found.graph.nodes}
+    whole = quantized(found.graph, ranges)
+    later = channel_groups(whole)
+    floats = {n.origin: n for n in found.graph.nodes if n.op in ("conv2d", "linear")}
+    gone = half_of(found)
+    removed = np.zeros(len(found.groups), bool)
+    removed[gone] = True
+    removed_later = np.zeros(len(later.groups), bool)
+    for n in whole.nodes:
+        if n.op in ("conv2d", "linear"):
+            was = floats[n.origin]
+            for axis in (0, n.inputs[1].type.rank - 1):
+                removed_later[later.axes[n.inputs[1]][axis][removed[found.axes[was.inputs[1]][axis]]]] = True
+    first = without(found, gone)
+    after = quantized(first, {n: (-4.0, 4.0) for n in first.nodes})
+    before = without(later, np.flatnonzero(removed_later))
+    assert total_macs(after) == total_macs(before) < total_macs(whole)
+    assert emitted(after) == emitted(before) != emitted(whole)
