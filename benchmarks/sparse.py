@@ -4,7 +4,8 @@
         [--quantize int8|none] [--layers] [--json FILE]
 
 Blocks go by their magnitude: time does not depend on which ones. NAME.npy beside NAME.onnx is a typical input and,
-rolled along its axes, the calibration data. All networks of a model have turns in one process; a ratio is the
+rolled along its axes, the calibration data. `encoder:WIDTH` instead of a file is a made-up encoder of that width,
+128 tokens and four layers of BERT's form. All networks of a model have turns in one process; a ratio is the
 median over rounds of dense by sparse, `min` the fastest call. First and last layers stay dense, as by default.
 `--layers` adds the time of each layer and what its forecast was.
 """
@@ -21,11 +22,39 @@ from typing import Any
 import numpy as np
 
 import skive
-from skive import bench, frontend, profiling
+from skive import bench, frontend, ops, profiling
+from skive.ir import Graph, Node, constant
+from skive.types import DType
 
 CALIBRATION = 4  # samples
 TURN_SECONDS = 0.1
 ROUNDS = 15
+
+
+def encoder(width: int, tokens: int = 128, layers: int = 4) -> Graph:
+    """Transformer layers with heads of 64 channels, GELU and four times the width inside, of random weights."""
+    rng = np.random.default_rng(0)
+
+    def dense(x: Node, outputs: int) -> Node:
+        w = rng.standard_normal((outputs, x.shape[-1])) / np.sqrt(x.shape[-1])
+        return ops.make("linear", x, constant(w.astype(np.float32)), constant(np.zeros(outputs, np.float32)))
+
+    def normal(a: Node, b: Node) -> Node:
+        one, zero = constant(np.ones(width, np.float32)), constant(np.zeros(width, np.float32))
+        return ops.make("layer_norm", ops.make("add", a, b), one, zero)
+
+    x = h = ops.make("input", shape=(1, tokens, width), dtype=DType.f32, label="x")
+    for _ in range(layers):
+        heads = [ops.make("reshape", dense(h, width), shape=(1, tokens, width // 64, 64)) for _ in range(3)]
+        mixed = ops.make("attention", *heads, scale=0.125, token_major=True)
+        h = normal(h, dense(ops.make("reshape", mixed, shape=(1, tokens, width)), width))
+        h = normal(h, dense(ops.make("gelu", dense(h, 4 * width)), width))
+    return Graph(f"encoder_{width}", (x,), (h,), ("y",))
+
+
+def source(path: Path) -> Path | Graph:
+    """What is compiled: the file, or the made-up network that `path` names."""
+    return encoder(int(path.name.removeprefix("encoder:"))) if path.name.startswith("encoder:") else path
 
 
 def inputs_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +64,7 @@ def inputs_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if file.is_file():
         x = np.load(file)
     else:
-        (node,) = frontend.open_model(path).graph().inputs
+        (node,) = frontend.open_model(source(path)).graph().inputs
         x = rng.standard_normal(node.shape).astype(node.dtype.numpy)
     rolled = [np.roll(x, tuple(rng.integers(0, n) for n in x.shape[1:]), tuple(range(1, x.ndim)))
               for _ in range(CALIBRATION - 1)]
@@ -44,11 +73,12 @@ def inputs_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def built(path: Path, x: np.ndarray, data: np.ndarray, a: argparse.Namespace, fraction: float) -> skive.Module:
     """The network with `fraction` of its blocks zero; 0: as it is."""
-    name = frontend.open_model(path).graph().inputs[0].name
+    name = frontend.open_model(source(path)).graph().inputs[0].name
     quantize = None
     if a.quantize != "none":
         quantize = skive.Quantize(a.quantize, calibration={name: data}, rounding="nearest")
-    return skive.compile(path, example_inputs={name: x}, quantize=quantize, threads=a.threads, verify=False,
+    example = {} if path.name.startswith("encoder:") else {"example_inputs": {name: x}}
+    return skive.compile(source(path), **example, quantize=quantize, threads=a.threads, verify=False,
                          sparsify=f"{a.pattern}@{fraction}" if fraction else None)
 
 

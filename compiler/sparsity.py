@@ -236,7 +236,8 @@ def _firsts(graph: Graph, readers: set[Node]) -> set[Node]:
     raw = {n for n in graph.inputs if n.dtype.is_float}
     found = set()
     for n in graph.nodes:
-        if any(i in raw for i in n.inputs):
+        given = [i for i in n.inputs if not i.is_const]
+        if given and all(i in raw for i in given):  # a residual sum is no longer the input
             if n in readers:
                 found.add(n)
             else:

@@ -76,6 +76,15 @@ def test_which_layers_stay() -> None:
     assert (by_name(graph, "first").inputs[1].value == 0).mean() == pytest.approx(0.75, abs=0.02)
 
 
+def test_a_layer_behind_a_residual_sum_is_no_first_one() -> None:
+    x = ops.make("input", shape=(1, 6, 32), dtype=weights(1).dtype, label="x")
+    y = ops.make("add", x, ops.make("linear", x, weights(32, 32), origin="first"))
+    y = ops.make("add", y, ops.make("linear", y, weights(32, 32), origin="second"))
+    y = ops.make("linear", y, weights(32, 32), origin="last")
+    chosen, left = sparsity.layers(Graph("net", (x,), (y,), ("y",)), Sparsify("block4x16", 0.5))
+    assert [n.origin for n in chosen] == ["second"] and [name for name, _ in left] == ["first", "last"]
+
+
 @pytest.mark.parametrize("pattern", ["block4x16", "block1x16", "2:4", "1x1"])
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_fitted_weights_lose_least(pattern: str, scope: str) -> None:
@@ -150,7 +159,7 @@ def test_zeros_are_found_and_judged(target: str) -> None:
     assert 2 < blocks.speedup <= 4.2 and blocks.pattern.startswith("block")
     single = choice(full * sparsity.mask(full, "1x1", 0.9))  # a 1x1 window takes single weights in float32
     assert single is not None and single.refused is None and single.kernel == "sparse_rows"
-    assert 1.5 < single.speedup and single.kept < 0.3
+    assert single.speedup > 1.5 and single.kept < 0.3
     empty = choice(np.zeros_like(full))
     assert empty is not None and empty.refused is None and empty.kept == 0
     assert choice(full * sparsity.mask(full, "1x1", 0.2)) is None
