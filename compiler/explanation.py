@@ -34,6 +34,7 @@ _NARROW = frozenset((DType.i8, DType.u8, DType.i16, DType.u16))
 _ROUNDING = frozenset(("quantize", "dequantize", "requantize", "requantize_fixed"))
 # Steps after which a value is an integer or stays one: no arithmetic on floats.
 _INTEGER_STEPS = _ROUNDING | {"clip", "relu", "min", "max", "cast"}
+_ROUNDED = frozenset(("rounded", "scaled", "quotient", "quantize_by"))  # the same as kernels spell it
 _BITS = {1: "int8", 2: "int16"}
 _CTYPES = {t.ctype: t for t in DType}
 
@@ -311,9 +312,11 @@ def kernel_types(call: Call) -> dict[str, Any]:
     first = next((a.ctype for a in call.args if a.const and a.ctype in _CTYPES), writes[-1] if writes else "float")
     operand = _CTYPES.get(first, DType.f32)
     steps = {s.name.partition("<")[0].rstrip("_") for s in call.fn.steps} if call.fn else set()
+    if "rounded" in steps:
+        steps.discard("div")  # by the scale of each channel
     elementwise = call.op == "map" or call.op in ops.OPS and ops.op_of(call.op).kind == "elementwise"
     written = DType(writes[-1]) if writes else DType.f32
-    if elementwise and steps <= _INTEGER_STEPS and {operand, written} & _NARROW:
+    if elementwise and steps <= _INTEGER_STEPS | _ROUNDED and {operand, written} & _NARROW:
         dtype = _BITS[(written if written in _NARROW else operand).bytes]
     elif operand in _NARROW and not (elementwise and "dequantize" in steps):
         dtype = _BITS[operand.bytes]

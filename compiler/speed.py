@@ -519,14 +519,14 @@ def _why(before: Sequence[Call], after: Sequence[Call], us: Mapping[str, float],
     """Why `after`, the calls of a layer in int8, take longer than `before`, those in float32."""
     border = [
         c for c in after if c.op == "map" or c.op in ("quantize", "dequantize", "requantize")
-        if c.fn and any("quantize" in s.name for s in c.fn.steps)
+        if c.fn and any("quantize" in s.name or s.name.startswith("rounded") for s in c.fn.steps)
     ]  # fmt: skip
     core = [c for c in after if c not in border]
     reasons = []
     if border and len(after) > len(before):
         spent = sum(map(table.us, border))
         kinds = sorted({"dequantizes" if any(s.name == "dequantize" for s in c.fn.steps)
-                        and not any(s.name.startswith("quantize") for s in c.fn.steps) else "quantizes"
+                        and not any(s.name.startswith(("quantize", "rounded")) for s in c.fn.steps) else "quantizes"
                         for c in border if c.fn})  # fmt: skip
         reasons.append(f"{spent:.1f} us at the border between float32 and int8: it {' and '.join(kinds)} in memory")
     products = [c for c in core if c.macs]

@@ -179,7 +179,8 @@ def rounded_by_store(
         done.append(FnStep("quotient", (value,), steps[-1].tail[:2]))
         small = True
     elif not one or last.op != "requantize":
-        done.append(FnStep("mul" if last.op == "requantize" else "div_", (value, factor)))
+        times = "mul" if node is not None else "scaled"  # a map's own multiplications are other arithmetic
+        done.append(FnStep(times if last.op == "requantize" else "div_", (value, factor)))
     if len(done) > len(steps) - 1 + (dtype is not DType.f32):
         value = f"t{len(done) - 1}"
     done.append(FnStep(f"rounded<{to}, {'true' if small else 'false'}>", (value,), (zero.text,)))

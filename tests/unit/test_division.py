@@ -21,11 +21,12 @@ STEP = float(np.float32(0.0373))
 @pytest.mark.parametrize("target", [t for t in TARGETS if set(TARGETS[t].features) <= set(_native.cpu_features())])
 def test_thresholds_infinities_and_nan(target: str, tmp_path: Path) -> None:
     """Arguments within three float32 values of every second threshold of 8 bits, and of many of 16."""
-    lines = ["graph @g(%x: f32[65,67]) {", f"  %s = const {STEP} : f32[]"]
+    lines = ["graph @g(%x: f32[65,67]) {", f"  %s = const {STEP} : f32[]", "  %f = const 3.7 : f32[]"]
     for dtype, zero in ZEROS.items():
         lines += [f"  %z{dtype} = const {zero} : {dtype}[]",
                   f"  %y{dtype} = quantize %x, %s, %z{dtype} {{to={dtype}}} : {dtype}[65,67]"]
-    lines += ["  return " + ", ".join(f'%y{d} as "{d}"' for d in ZEROS), "}"]
+        lines += [f"  %r{dtype} = requantize %x, %f, %z{dtype} {{to={dtype}}} : {dtype}[65,67]"]
+    lines += ["  return " + ", ".join(f'%y{d} as "{d}", %r{d} as "times {d}"' for d in ZEROS), "}"]
     graph = parse_graph("\n".join(lines))
     rng = np.random.default_rng(1)
     k = rng.integers(-300, 300, (65, 67))
@@ -36,7 +37,8 @@ def test_thresholds_infinities_and_nan(target: str, tmp_path: Path) -> None:
     module = skive.compile(graph, output=tmp_path / "a", target=target)
     texts = "".join(p.read_text() for p in (tmp_path / "a").rglob("*.cpp"))
     assert texts.count("quotient(") == len(ZEROS) - 1 and texts.count("quantize_by<uint16_t>(") == 1
-    for name, got, want in zip(ZEROS, module(x), evaluate_graph(graph, [x]), strict=True):
+    names = [n for d in ZEROS for n in (d, f"times {d}")]
+    for name, got, want in zip(names, module(x), evaluate_graph(graph, [x]), strict=True):
         np.testing.assert_array_equal(got, want, err_msg=name)
 
 

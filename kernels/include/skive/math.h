@@ -744,6 +744,12 @@ SKIVE_INLINE T saturate(float v, int32_t zero) {
   return static_cast<T>(static_cast<int32_t>((inside + big) - big) + zero);
 }
 
+// x times the factor of a rounding: a multiplication that reports tell from others by its name.
+template <class X, class S>
+SKIVE_INLINE auto scaled(X x, S factor) {
+  return mul(x, factor);
+}
+
 // x / divisor to a unit in the last place, |x| clipped to 2^20 divisor: one correction of x * reciprocal by
 // what it leaves over (P. Markstein, Computation of elementary functions on the IBM RISC System/6000 processor,
 // 1990), in a third of the time of a division.
