@@ -148,8 +148,8 @@ def loop_model(trips: int | None) -> onnx.ModelProto:
         [value("more", TensorProto.BOOL, []), value("w", TensorProto.FLOAT, [4]), value("k", TensorProto.FLOAT, [])])
     nodes = [helper.make_node("ReduceSum", ["x"], ["s0"], keepdims=0),
              helper.make_node("Less", ["s0", "limit"], ["c"]),
-             helper.make_node("Loop", ["trips" if trips is not None else "", "c", "x", "zero"], ["y", "n"], name="again",
-                              body=body)]
+             helper.make_node("Loop", ["trips" if trips is not None else "", "c", "x", "zero"], ["y", "n"],
+                              name="again", body=body)]
     constants = {"half": np.float32(1.5), "one": np.float32(1), "limit": np.float32(50), "zero": np.float32(0)}
     stored = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
     if trips is not None:
