@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ def apply(
             cost.measure(gone)
             if cost(gone) <= (1 - options.fraction) * cost.whole:
                 break
+    whole_groups = found
     used = "calibration" if options.calibration is not None else "noise"
     fit: dict[str, Any] = {"data": used if samples else None, "samples": len(samples), "not_fitted": []}
     if options.refit and gone.any():
@@ -94,6 +96,10 @@ def apply(
                     "matter: give Prune(calibration=...) or --calibrate", graph.name)
     report = _reported(found, gone, options)
     report["criterion"] = criterion
+    if options.fraction and options.multiple is None and options.measure != "latency":
+        exact = chosen_groups(whole_groups, scores, replace(options, multiple=1), cost)
+        report["rounding"] = {"channels": int(exact.sum()) - int(gone.sum()), "removed": 1 - cost(gone) / cost.whole,
+                              "removed_exactly": 1 - cost(exact) / cost.whole}
     report["fit"] = fit
     if options.erase:
         report["erased"] = branches

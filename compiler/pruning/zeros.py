@@ -16,14 +16,14 @@ MOST_ELEMENTS = 1 << 26  # of a value: what is larger counts as nowhere zero
 
 
 def alive(graph: Graph) -> dict[Node, np.ndarray]:
-    """Of each value, an array of its shape that is 0 where it is zero whatever the inputs are, positive elsewhere.
+    """Of each value, an array of its shape that is 0 where it is zero whatever the inputs are, 1 elsewhere.
 
     Sound: products and sums are followed in absolute values, functions of one operand if f(0) = 0; what is not
     known counts as not zero.
     """
     found: dict[Node, np.ndarray] = {}
     for n in graph.nodes:
-        found[n] = np.minimum(_alive(n, found), np.float32(1)).astype(np.float32)
+        found[n] = (_alive(n, found) > 0).astype(np.float32)  # 0 or 1: nothing is lost to underflow
     return found
 
 

@@ -119,6 +119,8 @@ def test_counts_suit_vectors() -> None:
     graph = network(width=64)
     small, report = pruning.apply(graph, Prune(macs=0.3, criterion="random", refit=False))
     assert all(g["kept"] % 8 == 0 for g in report["groups"]) and any(g["kept"] < 64 for g in report["groups"])
+    rounding = report["rounding"]
+    assert rounding["removed_exactly"] >= 0.3 and rounding["removed"] == pytest.approx(report["macs_removed"])
 
 
 def test_layers_can_be_kept() -> None:
