@@ -1,7 +1,7 @@
 """What fine-tuning gives back after channels were removed: real networks on their training data.
 
     python benchmarks/pruned_training.py DATA [--models resnet20_cifar10] [--macs 0.5] [--epochs 10]
-                                         [--rate 0.05] [--ways whole,activation,l1,random,scratch] [--json FILE]
+                                         [--rate 0.02] [--ways whole,activation,l1,random,scratch] [--json FILE]
 
 DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps: `whole` is the network as it
 is, trained on (what the others are to be compared with); a criterion of `skive.Prune`, or `taylor`, is pruned at
@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--models", default="resnet20_cifar10,kws_dscnn")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=0.05)
+    parser.add_argument("--rate", type=float, default=0.02)
     parser.add_argument("--ways", default="whole,activation,l1,random,scratch")
     parser.add_argument("--limit", type=int, help="samples of the test at most")
     parser.add_argument("--json", metavar="FILE")
@@ -130,7 +130,7 @@ def main() -> int:
             if way == "scratch":
                 net.normalise(train.inputs[:BATCH]).reset()
             started = time.perf_counter()
-            rate = 2 * a.rate if way == "scratch" else a.rate
+            rate = 5 * a.rate if way == "scratch" else a.rate
             helpers.finetune(net, train, a.epochs, rate, distill=teacher)
             seconds = time.perf_counter() - started
             row = {"model": name, "way": way, "macs_removed": 1 - left, "epochs": a.epochs, "seconds": seconds,

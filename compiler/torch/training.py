@@ -58,7 +58,7 @@ def prune(model: Any, options: Prune, *, example_inputs: Any = None) -> Network:
 
 
 def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, distill: Any = None,
-             loss: Loss = F.cross_entropy, weight_decay: float = 1e-4, temperature: float = 4.0, share: float = 0.9,
+             loss: Loss = F.cross_entropy, weight_decay: float = 1e-4, temperature: float = 2.0, share: float = 0.7,
              normalise: bool = True, progress: Callable[[int, float], None] = lambda epoch, loss: None) -> Network:
     """Trains `net` on the batches (inputs, target) of `loader`: SGD with momentum, the rate rising for 1/20 of the
     steps and then falling to 0 along a cosine. Returns the network itself, in evaluation mode.
