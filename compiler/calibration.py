@@ -290,10 +290,11 @@ def runner(
 
 
 def _compiled(graph: Graph, target: str, threads: int) -> Run:
-    from skive import _native, api
+    from skive import _native
+    from skive.execute import run_graph
     from skive.targets.base import resolve
 
-    return api._run_graph(graph, resolve(target, _native.cpu_features()), threads)
+    return run_graph(graph, resolve(target, _native.cpu_features()), threads)
 
 
 def observe(

@@ -619,7 +619,7 @@ def verify(artefact: str, against: str, data: str | None, labels: str | None, sa
       skive verify kws8/ --against kws.onnx --data test.npz:x --labels y --min-agreement 0.98
     """
     from skive import check
-    from skive.api import verdict_against
+    from skive.verification import verdict_against
 
     module = _load(artefact)
     calls, classes, total = None, None, 1

@@ -26,7 +26,7 @@ import numpy as np
 from skive.errors import SkiveError, UnsupportedOpError
 
 if TYPE_CHECKING:
-    from skive.api import Progress
+    from skive.changes import Progress
 
 # ------------------------------------------------------------------------------------ what is said
 

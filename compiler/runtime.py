@@ -52,6 +52,7 @@ class Module:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._export: Callable[[str | Path], Any] | None = None
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
             name, threads = self.manifest["name"], self.manifest["threads"]
@@ -101,6 +102,15 @@ class Module:
         except (RuntimeError, OSError) as e:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
         self._names = [p.name for p in self.inputs]
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Writes the optimised, pruned, quantized graph as ONNX, with QuantizeLinear and DequantizeLinear where
+        it is quantized: made anew from what `skive.compile` was given. InvalidModelError for a module that
+        was loaded, since an artefact holds no graph."""
+        if self._export is None:
+            raise InvalidModelError(f"{self.folder} was loaded and holds no graph; export from the module that "
+                                    "skive.compile returns, or compile with export_onnx (--export-onnx)")
+        self._export(path)
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """The output, or a tuple of outputs, of the kind that came in (NumPy, DLPack or torch); with early exits

@@ -14,13 +14,13 @@ import pytest
 
 import skive
 from skive import _native, criteria, ops
-from skive.api import verdict_against
 from skive.cli import cli
 from skive.errors import ExitError
 from skive.ir import Graph, Node, constant
 from skive.pipeline import total_macs
 from skive.targets.base import TARGETS
 from skive.types import DType
+from skive.verification import verdict_against
 
 CLASSES = 5
 GATES = ((1.5, -0.7, 2.0, -0.3, -1.4), (0.8, -0.2, 1.0, -0.5, -0.2))

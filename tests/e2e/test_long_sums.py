@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from skive import _native, api, ops, passes
+from skive import _native, ops, passes
+from skive.execute import run_graph
 from skive.ir import Graph, Node, constant
 from skive.passes.quantize import Quantizer, Scheme, Storage
 from skive.pipeline import PassManager
@@ -62,7 +63,7 @@ def test_sums_beyond_32_bits(kind: str, rounded: bool) -> None:
     inputs = [np.full(node.inputs[0].shape, v, np.float32) for v in (1.0, -1.0)]
     inputs += [RNG.uniform(-1, 1, node.inputs[0].shape).astype(np.float32) for _ in range(3)]
     for target in filter(runnable, TARGETS):
-        run = api._run_graph(fused, TARGETS[target], 2)
+        run = run_graph(fused, TARGETS[target], 2)
         for x in inputs:
             got, want = run([x])[0], evaluate_graph(fused, [x])[0]
             np.testing.assert_array_equal(got, want, err_msg=target)

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 import skive
-from skive import api, cli, ops
+from skive import cli, ops
+from skive.execute import run_graph
 from skive.ir import Graph, Node, constant
 from skive.lower import convolution, lower
 from skive.pipeline import random_inputs
@@ -117,10 +118,10 @@ def test_integers_are_those_of_the_dense_kernels(target: str, monkeypatch: pytes
     graph = quantized(0.8)
     inputs = random_inputs(graph)
     assert [c.kernel for c in lower(graph, chosen).calls] == ["sparse_conv2d"] * 4
-    sparse = api._run_graph(graph, chosen, 2)(inputs)
+    sparse = run_graph(graph, chosen, 2)(inputs)
     monkeypatch.setattr(convolution, "sparse_choice", lambda node, target: None)
     assert "sparse_conv2d" not in {c.kernel for c in lower(graph, chosen).calls}
-    dense = api._run_graph(graph, chosen, 1)(inputs)
+    dense = run_graph(graph, chosen, 1)(inputs)
     for got, same, want in zip(sparse, dense, evaluate_graph(graph, inputs), strict=True):
         np.testing.assert_array_equal(got, same)
         np.testing.assert_array_equal(got, want)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from quantized_models import BODIES, float_model, quantized, samples
 
+import skive
 from skive import ops, reference
 from skive.errors import InvalidModelError, ShapeError, UnsupportedOpError
 from skive.export.onnx import ROWS, export_onnx
@@ -283,3 +284,17 @@ def test_outputs_keep_their_names() -> None:
     assert [o.name for o in model.graph.output] == ["a", "b", "c", "d"]
     for got, want in zip(run(model, *values), reference.evaluate_graph(graph, values), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+def test_a_compiled_module_can_be_exported(tmp_path: Path) -> None:
+    x = value("x", 1, 12)
+    w = constant(np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32))
+    graph = Graph("g", (x,), (ops.make("linear", x, w),), ("y",))
+    data = np.random.default_rng(1).standard_normal((8, 1, 12)).astype(np.float32)
+    module = skive.compile(graph, quantize=skive.Quantize("int8", calibration=iter(data)))
+    module.export_onnx(tmp_path / "net.onnx")
+    model = onnx.load(tmp_path / "net.onnx")
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {n.op_type for n in model.graph.node}
+    np.testing.assert_allclose(run(model, data[0])[0], module(data[0]), atol=1e-6)
+    with pytest.raises(InvalidModelError, match="was loaded"):
+        skive.load(module.folder).export_onnx(tmp_path / "again.onnx")

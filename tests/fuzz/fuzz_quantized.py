@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emit"))
 from fixed_point import fixed_point  # noqa: E402
 
 from skive import _native, ops  # noqa: E402
-from skive.api import _run_graph  # noqa: E402
 from skive.check import exactness, first_divergence, rounds_alike  # noqa: E402
+from skive.execute import run_graph  # noqa: E402
 from skive.ir import Graph, Node, constant  # noqa: E402
 from skive.reference import evaluate_graph  # noqa: E402
 from skive.targets.base import TARGETS  # noqa: E402
@@ -223,7 +223,7 @@ def problems_of(cases: Sequence[Case], target: str, threads: int) -> dict[int, s
     """By seed what is wrong with the compiled networks of `cases`."""
     try:
         graph, inputs = merged(cases)
-        got = iter(_run_graph(graph, TARGETS[target], threads)(inputs))
+        got = iter(run_graph(graph, TARGETS[target], threads)(inputs))
     except Exception as e:  # noqa: BLE001 - that is what is looked for
         if len(cases) == 1:
             return {cases[0].seed: f"{target}: {type(e).__name__}: {e}"}
@@ -232,7 +232,7 @@ def problems_of(cases: Sequence[Case], target: str, threads: int) -> dict[int, s
     for case in cases:
         problem = differences(case, [next(got) for _ in case.graph.outputs])
         if problem:
-            node = first_divergence(case.graph, case.inputs, lambda g: _run_graph(g, TARGETS[target], threads), 0.0)
+            node = first_divergence(case.graph, case.inputs, lambda g: run_graph(g, TARGETS[target], threads), 0.0)
             where = f"; first at {node.label()}: {node.op} {dict(node.attrs)}" if node else ""
             found[case.seed] = f"{target}, {threads} threads: {problem}{where}"
     return found

@@ -62,7 +62,7 @@ def test_what_is_exact_in_an_epilogue(dtype: DType, text: str, expected: Exactne
 def test_the_allowed_weight_error_is_what_float32_kernels_make(channels: int) -> None:
     """FLOAT_ERROR changes sums by no less than the kernels here do, Winograd's among them, and by little more."""
     from skive import _native
-    from skive.api import _run_graph
+    from skive.execute import run_graph
     from skive.targets.base import resolve
 
     rng = np.random.default_rng(channels)
@@ -78,6 +78,6 @@ def test_the_allowed_weight_error_is_what_float32_kernels_make(channels: int) ->
         return rebuilt(node, (operands[0], constant(moved.astype(np.float32))))
 
     (exact,), (moved,) = evaluate_wide(plain, data), evaluate_wide(plain.map_nodes(shaken), data)
-    (got,) = _run_graph(plain, resolve("host", _native.cpu_features()), 1)(data)
+    (got,) = run_graph(plain, resolve("host", _native.cpu_features()), 1)(data)
     error, allowed = (float(np.linalg.norm(y - exact)) for y in (got, moved))
     assert error < 1.5 * allowed and allowed < 16 * error

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from skive import _native, api, lower, ops
+from skive import _native, lower, ops
 from skive.check import sample_inputs
+from skive.execute import run_graph
 from skive.ir import Graph, Node, constant
 from skive.reference import evaluate_graph
 from skive.targets.base import TARGETS
@@ -32,7 +33,7 @@ def graph(inputs: list[Node], *outputs: Node) -> Graph:
 def agrees(g: Graph, target: str = "generic") -> None:
     """The compiled graph computes what the reference does."""
     inputs = sample_inputs(g)
-    for got, want in zip(api._run_graph(g, TARGETS[target], 1)(inputs), evaluate_graph(g, inputs), strict=True):
+    for got, want in zip(run_graph(g, TARGETS[target], 1)(inputs), evaluate_graph(g, inputs), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
