@@ -7,7 +7,6 @@ quantization then see an ordinary graph with several outputs. `attach` adds the 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import operator
@@ -72,7 +71,7 @@ class Exit:
 
     def options(self) -> dict[str, Any]:
         """As plain values, for the manifest and the cache."""
-        return dataclasses.asdict(replace(self, criterion=self.criterion_name))
+        return {**self.__dict__, "criterion": self.criterion_name}
 
     def fingerprint(self) -> str | None:
         """Equal for equal exits; None where a function decides."""
