@@ -11,18 +11,17 @@ is the smallest time of one call of the float32 network.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 from accuracy import wilson
 from real_models import REAL_MODELS, Fold, RealModel
 
 import skive
-from skive import bench
 
 
 def measured(module: skive.Module, fold: Fold, limit: int | None) -> dict[str, Any]:
@@ -70,8 +69,7 @@ def main() -> int:
             print(f"{name:<18} {way:<16} {row['macs_removed']:6.1%} of the MACs gone  top-1 {row['top1']:6.2f} % "
                   f"[{low:.2f}, {high:.2f}]  {row['us']:8.1f} us", flush=True)
     if a.json:
-        document = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": bench.machine(), "rows": rows}
-        Path(a.json).write_text(json.dumps(document, indent=1) + "\n")
+        results.write(a.json, rows)
     return 0
 
 

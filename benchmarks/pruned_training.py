@@ -13,7 +13,6 @@ other 100 are the test.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,12 +23,12 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import results
 import torch
 from accuracy import wilson
 from real_models import REAL_MODELS, RealModel
 
 import skive
-from skive import bench
 from skive import torch as helpers
 from skive.pipeline import total_macs
 
@@ -141,8 +140,7 @@ def main() -> int:
                   f"{row['top1']:6.2f} % [{low:.2f}, {high:.2f}] after {a.epochs} epochs "
                   f"in {seconds:.0f} s", flush=True)
     if a.json:
-        document = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": bench.machine(), "rows": rows}
-        Path(a.json).write_text(json.dumps(document, indent=1) + "\n")
+        results.write(a.json, rows)
     return 0
 
 

@@ -13,16 +13,16 @@ median over rounds of dense by sparse, `min` the fastest call. First and last la
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 
 import skive
-from skive import bench, frontend, ops, profiling
+from skive import frontend, ops, profiling
 from skive.ir import Graph, Node, constant
 from skive.types import DType
 
@@ -153,8 +153,7 @@ def main() -> int:
     a = parser.parse_args()
     rows = [row for path in a.models for row in measure(path, a)]
     if a.json:
-        document = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": bench.machine(), "rows": rows}
-        Path(a.json).write_text(json.dumps(document, indent=1) + "\n")
+        results.write(a.json, rows)
     return 0
 
 

@@ -11,18 +11,17 @@ with its 95 % interval (Wilson, 1927).
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 from accuracy import wilson
 from real_models import REAL_MODELS, Fold, RealModel
 
 import skive
-from skive import bench
 
 
 def sparse(model: RealModel, fold: Fold, a: argparse.Namespace, way: str, fraction: float) -> skive.Module:
@@ -72,8 +71,7 @@ def main() -> int:
             print(f"{name:<18} {a.pattern} {way:<16} {zero:6.1%} of the MACs zero  top-1 {share:6.2f} % "
                   f"[{low:.2f}, {high:.2f}]", flush=True)
     if a.json:
-        document = {"date": time.strftime("%Y-%m-%d"), "command": sys.argv, "machine": bench.machine(), "rows": rows}
-        Path(a.json).write_text(json.dumps(document, indent=1) + "\n")
+        results.write(a.json, rows)
     return 0
 
 

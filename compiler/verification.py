@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("skive.verification")
 
 
+def _given(imported: Graph, data: Sequence[np.ndarray] | None) -> list[np.ndarray]:
+    """The first sample of `data`, or random inputs."""
+    if data is None:
+        return list(check.sample_inputs(imported))
+    return [np.asarray(d[:1] if imported.batch_max else d) for d in data]
+
+
 def verify_floats(
     imported: Graph,
     optimised: Graph,
@@ -40,11 +47,7 @@ def verify_floats(
     from skive.reference import evaluate_graph
 
     module = Module(folder)
-    inputs = (
-        [np.asarray(d[:1] if imported.batch_max else d) for d in data]
-        if data is not None
-        else check.sample_inputs(imported)
-    )
+    inputs = _given(imported, data)
     got = module.all_outputs(*inputs)
     want = evaluate_graph(imported, inputs)
     verdict = check.compare(list(zip(got, want, strict=True)), "numpy", 1)
@@ -115,11 +118,7 @@ def verify_integers(
     from skive.reference import evaluate_graph
 
     module = Module(folder)
-    inputs = (
-        [np.asarray(d[:1] if imported.batch_max else d) for d in data]
-        if data is not None
-        else check.sample_inputs(imported)
-    )
+    inputs = _given(imported, data)
     inputs = [p.quantize(a) for p, a in zip(module.inputs, inputs, strict=True)]
     got = module.all_outputs(*inputs)
     pairs = list(zip(got, evaluate_graph(optimised, inputs), strict=True))
