@@ -199,7 +199,7 @@ def mask(weights: np.ndarray, pattern: str, fraction: float | None = None) -> ND
 def layers(graph: Graph, options: Sparsify) -> tuple[list[Node], list[tuple[str, str]]]:
     """(the layers of the canonical float `graph` whose weights become zero, (name, reason) of those that stay)."""
     chosen, left = [], []
-    readers = {n for n in graph.nodes if n.op in ("conv2d", "conv_transpose2d", "linear", "matmul")}
+    readers = {n for n in graph.nodes if ops.macs(n)}
     firsts, lasts = _firsts(graph, readers), _lasts(graph, readers)
     for node in graph.nodes:
         if node.op not in ("conv2d", "linear", "conv_transpose2d"):
