@@ -39,10 +39,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/keyword_spotting/run.py
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 onnx: $(VENV)/.installed-dev
 	mkdir -p build
