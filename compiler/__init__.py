@@ -23,6 +23,7 @@ from skive.errors import (
 
 if TYPE_CHECKING:
     from skive.api import compile  # noqa: A004 - the contract's name
+    from skive.cascade import Cascade
     from skive.exits import Exit
     from skive.frontend.exit_point import exit_point
     from skive.pruning import Prune
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cascade",
     "Exit",
     "ExitError",
     "InvalidModelError",
@@ -54,7 +56,8 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"compile": "skive.api", "Exit": "skive.exits", "exit_point": "skive.frontend.exit_point",
+_LAZY = {"Cascade": "skive.cascade", "compile": "skive.api", "Exit": "skive.exits",
+         "exit_point": "skive.frontend.exit_point",
          "load": "skive.runtime", "Module": "skive.runtime",
          "Prune": "skive.pruning", "Quantize": "skive.quantization", "Sparsify": "skive.sparsity"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from skive import ops
+from skive import image_quality, ops
 from skive.errors import ExitError
 from skive.ir import Node, constant
 from skive.types import DType
@@ -174,6 +174,26 @@ def gate(at: Point) -> Node:
         left = ops.make("mul", at.state["left"], ops.make("sub", number(1.0), here))
     at.state |= {"opened": opened, "left": left}
     return here
+
+
+@criterion("window", leaves=">")
+def window(at: Point) -> Node:
+    """How far the largest class probability lies from the middle of a window, which `@` gives: inside the window, where
+    the answer is uncertain, the network goes on (Wang et al., Wisdom of Committees, 2022; Xia and Bouganis,
+    Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023)."""
+    if len(at.numbers) != 1:
+        raise ExitError(f"exit {at.name}: window needs the middle of the window behind @, not {len(at.numbers)} "
+                        "numbers; the threshold is half its width")
+    return ops.make("abs", ops.make("sub", max_prob(at), number(at.numbers[0])))
+
+
+@criterion("quality", leaves=">=")
+def quality(at: Point) -> Node:
+    """The quality of an image without its original (`skive.image_quality`). `@`: pixels per side of the coder's blocks,
+    8 (JPEG, the default) or 4 (HEVC)."""
+    if at.numbers not in ((), (4.0,), (8.0,)):
+        raise ExitError(f"exit {at.name}: quality takes blocks of 8 (JPEG) or 4 (HEVC) pixels behind @")
+    return image_quality.nodes(at.name, at.logits, int(at.numbers[0]) if at.numbers else 8)
 
 
 @criterion("score", leaves=">")

@@ -47,6 +47,7 @@ EXITS: list[skive.Exit] = [
     skive.Exit("l", "score", 0.6, of="lambda_l"),
     skive.Exit("m", leap, 1.2, of="lambda_m"),
     skive.Exit("n", lambda at: ops.make("reduce_mean", at.logits, axes=(1,)), -0.3, test="<="),
+    skive.Exit("o", "window", 0.2, of=(0.5,)),
 ]
 
 
@@ -98,7 +99,8 @@ def numpy_scores(value: dict[str, np.ndarray]) -> list[np.ndarray]:
     stop = {k: value[f"lambda_{k}"].astype(np.float64)[:, 0] for k in "jklm"}
     return [top["a"][:, 0], top["b"][:, 0] - top["b"][:, 1], entropy(p["c"]), np.log(np.exp(v["d"]).sum(-1)),
             first, second, np.zeros(len(first)), same_gh, same_hi,
-            stop["j"], stop["j"] + (1 - stop["j"]) * stop["k"], stop["l"], v["m"].max(-1) + stop["m"], v["n"].mean(-1)]
+            stop["j"], stop["j"] + (1 - stop["j"]) * stop["k"], stop["l"], v["m"].max(-1) + stop["m"], v["n"].mean(-1),
+            np.abs(top["o"][:, 0] - 0.5)]
 
 
 def numpy_path(scores: list[np.ndarray], tests: list[str], thresholds: list[float]) -> np.ndarray:
