@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -50,7 +51,8 @@ def cpu_isas(known: dict[str, list[str]] = ISA_FLAGS) -> list[str]:
 def compile_library(
     source: str, isa: str, folder: Path, *, flags: tuple[str, ...] = ("-O2",)
 ) -> ctypes.CDLL:
-    """A shared library built from `source` with `isa`'s flags and warnings as errors.
+    """A shared library built from `source` with `isa`'s flags and warnings as errors; one that
+    `folder` has already, perhaps from another process, is taken as it is.
 
     Raises AssertionError with the compiler's messages if it does not compile.
     """
@@ -59,9 +61,14 @@ def compile_library(
     name = hashlib.sha256("\0".join([source, *command]).encode()).hexdigest()[:16]
     library = folder / f"{name}.so"
     text = folder / f"{name}.cpp"
-    text.write_text(source)
-    done = subprocess.run([*command, str(text), "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:4000]
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            text.write_text(source)
+            new = folder / f"{name}.new"
+            done = subprocess.run([*command, str(text), "-o", str(new)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[:4000]
+            new.rename(library)
     return ctypes.CDLL(str(library))
 
 

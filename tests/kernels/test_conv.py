@@ -203,13 +203,12 @@ def strided(values: NDArray[np.float64], extra: int) -> NDArray[np.float32]:
 
 
 @pytest.fixture(scope="module", params=list(ISA_FLAGS))
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def library(request: pytest.FixtureRequest, libraries: Path):
     isa = request.param
     if isa not in cpu_isas():
         pytest.skip(f"this CPU has no {isa}")
     body = "".join(_CASE % {"i": i, "type": c.cpp(isa)} for i, c in enumerate(CASES))
-    folder: Path = tmp_path_factory.mktemp(isa)
-    return isa, compile_library(_SOURCE % body, isa, folder, flags=("-O1",))
+    return isa, compile_library(_SOURCE % body, isa, libraries, flags=("-O1",))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,14 +127,14 @@ def strided(values: NDArray[np.float32], extra: int) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module", params=list(ISA_FLAGS))
 def library(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, libraries: Path
 ) -> ctypes.CDLL:
     isa = request.param
     if isa not in cpu_isas():
         pytest.skip(f"this CPU has no {isa}")
     body = "".join(_CASE % {"i": i, "type": c.cpp()} for i, c in enumerate(CASES))
     source = '#include "skive/depthwise.h"\nusing namespace skive;\n' + body
-    return compile_library(source, isa, tmp_path_factory.mktemp(isa), flags=("-O1",))
+    return compile_library(source, isa, libraries, flags=("-O1",))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))

@@ -129,7 +129,7 @@ def ulp_error(got: NDArray[np.float32], want: Floats, excused: float) -> Floats:
 
 
 @pytest.fixture(scope="module", params=cpu_isas())
-def vectors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def vectors(request: pytest.FixtureRequest, libraries: Path) -> ctypes.CDLL:
     """All functions of UNARY over whole vectors and over vectors of three lanes."""
     lines = ['#include "skive/map.h"', "using namespace skive;"]
     for name, (text, *_rest) in UNARY.items():
@@ -140,7 +140,7 @@ def vectors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             f"  for (; i + 3 <= n; i += 3) store(out + i, f(load<3>(in + i)));\n"
             f"  for (; i < n; ++i) out[i] = static_cast<float>(f(in[i]));\n}}"
         )
-    return compile_library("\n".join(lines), request.param, tmp_path_factory.mktemp("math"))
+    return compile_library("\n".join(lines), request.param, libraries)
 
 
 @pytest.mark.parametrize("name", UNARY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,13 +150,13 @@ def strided(values: NDArray[np.float32], extra: int) -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module", params=list(ISA_FLAGS))
 def library(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, libraries: Path
 ) -> ctypes.CDLL:
     isa = request.param
     if isa not in cpu_isas():
         pytest.skip(f"this CPU has no {isa}")
     body = "".join(_CASE % {"i": i, **c.cpp()} for i, c in enumerate(CASES))
-    return compile_library(_SOURCE + body, isa, tmp_path_factory.mktemp(isa), flags=("-O1",))
+    return compile_library(_SOURCE + body, isa, libraries, flags=("-O1",))
 
 
 def run(

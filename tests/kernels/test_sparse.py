@@ -196,8 +196,8 @@ def check(lib: ctypes.CDLL, index: int, job: Job) -> None:
 
 
 @pytest.fixture(scope="module", params=list(INTEGER_ISA_FLAGS))
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build(JOBS, request.param, tmp_path_factory.mktemp(request.param), ("-O0",))
+def library(request: pytest.FixtureRequest, libraries: Path) -> ctypes.CDLL:
+    return build(JOBS, request.param, libraries, ("-O0",))
 
 
 @pytest.mark.parametrize("index", range(len(JOBS)))

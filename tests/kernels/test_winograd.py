@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,12 +100,12 @@ Library = tuple[str, ctypes.CDLL]
 
 
 @pytest.fixture(scope="module", params=list(ISA_FLAGS))
-def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(request: pytest.FixtureRequest, libraries: Path) -> Library:
     isa = request.param
     if isa not in cpu_isas():
         pytest.skip(f"this CPU has no {isa}")
     body = "".join(_CASE % {"i": i, "type": c.cpp(isa)} for i, c in enumerate(CASES))
-    return isa, compile_library(_SOURCE + body, isa, tmp_path_factory.mktemp(isa), flags=("-O1",))
+    return isa, compile_library(_SOURCE + body, isa, libraries, flags=("-O1",))
 
 
 @pytest.mark.parametrize("index", range(len(CASES)))
