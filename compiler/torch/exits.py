@@ -14,7 +14,9 @@ from skive.frontend.exit_point import exit_point
 
 __all__ = ["WithExits", "add_exits", "exit_point", "suggest_exits", "train_exits"]
 
-GRID = 4  # positions per side that a head of images keeps
+GRID = 4  # positions per side of which a head of images keeps the average and the maximum
+SMALL_GRID = 2  # the same behind a convolution, which has seen the neighbours
+CONVOLVED = 8  # positions per side that the convolution of a head is to give
 Progress = Callable[[int, float], None]  # (epoch, mean loss of its batches)
 
 
@@ -22,7 +24,8 @@ class Head(nn.Module):
     """Class scores from the features of some layer.
 
     Of images [N, C, H, W]: averages and maxima over a grid, then one linear layer (Kaya et al., Shallow-Deep
-    Networks, 2019, reduce features so); before that, with `channels`, averages of 2x2 and a 3x3 convolution to so many.
+    Networks, 2019, reduce features so); before that, with `channels`, averages of 2x2 and a 3x3 convolution to so many,
+    of stride 2 where more than 8 positions per side are left: what never leaves pays for it too.
     Of sequences [N, T, C] the mean over T. Of [N, C] the linear layer alone.
     """
 
@@ -32,12 +35,15 @@ class Head(nn.Module):
         self.features: nn.Module = nn.Identity()
         width = example.shape[1]
         if example.dim() == 4:
+            grid = GRID
             if channels:
-                self.features = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(width, channels, 3, 1, 1, bias=False),
+                stride = 2 if max(example.shape[2:]) // 2 > CONVOLVED else 1
+                self.features = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(width, channels, 3, stride, 1, bias=False),
                                               nn.BatchNorm2d(channels), nn.ReLU())
                 example = self.features.eval()(example)
+                grid = SMALL_GRID
             height, wide = example.shape[2:]
-            self.window = (max(1, height // GRID), max(1, wide // GRID))
+            self.window = (max(1, height // grid), max(1, wide // grid))
             width = self._pooled(example).shape[1]
         elif example.dim() == 3:
             width = example.shape[2]
