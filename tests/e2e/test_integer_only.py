@@ -20,6 +20,7 @@ from skive.ops import make
 from skive.reference import evaluate_graph
 from skive.targets.base import TARGETS
 from skive.types import DType
+from skive.verification import verdict_against
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "keyword_spotting"
 RUNNABLE = [t for t in TARGETS if set(TARGETS[t].features) <= set(_native.cpu_features())]
@@ -171,7 +172,7 @@ def test_keyword_network(tmp_path: Path) -> None:
     header = (tmp_path / "generic" / "net.h").read_text()
     assert f"#define NET_INPUT0_SCALE {module.inputs[0].scale!r}" in header
     assert f"#define NET_INPUT0_ZERO {module.inputs[0].zero}" in header
-    agreement = skive.api.verdict_against(module, model, [(v[None],) for v in x[100:140]], y[100:140])[1]
+    agreement = verdict_against(module, model, [(v[None],) for v in x[100:140]], y[100:140])[1]
     assert agreement.outputs[0].sqnr_db is not None and agreement.outputs[0].sqnr_db > 15
 
 
