@@ -83,6 +83,7 @@ def compile(
     tune: float | None = None,
     export_onnx: str | Path | None = None,
     dump_ir: str | Path | None = None,
+    backend: str = "skive",
     progress: Progress = lambda step, fraction: None,
 ) -> Module:
     """A callable module compiled from `model` (path, `onnx.ModelProto`, `torch.nn.Module`, `ExportedProgram`, `Graph`).
@@ -99,6 +100,7 @@ def compile(
     manifest. `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
     where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
     a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones otherwise.
+    `backend`: "skive", or "tvm", which has Apache TVM compile the stages of a float32 network (extra `tvm`).
     Raises the errors of `skive.errors`; nothing is written unless all went well.
     """
     request = dict(locals())
@@ -110,6 +112,11 @@ def compile(
     changes = Changes.requested(prune, sparsify, quantize, exits)
     if not isinstance(threads, int) or not 1 <= threads <= 256:
         raise SkiveError(f"threads is {threads!r}, not 1 to 256")
+    if backend not in ("skive", "tvm"):
+        raise SkiveError(f"backend is {backend!r}; it can be skive or tvm")
+    if backend == "tvm" and (threads > 1 or emit_only or any(v is not None for v in (tune, quantize, export_onnx))):
+        raise SkiveError("backend tvm compiles float32 for one thread: leave quantize, threads, tune, emit_only and "
+                         "export_onnx out")
     if tune is not None and not (isinstance(tune, (int, float)) and 0 < tune < float("inf")):
         raise SkiveError(f"tune is {tune!r}, not a number of seconds above 0")
     chosen = resolve(target, _native.cpu_features())
@@ -126,7 +133,7 @@ def compile(
     if asked is not None and tune is not None:
         asked += speed.cpu()  # what is chosen by measuring holds for this processor
     key = None
-    if source.sha256 and dump_ir is None and export_onnx is None and asked is not None:
+    if source.sha256 and dump_ir is None and export_onnx is None and asked is not None and backend == "skive":
         key = _cache_key(source, options, chosen, data, asked)
     tuned: Path | None = None  # what the last tuning for this key chose: a part of the key
     if key and tune is not None:
@@ -151,13 +158,22 @@ def compile(
     progress("optimise", 0.1)
     from skive import passes
 
+    last = passes.CLEANED if backend == "tvm" else passes.INTEGER_ONLY if changes.integer_only else passes.FUSED
     optimised, records = PassManager().run(
         imported,
-        [*passes.CANONICAL, *changes.steps(chosen, threads, progress),
-         *(passes.INTEGER_ONLY if changes.integer_only else passes.FUSED)],
+        [*passes.CANONICAL, *changes.steps(chosen, threads, progress), *last],
         dump_dir=dump_ir,
         check="always" if strict else "never",
     )
+    if backend == "tvm":
+        from skive import tvm_stages
+
+        progress("build", 0.3)
+        tvm_stages.compile_graph(
+            imported, optimised, changes.meant(imported), changes.tests, changes.exits, source, chosen, folder,
+            verify, data, records, started, {"model_sha256": source.sha256})
+        progress("done", 1.0)
+        return Module(folder)
     progress("lower", 0.25)
     choices = tuning.Tuning()
     if tune is not None:

@@ -300,8 +300,8 @@ def cli() -> None:
               help="Which blocks count least: reconstruction with --calibrate, magnitude without it, by default.")
 @click.option("--exit", "exits", multiple=True, metavar="NAME:CRITERION=VALUE",
               help="A call may end at this output (or tensor) of the model: exit0:max-prob=0.9 (repeatable). Criteria: "
-                   "max-prob, margin, entropy, energy, patience, and with the tensor or the numbers that they read "
-                   "score@TENSOR, q-exit@TENSOR, gate@W,W,W,W,BIAS.")
+                   "max-prob, margin, entropy, energy, patience, quality, and with the tensor or the numbers that they "
+                   "read score@TENSOR, q-exit@TENSOR, gate@W,W,W,W,BIAS, window@MIDDLE, quality@BLOCK.")
 @click.option("--export-onnx", metavar="FILE.onnx", help="Also write the optimised, quantized graph as ONNX.")
 @click.option("--tune", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="Measure other blocks and algorithms for each layer on this processor, for about so long, and "
@@ -310,7 +310,9 @@ def cli() -> None:
               help="Fail if the arena needs more (256K, 2M); the caller's tensors are not in it.")
 @click.option("--max-flash", type=_Bytes(), metavar="BYTES",
               help="Fail if packed weights and code take more.")
-@click.option("--backend", type=click.Choice(["skive"]), default="skive", show_default=True)
+@click.option("--backend", type=click.Choice(["skive", "tvm"]), default="skive", show_default=True,
+              help="tvm: Apache TVM compiles the stages of a float32 network; needs the extra skive-compiler[tvm], "
+                   "here and where the artefact runs.")
 @click.option("--emit-only", is_flag=True, help="Write sources and weights, run no compiler.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the artefact with the reference.")
 @click.option("--strict", is_flag=True, help="Also check every pass by running the graph.")
@@ -379,7 +381,7 @@ def compile_command(model: str, output: str, name: str | None, target: str, thre
                                threads=threads, verify=not no_verify, strict=strict,
                                emit_only=emit_only, data=data, dump_ir=dump_ir, progress=progress,
                                quantize=wanted, prune=cut, sparsify=sparse, exits=exits or None,
-                               export_onnx=export_onnx, tune=tune, **request)
+                               export_onnx=export_onnx, tune=tune, backend=backend, **request)
     report = module.report
     compiled = report["compiled"]
     if limited:

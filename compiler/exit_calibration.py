@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from skive.errors import ExitError
-from skive.exits import COMPARE
+from skive.exit_calls import COMPARE
 from skive.runtime import Module
 
 CANDIDATES = 48  # thresholds tried for each exit, between all that its scores distinguish

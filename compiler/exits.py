@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -256,11 +255,6 @@ def described(plan: Plan, exits: Sequence[Exit]) -> list[dict[str, Any]]:
     return rows
 
 
-COMPARE: dict[str, Callable[[Any, Any], Any]] = {
-    ">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le
-}
-
-
 def path(module: Module, values: Sequence[np.ndarray], thresholds: np.ndarray) -> np.ndarray:
     """The exit that each sample takes, decided here from all outputs of the network, the scores among them."""
     last = len(module.exits) - 1
@@ -268,7 +262,7 @@ def path(module: Module, values: Sequence[np.ndarray], thresholds: np.ndarray) -
     for k in reversed(range(last)):
         way = module.exits[k]
         assert way.score is not None and way.test is not None
-        leaves = COMPARE[way.test](values[way.score].reshape(-1), thresholds[k])
+        leaves = exit_calls.COMPARE[way.test](values[way.score].reshape(-1), thresholds[k])
         chosen = np.where(leaves, k, last if chosen is None else chosen)
     assert chosen is not None
     return chosen

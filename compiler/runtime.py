@@ -75,6 +75,9 @@ class Module:
         if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
             raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {name!r} is not a name")
         self.inputs, self.outputs = ports
+        self._names = [p.name for p in self.inputs]
+        self._call: Any
+        self._call_exits: Any
         try:
             self.exits, self._thresholds = exit_calls.read(self.manifest, [p.name for p in self.outputs])
         except (KeyError, ValueError, TypeError) as e:
@@ -85,6 +88,11 @@ class Module:
                 f"{folder} needs {', '.join(missing)}, which this processor lacks; "
                 "compile for --target generic or on this machine"
             )
+        if self.manifest.get("backend") == "tvm":
+            from skive.tvm_calls import Stages
+
+            self._call, self._call_exits = (Stages(self.folder, self.manifest, e) for e in (False, True))
+            return
         library = self.folder / f"lib{name}.so"
         if not library.exists():
             raise InvalidModelError(
@@ -101,7 +109,6 @@ class Module:
                 )
         except (RuntimeError, OSError) as e:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
-        self._names = [p.name for p in self.inputs]
 
     def export_onnx(self, path: str | Path) -> None:
         """Writes the optimised, pruned, quantized graph as ONNX, with QuantizeLinear and DequantizeLinear where

@@ -25,10 +25,10 @@ from skive.passes.tabulate import tabulate
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
 
-__all__ = ["CANONICAL", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights", "eliminate_common",
-           "eliminate_dead", "eliminate_identity", "equalise", "fit_functions", "fold_batchnorm", "fold_constants",
-           "fold_padding", "fuse_elementwise", "integer_arithmetic", "integer_only", "join_factors", "merge_linear",
-           "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "tabulate",
+__all__ = ["CANONICAL", "CLEANED", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights",
+           "eliminate_common", "eliminate_dead", "eliminate_identity", "equalise", "fit_functions", "fold_batchnorm",
+           "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "integer_only", "join_factors",
+           "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "tabulate",
            "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
@@ -49,6 +49,9 @@ CANONICAL: list[str] = [
     "eliminate-identity",
     "eliminate-common",
 ]
+
+# What exits and pruning leave over, for other compilers than this one.
+CLEANED: list[str] = ["fold-constants", "eliminate-identity", "eliminate-common", "eliminate-dead"]
 
 # From there to what is lowered.
 FUSED: list[str] = [

@@ -1,0 +1,426 @@
+"""Apache TVM as another back end: every stage of a float32 network as a Relax module that TVM compiles.
+
+The same graph, passes and criteria, another compiler below: a cross-check, and a way to reach what TVM reaches.
+The host program runs in Python (`tvm_calls.py`); the artefact needs TVM where it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import skive
+from skive import check, ops
+from skive import exits as early
+from skive.artifact import write_folder
+from skive.errors import TargetError, UnsupportedOpError, VerificationError
+from skive.ir import Graph, Node
+from skive.pipeline import operations, random_inputs, total_macs, weight_bytes
+from skive.program import ExitTest, Program
+from skive.runtime import MANIFEST, Module
+from skive.targets.base import Target
+from skive.tvm_calls import tvm
+from skive.types import DType
+
+if TYPE_CHECKING:
+    from skive.frontend import Source
+
+CPUS = {"generic": "x86-64", "avx2": "haswell", "avx512": "skylake-avx512", "avx512vnni": "cascadelake"}
+
+# ---------------------------------------------------------------------------- operations as Relax
+
+Emit = Callable[[Any, Sequence[Any], Node], Any]  # (relax.op, operands, node) -> expression
+EMIT: dict[str, Emit] = {}
+
+
+def _emits(*names: str) -> Callable[[Emit], Emit]:
+    def register(fn: Emit) -> Emit:
+        EMIT.update(dict.fromkeys(names, fn))
+        return fn
+
+    return register
+
+
+_SAME = {"add": "add", "sub": "subtract", "mul": "multiply", "div": "divide", "min": "minimum", "max": "maximum",
+         "pow": "power", "less": "less", "less_equal": "less_equal", "greater": "greater",
+         "greater_equal": "greater_equal", "equal": "equal", "not_equal": "not_equal", "and": "logical_and",
+         "or": "logical_or", "xor": "logical_xor", "not": "logical_not", "exp": "exp", "log": "log", "sqrt": "sqrt",
+         "rsqrt": "rsqrt", "tanh": "tanh", "sigmoid": "sigmoid", "erf": "erf", "neg": "negative", "abs": "abs",
+         "floor": "floor", "ceil": "ceil", "sin": "sin", "cos": "cos", "where": "where", "relu": "nn.relu",
+         "silu": "nn.silu", "gelu": "nn.gelu", "gelu_tanh": "nn.gelu_tanh", "softplus": "nn.softplus"}
+
+
+def _named(path: str) -> Emit:
+    def emit(op: Any, x: Sequence[Any], node: Node) -> Any:
+        for part in path.split("."):
+            op = getattr(op, part)
+        return op(*x)
+
+    return emit
+
+
+EMIT.update({ours: _named(theirs) for ours, theirs in _SAME.items()})
+
+
+def _number(value: float) -> Any:
+    from tvm import relax
+
+    return relax.const(np.float32(value))
+
+
+@_emits("clip")
+def _clip(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.minimum(op.maximum(x[0], _number(node.attrs["lo"])), _number(node.attrs["hi"]))
+
+
+@_emits("hard_sigmoid", "hard_swish")
+def _hard(op: Any, x: Sequence[Any], node: Node) -> Any:
+    a, b = (node.attrs["alpha"], node.attrs["beta"]) if node.op == "hard_sigmoid" else (1 / 6, 0.5)
+    gate = op.add(op.multiply(x[0], _number(a)), _number(b))
+    gate = op.minimum(op.maximum(gate, _number(0)), _number(1))
+    return gate if node.op == "hard_sigmoid" else op.multiply(x[0], gate)
+
+
+@_emits("reciprocal")
+def _reciprocal(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.divide(_number(1), x[0])
+
+
+@_emits("leaky_relu")
+def _leaky(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.nn.leakyrelu(x[0], alpha=node.attrs["alpha"])
+
+
+@_emits("choose")
+def _choose(op: Any, x: Sequence[Any], node: Node) -> Any:
+    """Both sides are computed: a stage of TVM has no branches here."""
+    return op.where(op.reshape(x[0], (1,) * max(1, node.type.rank)), x[1], x[2])
+
+
+@_emits("cast")
+def _cast(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.astype(x[0], _dtype(node.attrs["to"]))
+
+
+@_emits("reshape")
+def _reshape(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.reshape(x[0], node.shape)
+
+
+@_emits("expand")
+def _expand(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.broadcast_to(x[0], node.shape)
+
+
+@_emits("transpose")
+def _transpose(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.permute_dims(x[0], list(node.attrs["perm"]))
+
+
+@_emits("slice")
+def _slice(op: Any, x: Sequence[Any], node: Node) -> Any:
+    start, size, step = (list(node.attrs[k]) for k in ("start", "size", "step"))
+    if min(step, default=1) < 1:
+        raise _Refused("a negative step")
+    end = [s + (n - 1) * d + 1 for s, n, d in zip(start, size, step, strict=True)]
+    return op.strided_slice(x[0], list(range(len(start))), start, end, step)
+
+
+@_emits("concat")
+def _concat(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.concat(list(x), axis=node.attrs["axis"])
+
+
+@_emits("pad")
+def _pad(op: Any, x: Sequence[Any], node: Node) -> Any:
+    if node.attrs["mode"] != "constant":
+        raise _Refused(f"mode {node.attrs['mode']}")
+    widths = [w for pair in zip(node.attrs["before"], node.attrs["after"], strict=True) for w in pair]
+    return op.nn.pad(x[0], widths, pad_value=float(node.attrs["value"]))
+
+
+@_emits("gather")
+def _gather(op: Any, x: Sequence[Any], node: Node) -> Any:
+    axis = node.attrs["axis"] % node.inputs[0].type.rank
+    size = node.inputs[0].shape[axis]
+    from tvm import relax
+
+    wrapped = op.where(op.less(x[1], relax.const(np.zeros((), node.inputs[1].dtype.numpy))),
+                       op.add(x[1], relax.const(np.asarray(size, node.inputs[1].dtype.numpy))), x[1])
+    return op.take(x[0], wrapped, axis=axis)
+
+
+@_emits("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod")
+def _reduce(op: Any, x: Sequence[Any], node: Node) -> Any:
+    axes = list(node.attrs["axes"])
+    if not axes:
+        return x[0]
+    return getattr(op, node.op.removeprefix("reduce_"))(x[0], axis=axes, keepdims=node.attrs["keep"])
+
+
+@_emits("argmax", "argmin")
+def _arg(op: Any, x: Sequence[Any], node: Node) -> Any:
+    if node.attrs["last"]:
+        raise _Refused("the last of equals")
+    return getattr(op, node.op)(x[0], axis=node.attrs["axis"], keepdims=node.attrs["keep"])
+
+
+@_emits("topk_values", "topk_indices")
+def _topk(op: Any, x: Sequence[Any], node: Node) -> Any:
+    kind = "values" if node.op == "topk_values" else "indices"
+    return op.topk(x[0], k=node.attrs["k"], axis=-1, ret_type=kind, largest=node.attrs["largest"], dtype="int64")
+
+
+@_emits("softmax", "log_softmax")
+def _softmax(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return getattr(op.nn, node.op)(x[0], axis=node.attrs["axis"])
+
+
+@_emits("layer_norm")
+def _layer_norm(op: Any, x: Sequence[Any], node: Node) -> Any:
+    rank = node.type.rank
+    axes = list(range(node.attrs["axis"] % rank, rank))
+    from tvm import relax
+
+    bias = x[2] if len(x) > 2 else relax.const(np.zeros(node.inputs[1].shape, np.float32))
+    return op.nn.layer_norm(x[0], x[1], bias, axes=axes, epsilon=node.attrs["eps"])
+
+
+@_emits("matmul")
+def _matmul(op: Any, x: Sequence[Any], node: Node) -> Any:
+    def turned(v: Any, operand: Node, turn: bool) -> Any:
+        order = list(range(operand.type.rank))
+        return op.permute_dims(v, [*order[:-2], order[-1], order[-2]]) if turn else v
+
+    return op.matmul(turned(x[0], node.inputs[0], node.attrs["trans_a"]),
+                     turned(x[1], node.inputs[1], node.attrs["trans_b"]))
+
+
+@_emits("linear")
+def _linear(op: Any, x: Sequence[Any], node: Node) -> Any:
+    y = op.matmul(x[0], op.permute_dims(x[1]))
+    return op.add(y, x[2]) if len(x) > 2 else y
+
+
+@_emits("attention")
+def _attention(op: Any, x: Sequence[Any], node: Node) -> Any:
+    if node.attrs["causal"] or node.attrs["levels"]:
+        raise _Refused("causal or rounded attention")
+    q, k, v = (op.permute_dims(t, [0, 2, 1, 3]) if node.attrs["token_major"] else t for t in x[:3])
+    scores = op.multiply(op.matmul(q, op.permute_dims(k, [0, 1, 3, 2])), _number(node.attrs["scale"]))
+    if len(x) > 3:
+        scores = op.add(scores, x[3])
+    y = op.matmul(op.nn.softmax(scores, axis=-1), v)
+    return op.permute_dims(y, [0, 2, 1, 3]) if node.attrs["token_major"] else y
+
+
+def _window(node: Node) -> dict[str, Any]:
+    top, left, bottom, right = node.attrs["pad"]
+    return {"strides": list(node.attrs["stride"]), "padding": [top, left, bottom, right],
+            "dilation": list(node.attrs["dilation"])}
+
+
+@_emits("conv2d")
+def _conv2d(op: Any, x: Sequence[Any], node: Node) -> Any:
+    y = op.nn.conv2d(x[0], x[1], **_window(node), groups=node.attrs["groups"], data_layout="NHWC", kernel_layout="OHWI")
+    return op.add(y, x[2]) if len(x) > 2 else y
+
+
+@_emits("max_pool2d")
+def _max_pool(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.nn.max_pool2d(x[0], pool_size=list(node.attrs["kernel"]), **_window(node), layout="NHWC")
+
+
+@_emits("avg_pool2d")
+def _avg_pool(op: Any, x: Sequence[Any], node: Node) -> Any:
+    return op.nn.avg_pool2d(x[0], pool_size=list(node.attrs["kernel"]), **_window(node), layout="NHWC",
+                            count_include_pad=node.attrs["count_pad"])
+
+
+class _Refused(Exception):
+    """What of a node is not emitted."""
+
+
+def _dtype(dtype: DType) -> str:
+    return str(dtype.numpy.name)
+
+
+def _problems(graph: Graph) -> list[tuple[str, str, str]]:
+    """Every node that has no form in Relax here."""
+    found = []
+    for node in graph.nodes:
+        types = {node.dtype, *(i.dtype for i in node.inputs)}
+        if node.op not in ("input", "const") and (node.op not in EMIT or node.attrs.get("epilogue")):
+            found.append((node.label(), f"{node.op} is not passed on to TVM", "leave --backend tvm out"))
+        elif any(t not in (DType.f32, DType.i64, DType.i32, DType.bool) for t in types):
+            kinds = ", ".join(sorted(t.value for t in types))
+            found.append((node.label(), f"{node.op} on {kinds}: what is passed on to TVM is float32", ""))
+    return found
+
+
+# ------------------------------------------------------------------------------- stages to modules
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """One stage: its `nodes`, and the values that it reads from before and leaves for later."""
+
+    nodes: tuple[Node, ...]
+    reads: tuple[Node, ...]
+    writes: tuple[Node, ...]
+
+
+def cuts(graph: Graph, stages: Sequence[Sequence[Node]]) -> list[Cut]:
+    """The stages with the values that live between them."""
+    where = {n: k for k, nodes in enumerate(stages) for n in nodes}
+    found = []
+    for k, nodes in enumerate(stages):
+        work = tuple(n for n in nodes if n.op not in ("input", "const"))
+        used = dict.fromkeys(i for n in work for i in n.inputs if not i.is_const)
+        reads = tuple(i for i in used if i.op == "input" or where[i] < k)
+        writes = tuple(n for n in work if graph.is_output(n) or any(where[u] > k for u in graph.users[n]))
+        found.append(Cut(work, reads, writes))
+    return found
+
+
+def relax_module(cut: Cut) -> Any:
+    """The Relax module of a stage; UnsupportedOpError where a node has no form."""
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    values: dict[Node, Any] = {n: relax.Var(f"v{i}", relax.TensorType(n.shape, _dtype(n.dtype)))
+                               for i, n in enumerate(cut.reads)}
+    with builder.function("main", list(values.values())):
+        with builder.dataflow():
+            for node in cut.nodes:
+                for i in node.inputs:
+                    if i.is_const and i not in values:
+                        values[i] = relax.const(np.array(i.value))
+                try:
+                    values[node] = builder.emit(EMIT[node.op](relax.op, [values[i] for i in node.inputs], node))
+                except _Refused as e:
+                    raise UnsupportedOpError([(node.label(), f"{node.op} with {e} is not passed on to TVM",
+                                               "leave --backend tvm out")]) from None
+            result = builder.emit_output(relax.Tuple([values[n] for n in cut.writes]))
+        builder.emit_func_output(result)
+    return builder.get()
+
+
+def _build(cut: Cut, library: Path, target: Target) -> None:
+    """Compiles a stage into `library`."""
+    found = tvm()
+    if target.name not in CPUS:
+        raise TargetError(f"--backend tvm compiles for {', '.join(CPUS)}, not for {target.name}")
+    cpu = found.target.Target({"kind": "llvm", "mcpu": CPUS[target.name]})
+    found.compile(relax_module(cut), target=cpu).export_library(str(library))
+
+
+def write(folder: Path, graph: Graph, program: Program, target: Target, options: dict[str, Any]) -> dict[str, Any]:
+    """Builds `program` into `folder` and returns its manifest."""
+    problems = _problems(graph)
+    if problems:
+        raise UnsupportedOpError(problems)
+    if direct := [n for o, n in zip(graph.outputs, graph.output_names, strict=True) if o.is_const]:
+        raise UnsupportedOpError([(direct[0], "a constant as output is not passed on to TVM", "")])
+    number = {n: i for i, n in enumerate(graph.nodes)}
+    found = cuts(graph, program.stages())
+    stages = []
+    for k, cut in enumerate(found):
+        if cut.writes:
+            _build(cut, folder / f"stage{k}.so", target)
+        stages.append({"library": f"stage{k}.so", "reads": [number[n] for n in cut.reads],
+                       "writes": [number[n] for n in cut.writes], "macs": sum(map(ops.macs, cut.nodes))})
+
+    def ports(nodes: Sequence[Node], names: Sequence[str]) -> list[dict[str, Any]]:
+        return [{"name": name, "shape": [-1, *n.shape[1:]] if graph.batch_max else list(n.shape),
+                 "dtype": _dtype(n.dtype)} for n, name in zip(nodes, names, strict=True)]
+
+    manifest = {
+        "skive": skive.__version__, "backend": "tvm", "name": graph.name, "target": target.name,
+        "isa": list(target.features), "threads": 1, "batch_max": graph.batch_max, "arena_bytes": 0,
+        "inputs": ports(graph.inputs, [n.name for n in graph.inputs]),
+        "outputs": ports(graph.outputs, graph.output_names),
+        "stages": stages, "input_values": [number[n] for n in graph.inputs],
+        "output_values": [number[n] for n in graph.outputs], **options,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    return manifest
+
+
+def run_graph(graph: Graph, target: Target) -> check.Run:
+    """The call of `graph` as one stage."""
+    import tempfile
+
+    folder = tempfile.TemporaryDirectory(prefix="skive-tvm-")
+    whole = Program(graph, (ExitTest("all", graph.output_names),))
+    write(Path(folder.name), graph, whole, target, {})
+    module = Module(folder.name)
+
+    def run(inputs: Sequence[np.ndarray], keep: Any = folder) -> Sequence[np.ndarray]:
+        return module.all_outputs(*inputs)
+
+    return run
+
+
+def compile_graph(imported: Graph, optimised: Graph, meant: Graph, tests: tuple[ExitTest, ...],
+                  exits: Sequence[early.Exit], source: Source, target: Target, folder: Path, verify: bool,
+                  data: Sequence[np.ndarray] | None, records: Sequence[Any], started: float,
+                  options: dict[str, Any]) -> None:
+    """The artefact of `optimised`, whose outputs are `tests`, in `folder`; verified against the numpy reference of
+    `meant`, and on every way out. UnsupportedOpError, ToolchainError, VerificationError."""
+    tvm()
+    program = Program(optimised, tests or (ExitTest(optimised.output_names[-1], optimised.output_names),))
+    beside = {e.output: e.of for e in exits}
+    rows: list[dict[str, Any]] = [
+        {"name": t.name, "criterion": t.criterion or None, "threshold": t.threshold if t.score else None,
+         "test": t.test if t.score else None, "of": beside.get(t.name), "score": t.score,
+         "outputs": list(t.outputs), "macs": macs}
+        for t, macs in zip(tests, program.macs() if tests else (), strict=True)]
+    options = options | ({"exits": rows} if rows else {})
+    with write_folder(folder) as temporary:
+        write(temporary, optimised, program, target, options)
+        size = sum(f.stat().st_size for f in temporary.glob("*.so"))
+        weights = weight_bytes(optimised)
+        report: dict[str, Any] = {
+            "skive": skive.__version__,
+            "model": {"path": source.path, "sha256": source.sha256, "macs": total_macs(imported),
+                      "weight_bytes": weight_bytes(imported), "nodes": operations(imported)},
+            "target": {"name": target.name, "isa": list(target.features), "threads": 1},
+            "passes": [r.to_json() for r in records],
+            "compiled": {"macs": total_macs(optimised), "weight_bytes": weights, "arena_bytes": 0,
+                         "code_bytes": max(0, size - weights), "seconds": 0.0},
+            "layers": [], "verification": None, **({"exits": [{**r, "arena_bytes": 0} for r in rows]} if rows else {}),
+        }
+        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        if verify:
+            verdict = _verified(temporary, meant, optimised, target, data)
+            report["verification"] = dataclasses.asdict(verdict)
+        report["compiled"]["seconds"] = round(time.perf_counter() - started, 3)
+        (temporary / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _verified(folder: Path, meant: Graph, optimised: Graph, target: Target,
+              data: Sequence[np.ndarray] | None) -> check.Verdict:
+    from skive.reference import evaluate_graph
+
+    module = Module(folder)
+    inputs = list(random_inputs(meant)) if data is None else [np.asarray(d[:1] if meant.batch_max else d) for d in data]
+    pairs = list(zip(module.all_outputs(*inputs), evaluate_graph(meant, inputs), strict=True))
+    verdict = check.compare(pairs, "numpy", 1)
+    if not verdict.passed:
+        tolerance = check.allowed_difference(meant, inputs)
+        verdict = check.compare(pairs, "numpy", 1, tolerance)
+        if not verdict.passed:
+            node = check.first_divergence(optimised, inputs, lambda g: run_graph(g, target), tolerance)
+            raise VerificationError(f"{meant.name}: what TVM built differs from the reference by "
+                                    f"{verdict.relative_error:.2g} of the output's range"
+                                    + (f", first at {node.label()} ({node.op})" if node else "")
+                                    + "; leave --backend tvm out")
+    early.check_paths(module, inputs)
+    return verdict
