@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from keywords import MODEL, accuracy, compiled, features
 
 import skive
-from skive import cli
+from skive.cli import cli
 from skive.errors import PruningError
 
 
@@ -43,7 +43,7 @@ def test_nothing_pruned_is_the_same_code(tmp_path: Path) -> None:
 
 def test_the_command_prunes(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=features()[0][:30])
-    run = CliRunner().invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "kws"), "--prune", "0.3", "--json",
+    run = CliRunner().invoke(cli, ["compile", str(MODEL), "-o", str(tmp_path / "kws"), "--prune", "0.3", "--json",
                                        "--calibrate", f"{tmp_path}/data.npz:x", "--input", "input=1x1x49x10"])
     assert run.exit_code == 0, run.output
     report = json.loads(run.stdout)
@@ -71,7 +71,7 @@ def test_a_quantized_model_is_cut_with_its_scales(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_target_can_be_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKIVE_CACHE", str(tmp_path / "cache"))
-    run = CliRunner().invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "kws"), "--prune", "latency=0.25",
+    run = CliRunner().invoke(cli, ["compile", str(MODEL), "-o", str(tmp_path / "kws"), "--prune", "latency=0.25",
                                        "--prune-criterion", "l1", "--json", "--input", "input=1x1x49x10"])
     assert run.exit_code == 0, run.output
     cut = json.loads(run.stdout)["sparsity"]

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from keywords import MODEL, accuracy, compiled, features
 
 import skive
-from skive import cli, ops
+from skive import ops
+from skive.cli import cli
 from skive.execute import run_graph
 from skive.ir import Graph, Node, constant
 from skive.lower import convolution, lower
@@ -123,10 +124,10 @@ def test_code_does_not_grow_with_the_layer() -> None:
 def test_command_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=features()[0][:32])
     runner = CliRunner()
-    done = runner.invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "a"), "--input", "input=1x1x49x10",
+    done = runner.invoke(cli, ["compile", str(MODEL), "-o", str(tmp_path / "a"), "--input", "input=1x1x49x10",
                                    "--sparsify", "block4x16@0.6", "--calibrate", f"{tmp_path}/data.npz:x"])
     assert done.exit_code == 0, done.output
     assert "block4x16" in done.output and "reconstruction" in done.output and "sparse kernels in" in done.output
     for wrong, message in (("block4x16", "fraction is None"), ("blok@0.5", "pattern is 'blok'"), ("2:4@x", "PATTERN@")):
-        done = runner.invoke(cli.cli, ["compile", str(MODEL), "-o", str(tmp_path / "b"), "--sparsify", wrong])
+        done = runner.invoke(cli, ["compile", str(MODEL), "-o", str(tmp_path / "b"), "--sparsify", wrong])
         assert done.exit_code == 1 and message in done.output and "Traceback" not in done.output, done.output

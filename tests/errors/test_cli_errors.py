@@ -143,8 +143,8 @@ FAULTS = [
 ]
 MISUSE = ["nonsense", "compile", "compile good.onnx", "compile good.onnx -o out --no-such-flag",
           "compile good.onnx -o out --threads 0", "compile good.onnx -o out --threads many",
-          "compile good.onnx -o out --backend tvm", "compile good.onnx -o out --input x",
-          "compile good.onnx -o out --input x=Nx4", "compile good.onnx -o out --max-ram lots",
+          "compile good.onnx -o out --input x", "compile good.onnx -o out --input x=Nx4",
+          "compile good.onnx -o out --max-ram lots",
           "compile good.onnx -o out --config range.toml", "compile good.onnx -o out --quantize int8",
           "run art", "verify art", "opt good.onnx", "bench", "bench art --against tvm", "bench art --against skive",
           "inspect", "profile art --rounds 0", "targets extra"]

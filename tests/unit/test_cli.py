@@ -20,8 +20,10 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper, numpy_helper
 
-from skive import cli as commands
 from skive import console
+from skive.cli import cli
+from skive.cli.arrays import fit_arrays
+from skive.cli.options import Bytes, InputShape
 from skive.errors import ShapeError, UnsupportedOpError
 from skive.runtime import TensorInfo
 
@@ -57,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def skive(*arguments: object) -> Result:
-    return CliRunner().invoke(commands.cli, [str(a) for a in arguments])
+    return CliRunner().invoke(cli, [str(a) for a in arguments])
 
 
 def printed_json(result: Result) -> Any:
@@ -273,7 +275,7 @@ def test_bench_marks_an_artefact_whose_model_has_changed(place: Path) -> None:
 
 
 def test_every_command_has_help_with_an_example() -> None:
-    for name, command in commands.cli.commands.items():
+    for name, command in cli.commands.items():
         result = skive(name, "--help")
         assert result.exit_code == 0
         if any(isinstance(p, click.Argument) for p in command.params):
@@ -284,7 +286,7 @@ def test_every_option_is_in_the_manual() -> None:
     manual = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
     sections = dict(zip(*[iter(re.split(r"^## (.*)$", manual, flags=re.MULTILINE)[1:])] * 2, strict=True))
     shapes = {"--input", "--batch-max", "--example"}
-    for name, command in commands.cli.commands.items():
+    for name, command in cli.commands.items():
         for p in command.params:
             if isinstance(p, click.Option) and p.name != "config":
                 for o in p.opts:
@@ -348,31 +350,31 @@ def test_a_reader_that_leaves_is_no_traceback(place: Path) -> None:
 @pytest.mark.parametrize(("text", "shape"), [
     ("x=1x3x224x224", ("x", (1, 3, 224, 224))), ("a=b=4", ("a=b", (4,))), ("x=Nx3", ("x", (-1, 3))), ("s=", ("s", ()))])
 def test_an_input_shape_is_read(text: str, shape: tuple[str, tuple[int, ...]]) -> None:
-    assert commands._InputShape()(text) == shape
+    assert InputShape()(text) == shape
 
 
 @pytest.mark.parametrize("text", ["x", "=1x2", "x=1x-2", "x=1xN", "x=1 x 2", "x=axb"])
 def test_a_wrong_input_shape_is_refused(text: str) -> None:
     with pytest.raises(click.BadParameter):
-        commands._InputShape()(text)
+        InputShape()(text)
 
 
 @pytest.mark.parametrize(("text", "count"), [("4096", 4096), ("256K", 262144), ("2m", 2 << 20), ("1GB", 1 << 30)])
 def test_a_number_of_bytes_is_read(text: str, count: int) -> None:
-    assert commands._Bytes()(text) == count
+    assert Bytes()(text) == count
 
 
 def test_arrays_are_fitted_to_the_inputs() -> None:
     ports = [TensorInfo("image", (1, 1, 2, 2), "float32"), TensorInfo("mask", (1, 3), "bool")]
     images, masks = np.zeros((5, 2, 2), np.uint8), np.zeros((5, 3), bool)
-    image, mask = commands.fit_arrays({"mask": masks, "image": images}, ports)
+    image, mask = fit_arrays({"mask": masks, "image": images}, ports)
     assert image.shape == (5, 1, 2, 2) and image.dtype == np.float32 and mask.shape == (5, 3)
-    (single,) = commands.fit_arrays({"arr_0": np.zeros((1, 2, 2))}, ports[:1])
+    (single,) = fit_arrays({"arr_0": np.zeros((1, 2, 2))}, ports[:1])
     assert single.shape == (1, 1, 2, 2)
     for wrong, message in [({"image": images}, "mask"), ({"image": np.zeros((5, 3, 2)), "mask": masks}, r"\[5, 3, 2\]"),
                            ({"image": images, "mask": np.zeros((5, 3))}, "float64")]:
         with pytest.raises(ShapeError, match=message):
-            commands.fit_arrays(wrong, ports)
+            fit_arrays(wrong, ports)
 
 
 def test_what_is_printed_stays_on_one_line() -> None:

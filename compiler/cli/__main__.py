@@ -1,0 +1,5 @@
+"""`python -m skive.cli`."""
+
+from skive.cli import main
+
+main()
