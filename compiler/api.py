@@ -26,6 +26,7 @@ from skive.errors import InvalidModelError, SkiveError, TargetError
 from skive.execute import temporary_folder
 from skive.ir import Graph
 from skive.lower import lower
+from skive.lower.branches import guards_of, path_macs
 from skive.pipeline import PassManager, operations, total_macs, weight_bytes
 from skive.plan import Plan
 from skive.runtime import MANIFEST, Module
@@ -362,6 +363,7 @@ def _report(
         "passes": [r.to_json() for r in records],
         "compiled": {
             "macs": total_macs(optimised),
+            **_by_branch(optimised),
             "weight_bytes": len(plan.weights),
             "arena_bytes": plan.arena_bytes,
             "arena_lower_bound": plan.arena_lower_bound,
@@ -375,6 +377,14 @@ def _report(
         ],
         "verification": dataclasses.asdict(verdict) if verdict else None,
     }
+
+
+def _by_branch(optimised: Graph) -> dict[str, int]:
+    """The multiply-accumulates of the cheapest and the dearest way through branches, where there are any."""
+    if all(n.op != "choose" for n in optimised.nodes):
+        return {}
+    least, most = path_macs(optimised.nodes, guards_of(optimised))
+    return {"macs_least": least, "macs_most": most}
 
 
 def _write_report(folder: Path, report: dict[str, Any], imported: Graph, optimised: Graph, timed: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from skive.frontend import Source
     from skive.plan import Plan
     from skive.runtime import Module
+
+log = logging.getLogger("skive.exits")
 
 
 @dataclass(frozen=True)
@@ -156,9 +159,18 @@ def arrange(graph: Graph, exits: Sequence[Exit]) -> tuple[Graph, tuple[Exit, ...
                 raise ExitError(f"exit {e.output} is {node.type}, the whole network gives "
                                 f"{', '.join(str(n.type) for n in last)}: a batch whose samples leave at different "
                                 "exits has no one shape; give all the last shape, or leave batch_max out")
+    elif (together := samples_together(graph)) > 1:
+        log.warning("%s takes %d samples a call, which leave together, when the least sure one may; for each to leave "
+                    "by itself give it a batch of 1 and batch_max (--batch-max %d)", graph.name, together, together)
     names = [e.output for e in ordered] + rest + list(dict.fromkeys(beside))
     outputs = tuple(_tensor(graph, n, n) for n in names)
     return replace(graph, outputs=outputs, output_names=tuple(names)), ordered
+
+
+def samples_together(graph: Graph) -> int:
+    """Samples of one decision: the first dimension that all inputs and outputs have in common, 1 if there is none."""
+    first = {n.shape[0] if n.type.rank else 0 for n in (*graph.inputs, *graph.outputs)}
+    return max(1, *first) if len(first) == 1 else 1
 
 
 def attach(graph: Graph, exits: Sequence[Exit], ports: Sequence[Mapping[str, Any] | None] | None = None) -> Program:
@@ -236,7 +248,8 @@ def unmarked(graph: Graph, asked: Collection[Any] = ()) -> Graph:
 
 def described(plan: Plan, exits: Sequence[Exit]) -> list[dict[str, Any]]:
     """The exits in the order in which they are reached, as manifest and report hold them. `macs` and `arena_bytes` are
-    what a call needs that ends there; `of` is that of the request."""
+    what a call needs at most that ends there, `macs_least` at least, where branches decide; `of` is that of the
+    request."""
     beside = {e.output: e.of for e in exits}
     rows, macs = [], 0
     for e, stage in zip(plan.exits, plan.stages, strict=True):
@@ -250,6 +263,7 @@ def described(plan: Plan, exits: Sequence[Exit]) -> list[dict[str, Any]]:
             "score": plan.outputs[e.score].name if e.score is not None else None,
             "outputs": [plan.outputs[i].name for i in e.outputs],
             "macs": macs,
+            "macs_least": stage.least_macs,
             "arena_bytes": stage.arena_bytes,
         })
     return rows

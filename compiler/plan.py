@@ -118,12 +118,13 @@ class Port:
 @dataclass(frozen=True, slots=True)
 class Stage:
     """Calls `first` to `end` - 1: a straight line. `arena_bytes`: of the arena that is used from the start up to here;
-    `macs` of this stage alone."""
+    `macs` of this stage alone, `least_macs` from the start up to here on the cheapest way through branches."""
 
     first: int
     end: int
     macs: int
     arena_bytes: int
+    least_macs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def summary_lines(report: Mapping[str, Any], seconds: float | None = None) -> li
     bound = compiled.get("arena_lower_bound") or 0
     over = f", {compiled['arena_bytes'] / bound:.2f} x the lower bound" if bound else ""
     lines = [("target", f"{target['name']}, {target['threads']} thread{'s' * (target['threads'] > 1)}"),
-             ("MACs", f"{count_text(compiled['macs'])} (model: {count_text(model['macs'])})"),
+             ("MACs", f"{_path_text(compiled)} (model: {count_text(model['macs'])})"),
              ("weights", f"{bytes_text(compiled['weight_bytes'])} (model: {bytes_text(model['weight_bytes'])})"),
              ("arena", bytes_text(compiled["arena_bytes"]) + over)]
     if compiled["code_bytes"]:
@@ -34,6 +34,13 @@ def summary_lines(report: Mapping[str, Any], seconds: float | None = None) -> li
               ("verified", verdict_text(report["verification"])),
               ("compiled in", f"{compiled['seconds'] if seconds is None else seconds:.1f} s")]
     return lines
+
+
+def _path_text(compiled: Mapping[str, Any]) -> str:
+    """The multiply-accumulates of a call, from the cheapest way through branches to the dearest."""
+    if "macs_least" not in compiled:
+        return count_text(compiled["macs"])
+    return f"{count_text(compiled['macs_least'])} to {count_text(compiled['macs_most'])}"
 
 
 def _sparsity_lines(fewer: Mapping[str, Any]) -> list[tuple[str, str]]:

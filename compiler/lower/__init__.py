@@ -53,9 +53,11 @@ def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None 
         _lower_nodes(ctx, graph.nodes, guards)
         return ctx.finish()
     program = Program(graph, exits)
+    reached: list[Node] = []
     for i, nodes in enumerate(program.stages()):
         _lower_nodes(ctx, nodes, guards)
-        ctx.end_stage([program.exit_of(n) == i for n in graph.output_names], nodes)
+        reached += nodes
+        ctx.end_stage([program.exit_of(n) == i for n in graph.output_names], branches.path_macs(reached, guards))
     return ctx.finish(exits)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from skive import ops
 from skive.ir import Graph, Node
 from skive.lower.calls import Lowering, lowers
 from skive.lower.storage import Guards
@@ -42,6 +45,25 @@ def guards_of(graph: Graph) -> dict[Node, Guards]:
 
 def _same(a: tuple[Node, bool], b: tuple[Node, bool]) -> bool:
     return a[0] is b[0] and a[1] is b[1]
+
+
+def path_macs(nodes: Iterable[Node], guards: Mapping[Node, Guards]) -> tuple[int, int]:
+    """(fewest, most) multiply-accumulates of `nodes` over all ways through their branches.
+
+    Conditions count as independent: where two exclude each other, no call may reach the one or the other figure.
+    """
+    found = [(guards[n], m) for n in nodes if (m := ops.macs(n))]
+    return _extreme(found, 0, min), _extreme(found, 0, max)
+
+
+def _extreme(found: Sequence[tuple[Guards, int]], depth: int, pick: Callable[[int, int], int]) -> int:
+    total = sum(m for g, m in found if len(g) == depth)
+    sides: dict[Node, tuple[list[tuple[Guards, int]], list[tuple[Guards, int]]]] = {}
+    for g, m in found:
+        if len(g) > depth:
+            condition, holds = g[depth]
+            sides.setdefault(condition, ([], []))[holds].append((g, m))
+    return total + sum(pick(*(_extreme(side, depth + 1, pick) for side in both)) for both in sides.values())
 
 
 @lowers("choose")

@@ -126,11 +126,13 @@ class Lowering(Storage):
                     [self.read("x", o), (target, Arg("y", o.dtype.ctype, "", const=False))],
                 )
 
-    def end_stage(self, outputs: Sequence[bool], nodes: Iterable[Node]) -> None:
-        """What was lowered since the last stage's end is a stage, which gives these of the graph's outputs."""
+    def end_stage(self, outputs: Sequence[bool], macs: tuple[int, int]) -> None:
+        """What was lowered since the last stage's end is a stage, which gives these of the graph's outputs; `macs`:
+        the fewest and the most multiply-accumulates of a call that ends here."""
         self._write_outputs(i for i, given in enumerate(outputs) if given)
         first = self._stages[-1].end if self._stages else 0
-        self._stages.append(Stage(first, len(self.calls), sum(map(ops.macs, nodes)), 0))
+        before = sum(s.macs for s in self._stages)
+        self._stages.append(Stage(first, len(self.calls), macs[1] - before, 0, macs[0]))
 
     def finish(self, exits: Sequence[ExitTest] = ()) -> Plan:
         """Places the blocks and resolves every argument."""

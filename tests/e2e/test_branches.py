@@ -57,6 +57,22 @@ def test_what_one_side_alone_needs_is_guarded() -> None:
     assert side["inner-then"] == [True, True] and side["inner-else"] == [True, False] and side["else"] == [False]
 
 
+def test_the_report_counts_the_work_of_each_way() -> None:
+    compiled = skive.compile(nested()).report["compiled"]
+    # shared, outside: always; then and one inner side, or else: 8 x 8 multiply-adds each
+    assert (compiled["macs_least"], compiled["macs_most"]) == (3 * 64, 4 * 64)
+    assert compiled["macs"] == 6 * 64
+
+
+def test_exits_count_the_work_of_each_way() -> None:
+    graph = nested()
+    late = ops.make("linear", graph.outputs[0], constant(np.ones((8, 8), np.float32)))
+    graph = Graph("ways", graph.inputs, (graph.outputs[0], late), ("early", "late"))
+    rows = skive.compile(graph, exits=["early:max-prob=0.5"]).report["exits"]
+    # shared: always; one layer for `outside` and `then` and an inner side, or else
+    assert [(r["macs_least"], r["macs"]) for r in rows] == [(2 * 64, 3 * 64), (3 * 64, 4 * 64)]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_every_path_equals_the_reference(threads: int) -> None:
     from skive.reference import evaluate_graph

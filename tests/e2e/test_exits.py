@@ -282,6 +282,21 @@ def test_a_batch_needs_one_shape_and_scores_need_floats() -> None:
         skive.compile(graph, exits=["early:max-prob=1"], quantize=skive.Quantize(integer_only=True, calibration=[]))
 
 
+def test_a_fixed_batch_leaves_as_a_whole_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(2)
+    x = ops.make("input", shape=(3, 16), dtype=DType.f32, label="x")
+    early = ops.make("linear", x, constant(rng.standard_normal((5, 16)).astype(np.float32)))
+    late = ops.make("linear", ops.make("tanh", early), constant(rng.standard_normal((5, 5)).astype(np.float32)))
+    module = skive.compile(Graph("three", (x,), (early, late), ("early", "late")), exits=["early:max-prob=0.5"])
+    assert "3 samples a call, which leave together" in caplog.text
+    values = rng.standard_normal((3, 16)).astype(np.float32)
+    least = softmax(module.all_outputs(values)[0]).max(-1).min()
+    for threshold, taken in ((least - 1e-3, 0), (least + 1e-3, 1)):
+        module.thresholds = {"early": threshold}
+        result = module.run(values)
+        assert result.exit.tolist() == [taken] and result.outputs.shape == (3, 5)
+
+
 def test_an_unknown_threshold_is_refused(batched: skive.Module) -> None:
     with pytest.raises(ExitError, match="no exit 'y' with a threshold"):
         batched.thresholds = {"y": 1.0}
