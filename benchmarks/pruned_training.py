@@ -1,13 +1,22 @@
-"""What fine-tuning gives back after channels were removed: real networks on their training data.
+"""What training gives back after channels or blocks of weights were removed: real networks on their training data.
 
-    python benchmarks/pruned_training.py DATA [--models resnet20_cifar10] [--macs 0.5] [--epochs 10]
-                                         [--rate 0.02] [--ways whole,activation,l1,random,scratch] [--json FILE]
+    python benchmarks/pruned_training.py DATA [--models resnet20_cifar10,kws_dscnn] [--macs 0.5] [--epochs 20]
+                     [--rate 0.02] [--ways whole,activation,l1,random,scratch,torch-pruning,blocks] [--int8]
+                     [--held-out] [--seed 0] [--limit N] [--json FILE]
 
-DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps: `whole` is the network as it
-is, trained on (what the others are to be compared with); a criterion of `skive.Prune`, or `taylor`, is pruned at
-once and trained; `scratch` has the shape of `activation` and new weights. Training follows the whole network's
-outputs (distillation). Where DATA has no more than a test set (keywords), 400 samples are trained on, and the
-other 100 are the test.
+DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps, and follows the answers of
+the whole network (Hinton et al., Distilling the Knowledge in a Neural Network, 2015) on images that are mirrored,
+shifted and, half of them, mixed in pairs (Zhang et al., mixup, 2018; Beyer et al., Knowledge Distillation: A Good
+Teacher Is Patient and Consistent, 2022); labels only judge. The answers come from the compiled network, once.
+
+`whole`: as it is, trained on (what the others are to be compared with). A criterion of `skive.Prune`, or `taylor`:
+pruned at once, fitted (not l1 and random) and trained. `scratch`: the shape of `activation` with new weights and five
+times the rate. `torch-pruning`: Torch-Pruning, if installed, of ResNet-20 the channels inside blocks, as it
+cannot follow the shortcuts that append zeros. `blocks`: three quarters of the blocks of 4x16 weights of each layer
+zero, half of them at once with reconstruction, the others during the first half of the training. `--int8` adds the
+top-1 of the result compiled in INT8. `--held-out` keeps the last tenth of the training part to judge instead
+of the test, for choosing settings. Keywords have no training part: 300 maps are trained on, 300 judge.
+Seconds are those of this process's processor time.
 """
 
 from __future__ import annotations
@@ -17,6 +26,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import results
 import torch
+import torch.nn.functional as F
 from accuracy import wilson
 from real_models import REAL_MODELS, RealModel
 
@@ -32,73 +43,161 @@ import skive
 from skive import torch as helpers
 from skive.pipeline import total_macs
 
-BATCH = 128
+BATCH = 100
+TEMPERATURE = 4.0
+MIXED = 0.5  # share of the images that are two images
+SPARSE = "block4x16"
 
 
 class Batches:
-    """Shuffled batches of (inputs [N, C, H, W] float32, class); images are mirrored and shifted by 4 pixels at most."""
+    """Batches (inputs, answers of the whole network), other ones in every epoch; the same again after `rewind`."""
 
-    def __init__(self, inputs: torch.Tensor, classes: torch.Tensor, images: bool, seed: int = 0):
-        self.inputs, self.classes, self.images = inputs, classes, images
+    def __init__(self, inputs: torch.Tensor, teacher: skive.Module, images: bool, seed: int):
+        self.inputs, self.images, self.seed, self.epoch = inputs, images, seed, 0
         self.size = min(BATCH, len(inputs) // 8)
-        self.generator = torch.Generator().manual_seed(seed)
+        self._teacher = teacher
+        self._answers: dict[tuple[int, int], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.inputs) // self.size
 
+    def rewind(self) -> None:
+        self.epoch = 0
+
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self.inputs), generator=self.generator)
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        order = torch.randperm(len(self.inputs), generator=generator)
         for i in range(len(self)):
-            chosen = order[i * self.size:(i + 1) * self.size]
-            yield self._varied(self.inputs[chosen]), self.classes[chosen]
+            x = self._varied(self.inputs[order[i * self.size:(i + 1) * self.size]], generator)
+            if (epoch, i) not in self._answers:
+                self._answers[epoch, i] = torch.from_numpy(answers(self._teacher, x.numpy()))
+            yield x, self._answers[epoch, i]
 
-    def _varied(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.images:
-            down, = torch.randint(-2, 3, (1,), generator=self.generator).tolist()
-            return torch.roll(x, down, 2)
-        left = torch.rand(len(x), generator=self.generator) < 0.5
-        x = torch.where(left[:, None, None, None], x.flip(3), x)
-        padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
-        places = torch.randint(0, 9, (len(x), 2), generator=self.generator).tolist()
-        return torch.stack([p[:, i:i + x.shape[2], j:j + x.shape[3]] for p, (i, j) in zip(padded, places, strict=True)])
+    def _varied(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        count, reach = len(x), 4 if self.images else 2
+        if self.images:
+            x = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
+        sides = (reach if self.images else 0,) * 2 + (reach,) * 2
+        padded = F.pad(x, sides, mode="constant" if self.images else "replicate")
+        down = torch.randint(0, 2 * reach + 1, (count,), generator=generator).tolist()
+        right = torch.randint(0, 2 * sides[0] + 1, (count,), generator=generator).tolist()
+        x = torch.stack([p[:, i:i + x.shape[2], j:j + x.shape[3]] for p, i, j in zip(padded, down, right, strict=True)])
+        other = x[torch.randperm(count, generator=generator)]
+        share = torch.rand(count, 1, 1, 1, generator=generator)
+        share[torch.rand(count, generator=generator) >= MIXED] = 1.0
+        return share * x + (1 - share) * other
 
 
-def data_of(model: RealModel, folder: Path, limit: int | None) -> tuple[Batches, torch.Tensor, np.ndarray]:
-    """(training batches, test inputs, test classes)."""
-    (fold,) = model.folds(folder)
+def answers(module: skive.Module, inputs: np.ndarray) -> np.ndarray:
+    """[N, classes] what a compiled network of one sample gives."""
+    return np.concatenate([module(inputs[i:i + 1]) for i in range(len(inputs))])
+
+
+def followed(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """How far the softened probabilities are from the wanted ones."""
+    return TEMPERATURE**2 * F.kl_div(F.log_softmax(got / TEMPERATURE, -1), F.log_softmax(wanted / TEMPERATURE, -1),
+                                     reduction="batchmean", log_target=True)
+
+
+@dataclass
+class Task:
+    """A network with what it is trained and judged on; `whole` is its graph as a module."""
+
+    model: RealModel
+    path: Path
+    batches: Batches
+    calibration: np.ndarray
+    inputs: np.ndarray
+    classes: np.ndarray
+    whole: helpers.Network
+
+    @property
+    def example(self) -> tuple[np.ndarray]:
+        return (self.calibration[:1],)
+
+
+def task(model: RealModel, data: Path, a: argparse.Namespace) -> Task:
+    (fold,) = model.folds(data)
     assert fold.expected is not None
-    if not model.name.endswith("cifar10"):
-        x, y = torch.from_numpy(fold.inputs), torch.from_numpy(fold.expected.astype(np.int64))
-        return Batches(x[:400], y[:400], images=False), x[400:], fold.expected[400:]
-    mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-    parts = [np.load(folder / f"cifar10_train_{i}.npz") for i in range(2)]
-    images = np.concatenate([p["x"] for p in parts]).astype(np.float32) / 255
-    x = torch.from_numpy(np.ascontiguousarray(((images - mean) / deviation).transpose(0, 3, 1, 2)))
-    y = torch.from_numpy(np.concatenate([p["y"] for p in parts]).astype(np.int64))
-    return Batches(x, y, images=True), torch.from_numpy(fold.inputs[:limit]), fold.expected[:limit]
+    images = model.name.endswith("cifar10")
+    if images:
+        mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+        parts = [np.load(data / f"cifar10_train_{i}.npz") for i in range(2)]
+        pixels = np.concatenate([p["x"] for p in parts]).astype(np.float32) / 255
+        x = np.ascontiguousarray(((pixels - mean) / deviation).transpose(0, 3, 1, 2))
+        y = np.concatenate([p["y"] for p in parts])
+        inputs, classes = fold.inputs[: a.limit], fold.expected[: a.limit]
+    else:
+        x = np.concatenate([fold.calibration, fold.inputs[:200]])
+        y = np.concatenate([np.zeros(len(fold.calibration)), fold.expected[:200]])
+        inputs, classes = fold.inputs[200:], fold.expected[200:]
+    if a.held_out:
+        kept = len(x) - len(x) // 10
+        x, inputs, classes = x[:kept], x[kept:], y[kept:]
+    path = model.path(data)
+    teacher = skive.compile(path, example_inputs=(x[:1],), verify=False)
+    return Task(model, path, Batches(torch.from_numpy(x), teacher, images, a.seed), x[:: len(x) // 128][:128],
+                inputs, classes, helpers.network(path, (x[:1],)).eval())
 
 
-@torch.no_grad()
-def accuracy(net: torch.nn.Module, inputs: torch.Tensor, classes: np.ndarray) -> dict[str, Any]:
+def top1(got: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
     """{top1, interval} in percent."""
-    net.eval()
-    got = torch.cat([net(part).argmax(-1) for part in inputs.split(250)]).numpy()
-    right = int((got == classes).sum())
+    right = int((got.argmax(-1) == classes).sum())
     return {"top1": 100 * right / len(classes), "interval": wilson(right, len(classes))}
 
 
-def smaller(way: str, path: Path, teacher: helpers.Network, train: Batches, macs: float) -> helpers.Network:
-    """The network of `path` as `way` prunes it."""
+@torch.no_grad()
+def accuracy(net: torch.nn.Module, t: Task) -> dict[str, Any]:
+    net.eval()
+    return top1(torch.cat([net(part) for part in torch.from_numpy(t.inputs).split(125)]).numpy(), t.classes)
+
+
+def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
+    """The network of `t` as `way` makes it smaller."""
     if way == "whole":
-        return helpers.network(path, (train.inputs[:1].numpy(),))
-    calibration = train.inputs[:128].numpy()
+        return helpers.network(t.path, t.example)
+    if way == "blocks":
+        half = skive.Sparsify(SPARSE, 0.5, calibration=t.calibration)
+        return helpers.sparsify(t.path, half, example_inputs=t.example)
+    if way == "torch-pruning":
+        from torch_pruning_peer import resnet20
+
+        return helpers.network(resnet20(t.path.with_suffix(".pt"), a.macs), t.example)
+    criterion: Any = "activation" if way == "scratch" else way
     if way == "taylor":
-        criterion: Any = helpers.importance(teacher, train)
-    else:
-        criterion = "activation" if way == "scratch" else way
-    plain = way in ("l1", "random")
-    asked = skive.Prune(macs=macs, criterion=criterion, refit=not plain, calibration=calibration)
-    return helpers.prune(path, asked, example_inputs=(train.inputs[:1].numpy(),))
+        criterion = helpers.importance(t.whole, t.batches, followed)
+        t.batches.rewind()
+    asked = skive.Prune(macs=a.macs, criterion=criterion, refit=way not in ("l1", "random"), seed=a.seed,
+                        multiple=a.multiple, calibration=t.calibration)
+    return helpers.prune(t.path, asked, example_inputs=t.example)
+
+
+def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
+    """What the benchmark says about one way."""
+    t.batches.rewind()
+    torch.manual_seed(a.seed)
+    net = smaller(way, t, a)
+    row: dict[str, Any] = {
+        "model": t.model.name, "way": way, "epochs": a.epochs, "rate": a.rate, "seed": a.seed,
+        "judged_on": "held out" if a.held_out else "test", "samples": len(t.classes),
+        "macs_removed": 1 - total_macs(net.source) / total_macs(t.whole.source), "before": accuracy(net, t)["top1"]}
+    if way == "scratch":
+        net.normalise(t.batches.inputs[:BATCH]).reset(a.seed)
+    started = time.process_time()
+    helpers.finetune(net, t.batches, a.epochs, 5 * a.rate if way == "scratch" else a.rate, loss=followed,
+                     gradual=f"{SPARSE}@0.75" if way == "blocks" else None, bfloat16=a.bfloat16,
+                     progress=lambda epoch, loss: print(f"    {way} epoch {epoch + 1}: {loss:.3f}, "
+                                                        f"{time.process_time() - started:.0f} s", flush=True))
+    row |= {"seconds": time.process_time() - started, **accuracy(net, t)}
+    if way == "blocks":
+        stays = [m for m in net.masks.values()]
+        row["zeros"] = 1 - sum(int(m.sum()) for m in stays) / sum(m.size for m in stays)
+    if a.int8:
+        module = skive.compile(net.graph(), quantize=skive.Quantize("int8", calibration=t.calibration), verify=False)
+        row["int8"] = top1(answers(module, t.inputs), t.classes)["top1"]
+        row["sparse_layers"] = sum(layer["kernel"].startswith("sparse") for layer in module.report["layers"])
+    return row
 
 
 def main() -> int:
@@ -106,9 +205,14 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default="resnet20_cifar10,kws_dscnn")
     parser.add_argument("--macs", type=float, default=0.5)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--multiple", type=int)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.02)
-    parser.add_argument("--ways", default="whole,activation,l1,random,scratch")
+    parser.add_argument("--ways", default="whole,activation,l1,random,scratch,torch-pruning,blocks")
+    parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, where the processor has them")
+    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="samples of the test at most")
     parser.add_argument("--json", metavar="FILE")
     a = parser.parse_args()
@@ -116,31 +220,20 @@ def main() -> int:
     known = {m.name: m for m in REAL_MODELS}
     rows: list[dict[str, Any]] = []
     for name in a.models.split(","):
-        model = known[name]
-        train, inputs, classes = data_of(model, a.data, a.limit)
-        teacher = helpers.network(model.path(a.data), (train.inputs[:1].numpy(),)).eval()
-        whole = total_macs(teacher.source)
+        t = task(known[name], a.data, a)
         for way in a.ways.split(","):
-            train.generator.manual_seed(0)
-            torch.manual_seed(0)
-            net = smaller(way, model.path(a.data), teacher, train, a.macs)
-            left = total_macs(net.source) / whole
-            before = accuracy(net, inputs, classes)
-            if way == "scratch":
-                net.normalise(train.inputs[:BATCH]).reset()
-            started = time.perf_counter()
-            rate = 5 * a.rate if way == "scratch" else a.rate
-            helpers.finetune(net, train, a.epochs, rate, distill=teacher)
-            seconds = time.perf_counter() - started
-            row = {"model": name, "way": way, "macs_removed": 1 - left, "epochs": a.epochs, "seconds": seconds,
-                   "before": before["top1"], **accuracy(net, inputs, classes)}
+            if way == "torch-pruning" and name != "resnet20_cifar10":
+                continue
+            row = trained(way, t, a)
             rows.append(row)
             low, high = row["interval"]
-            print(f"{name:<18} {way:<12} {1 - left:6.1%} of the MACs gone  top-1 {row['before']:6.2f} % untrained, "
-                  f"{row['top1']:6.2f} % [{low:.2f}, {high:.2f}] after {a.epochs} epochs "
-                  f"in {seconds:.0f} s", flush=True)
-    if a.json:
-        results.write(a.json, rows)
+            print(f"{name:<18} {way:<13} {row['macs_removed']:6.1%} of the MACs gone  top-1 {row['before']:6.2f} % "
+                  f"untrained, {row['top1']:6.2f} % [{low:.2f}, {high:.2f}] after {a.epochs} epochs in "
+                  f"{row['seconds']:.0f} s"
+                  + (f"  {row['zeros']:.1%} of the weights zero" if "zeros" in row else "")
+                  + (f"  INT8 {row['int8']:.2f} %, {row['sparse_layers']} sparse layers" if a.int8 else ""), flush=True)
+            if a.json:
+                results.write(a.json, rows)
     return 0
 
 

@@ -84,7 +84,9 @@ class Changes:
 
         def prune(graph: Graph, options: Any) -> Graph:
             assert self.prune is not None
-            result, self.found["sparsity"] = pruning.apply(graph, self.prune, progress, target, threads)
+            kind = self.quantize.dtype if self.quantize else "float32"
+            measured = {"auto": "int8", "int8": "int8", "int16": "int16"}.get(kind, "float32")  # auto decides later
+            result, self.found["sparsity"] = pruning.apply(graph, self.prune, progress, target, threads, measured)
             self.smaller = result if result is not graph else None
             return result
 

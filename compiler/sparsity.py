@@ -223,7 +223,7 @@ def _reason(graph: Graph, node: Node, options: Sparsify, first: bool, last: bool
     if not (node.inputs[1].is_const and node.inputs[1].dtype.is_float):
         return "its weights are not constants"
     if len(graph.users[node.inputs[1]]) > 1:
-        return "its weights are shared with another layer"
+        return "its weights are shared with another layer, whose outputs need other blocks"
     if node.inputs[1].shape[-1] < 4:
         return "fewer than 4 input channels"
     if not options.first_last and (first or last):
@@ -394,7 +394,10 @@ def apply(
 
     Deterministic. PruningError if there is no layer for it.
     """
+    from skive.pruning import check_keep
+
     progress("sparsify", 0.12)
+    check_keep(graph, options.keep)
     chosen, left = layers(graph, options)
     if options.fraction and not chosen:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left[:3]) or "it has no convolution or linear layer"

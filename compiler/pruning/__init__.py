@@ -19,7 +19,7 @@ import numpy as np
 from skive.errors import PruningError
 from skive.ir import Graph
 from skive.passes.channel_groups import WINDOW, Groups, channel_groups, without
-from skive.pruning.choice import chosen_groups, obstacles, per_cost
+from skive.pruning.choice import check_keep, chosen_groups, obstacles, per_cost
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.erasing import erased
 from skive.pruning.fit import left_as_they_were, refitted, restored
@@ -37,8 +37,8 @@ from skive.pruning.zeros import zero_groups
 from skive.samples import Samples
 from skive.targets.base import Target
 
-__all__ = ["CRITERIA", "SCOPES", "Cost", "Importance", "Prune", "apply", "constant_keys", "refitted", "requested",
-           "restored"]
+__all__ = ["CRITERIA", "DATA_DRIVEN", "SCOPES", "Cost", "Importance", "Prune", "apply", "check_keep",
+           "constant_keys", "refitted", "requested", "restored"]
 
 log = logging.getLogger("skive.pruning")
 
@@ -49,14 +49,16 @@ TURNS = 3  # of choosing by measured time: what is chosen is measured, and may t
 
 def apply(
     graph: Graph, options: Prune, progress: Callable[[str, float], None] = lambda step, fraction: None,
-    target: Target | None = None, threads: int = 1,
+    target: Target | None = None, threads: int = 1, dtype: str = "float32",
 ) -> tuple[Graph, dict[str, Any]]:
     """(the canonical float `graph` with channels removed, the `sparsity` of report.json).
 
-    Deterministic, but for a target of latency, which is measured for `target`, this processor if None.
+    Deterministic, but for a target of latency, which is measured for `target`, this processor if None, with products
+    in `dtype`.
     PruningError if so much cannot be removed.
     """
     progress("prune", 0.1)
+    check_keep(graph, options.keep)
     samples: list[Sequence[np.ndarray]] = []
     whole = graph
     branches: list[dict[str, Any]] = []
@@ -75,7 +77,7 @@ def apply(
     gone = np.zeros(len(found.groups), bool)
     criterion = options.criterion_name
     if options.fraction:
-        cost = _cost(found, options, target, threads, progress)
+        cost = _cost(found, options, target, threads, dtype, progress)
         if options.refit or options.criterion in DATA_DRIVEN:
             samples = samples or _samples(graph, options)
         scores, criterion = _scores(found, options, samples, cost)
@@ -111,18 +113,18 @@ def apply(
         report[f"{measure}_removed"] = 1 - Cost(found, measure)(gone) / max(1, had)
     if options.fraction and options.measure == "latency":
         report["latency_removed"] = 1 - cost(gone) / cost.whole
-        report["forecast_us"] = {"whole": cost.whole, "pruned": cost(gone)}
+        report["forecast_us"] = {"whole": cost.whole, "pruned": cost(gone), "dtype": dtype}
     return without(found, np.flatnonzero(gone)), report
 
 
-def _cost(found: Groups, options: Prune, target: Target | None, threads: int,
+def _cost(found: Groups, options: Prune, target: Target | None, threads: int, dtype: str,
           progress: Callable[[str, float], None]) -> Cost | Latency:
     if options.measure != "latency":
         return Cost(found, options.measure)
     from skive import _native
     from skive.targets.base import resolve
 
-    return Latency(found, target or resolve("host", _native.cpu_features()), threads, progress)
+    return Latency(found, target or resolve("host", _native.cpu_features()), threads, progress, dtype)
 
 
 def _scores(found: Groups, options: Prune, samples: Sequence[Sequence[np.ndarray]], cost: Cost | Latency

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from skive.errors import PruningError
+from skive.ir import Graph
 from skive.passes.channel_groups import WINDOW, Groups
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.request import Prune
@@ -17,7 +19,11 @@ WEIGHTED = frozenset({"conv2d", "conv_transpose2d", "linear"})
 
 
 def _vector_multiple(size: int) -> int:
-    return 8 if size >= 32 else max(1, size // 8)
+    """Channels are kept in multiples of this where a layer has `size`: what reads them takes 4 bytes at a time, what
+    makes them 16 integers or 8 to 16 floats, and of two half empty registers none is saved."""
+    if size >= 128:
+        return 16
+    return 8 if size >= 24 else 4 if size >= 16 else max(1, size // 8)
 
 
 def chosen_groups(found: Groups, scores: np.ndarray, options: Prune, cost: Cost | Latency) -> np.ndarray:
@@ -53,7 +59,28 @@ def chosen_groups(found: Groups, scores: np.ndarray, options: Prune, cost: Cost 
             high = middle
         else:
             low = middle + 1
-    return removed_at(high)
+    return _given_back(removed_at(high), families, scores, options, cost, limit)
+
+
+def _given_back(gone: np.ndarray, families: Sequence[Sequence[int]], scores: np.ndarray, options: Prune,
+                cost: Cost | Latency, limit: float) -> np.ndarray:
+    """`gone` without the most important channels that need not go: the last step can be a large one, as channels
+    go in multiples, of a residual stream for many layers at once, and with scope "layer" of all layers together."""
+    if isinstance(cost, Latency):
+        return gone  # each question to it is a compilation
+    gone = gone.copy()
+    waiting = {i: int(gone[list(f)].sum()) for i, f in enumerate(families)}
+    while waiting := {i: count for i, count in waiting.items() if count}:
+        steps = {i: list(families[i])[max(0, count - (options.multiple or _vector_multiple(len(families[i])))) : count]
+                 for i, count in waiting.items()}
+        i = max(steps, key=lambda i: (float(scores[steps[i]].mean()), -i))
+        gone[steps[i]] = False
+        if cost(gone) > limit:
+            gone[steps[i]] = True
+            del waiting[i]
+        else:
+            waiting[i] -= len(steps[i])
+    return gone
 
 
 def per_cost(found: Groups, scores: np.ndarray, cost: Cost | Latency) -> np.ndarray:
@@ -76,6 +103,16 @@ def _kept_by_name(found: Groups, patterns: Sequence[str]) -> set[tuple[int, ...]
         if any(fnmatch.fnmatchcase(name, p) for p in patterns for name in names):
             kept.add(f)
     return kept
+
+
+def check_keep(graph: Graph, patterns: Sequence[str]) -> None:
+    """PruningError if one of `patterns` names nothing of the network: a layer that was to stay would go."""
+    names = {name for n in graph.nodes for name in (n.origin, n.name) if name}
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, sorted(names), 3, 0.3) or sorted(names)[:3]
+            raise PruningError(f"{graph.name}: keep names {pattern!r}, which no layer matches; "
+                               f"there are {', '.join(near)}")
 
 
 def obstacles(found: Groups) -> str:

@@ -58,15 +58,17 @@ class Cost:
 
 
 class Latency:
-    """Microseconds of one float32 run without the groups: the sum over kernel calls of the measured table."""
+    """Microseconds of one run without the groups, `dtype` what the products are in: the sum over kernel calls of
+    the measured table."""
 
-    def __init__(self, found: Groups, target: Target, threads: int, progress: Progress):
+    def __init__(self, found: Groups, target: Target, threads: int, progress: Progress, dtype: str = "float32"):
         from skive import _native, speed
 
         if not set(target.features) <= set(_native.cpu_features()):
             raise PruningError(f"latency is measured on this processor, which cannot run target {target.name}; "
                                "give macs instead")
         self._found, self._target, self._threads, self._progress = found, target, threads, progress
+        self._dtype = dtype
         self._table = speed.SpeedTable(target, threads)
         nothing = np.zeros(len(found.groups), bool)
         self.measure(nothing)
@@ -90,7 +92,13 @@ class Latency:
     def _plan(self, removed: np.ndarray) -> Plan:
         from skive import passes
         from skive.lower import lower
+        from skive.passes.quantize import Quantizer, Scheme, Storage
         from skive.pipeline import PassManager
+        from skive.speed import guessed_range
 
         graph: Graph = replace(without(self._found, np.flatnonzero(removed)), batch_max=None)
+        if self._dtype != "float32":  # time does not depend on the ranges, which are measured later
+            storage = Storage(graph, attention=self._dtype == "int8")
+            ranges = {n: guessed_range(n) for n in storage.sources}
+            graph = Quantizer(graph, Scheme(ranges, self._dtype), storage).build()
         return lower(PassManager().run(graph, passes.FUSED, check="never")[0], self._target, self._threads)

@@ -25,7 +25,8 @@ class Prune:
     """What to remove. Checked when it is made: PruningError says which value cannot be.
 
     `macs`, `parameters`, `bytes` or `latency`: the fraction of multiply-accumulates, of weights, of their bytes, or
-    of the time of one float32 run on this processor (by the table of measured kernels) to remove; the nearest
+    of the time of one run on this processor to remove (by the table of measured kernels, in the type that the
+    network is quantized to); the nearest
     possible amount that is not less. `criterion`: "l1", "l2" (the size of a group's weights, each weight tensor
     counted alike), "activation" (weights times the size of what they multiply: Sun et al., A Simple and
     Effective Pruning Approach for Large Language Models, 2023), "obspa" (what the outputs of the reading
@@ -33,7 +34,8 @@ class Prune:
     "random" (the baseline, by `seed`), or what `skive.torch.importance` measured on the same model. `refit`: the
     layers that read what is left are fitted to what they gave before. `scope`: "global" compares all layers,
     "layer" takes the same fraction of each. `multiple`: channels of a layer are kept in multiples of this, as
-    vectors like them; None: of 8, or of 4 or less where a layer has fewer than 32. `keep`: patterns of layer names
+    vectors like them; None: of 16 where a layer has 128 or more, of 8 from 24 on, of 4 or
+    less below. `keep`: patterns of layer names
     that keep all their channels. `zeros`: before that, channels that are zero already (masks and zero groups of
     other tools) go, exactly. `erase`: before all, so many residual branches go whole, those that change their
     input least. `calibration`: as for `skive.Quantize`; without it, noise stands in.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from skive.torch.exits import WithExits, add_exits, exit_point, suggest_exits, train_exits
 from skive.torch.network import Network, network
-from skive.torch.training import finetune, importance, prune
+from skive.torch.training import finetune, importance, prune, sparsify
 
 __all__ = ["Network", "WithExits", "add_exits", "exit_point", "finetune", "importance", "network", "prune",
-           "suggest_exits", "train_exits"]
+           "sparsify", "suggest_exits", "train_exits"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from skive.errors import UnsupportedOpError
+from skive.errors import PruningError, UnsupportedOpError
 from skive.ir import Graph, Node, constant
 from skive.torch.operations import FUNCTIONS, computed
 
@@ -27,6 +27,7 @@ class Network(nn.Module):
 
     `normalise(inputs)` puts batch normalisation, which compilers fold away, back behind every convolution:
     training needs it. It starts as the identity on `inputs` and is folded again by `graph()`.
+    `masks` are the weights that are zero and stay zero, whatever loop trains the network.
     """
 
     def __init__(self, graph: Graph):
@@ -47,6 +48,7 @@ class Network(nn.Module):
                        if n.is_const and n not in self._place}
         self._norms = nn.ModuleDict()
         self._norm_of: dict[Node, str] = {}
+        self._masks: dict[Node, torch.Tensor] = {}
         self._check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
@@ -54,6 +56,7 @@ class Network(nn.Module):
         twin = Network(self._graph)
         twin._norms, twin._norm_of = copy.deepcopy(self._norms, memo), dict(self._norm_of)
         twin.load_state_dict(self.state_dict())
+        twin._masks = dict(self._masks)
         twin.train(self.training)
         return twin
 
@@ -67,6 +70,24 @@ class Network(nn.Module):
         """The parameter of each constant of the graph that is trained."""
         return {n: self._weights[i] for n, i in self._place.items()}
 
+    @property
+    def masks(self) -> dict[Node, np.ndarray]:
+        """By constant, which of its weights stay (bool of its shape); the others are zero in every result."""
+        return {n: m.numpy() > 0 for n, m in self._masks.items()}
+
+    @masks.setter
+    def masks(self, masks: Mapping[Node, np.ndarray]) -> None:
+        for node, stays in masks.items():
+            if node not in self._place or stays.shape != node.shape:
+                raise PruningError(f"{node.label()} is no constant of this network that a mask of {list(stays.shape)} "
+                                   "fits: take the nodes of `constants`")
+        self._masks = {n: torch.from_numpy(m.astype(np.float32)) for n, m in masks.items()}
+
+    def _weight(self, node: Node) -> torch.Tensor:
+        """The parameter of a constant, zero where its mask says so."""
+        w = self._weights[self._place[node]]
+        return w * self._masks[node] if node in self._masks else w
+
     def forward(self, *inputs: torch.Tensor) -> Any:
         values = self._run(inputs, {})
         results = tuple(values[o] for o in self._graph.outputs)
@@ -78,7 +99,7 @@ class Network(nn.Module):
         left = {n: len(u) for n, u in self._graph.users.items()}
         for node in self._graph.nodes:
             if node.is_const:
-                values[node] = self._weights[self._place[node]] if node in self._place else self._fixed[node]
+                values[node] = self._weight(node) if node in self._place else self._fixed[node]
                 continue
             if node.op == "input":
                 continue
@@ -137,7 +158,7 @@ class Network(nn.Module):
     @torch.no_grad()
     def graph(self) -> Graph:
         """The network with the weights it has now, batch normalisation folded: what `skive.compile` takes."""
-        values = {n: w.detach().numpy().astype(np.float64) for n, w in self.constants.items()}
+        values = {n: self._weight(n).detach().numpy().astype(np.float64) for n in self._place}
         biases: dict[Node, np.ndarray] = {}
         for node, key in self._norm_of.items():
             norm: Any = self._norms[key]

@@ -5,16 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from skive import pruning
+from skive import pruning, sparsity
 from skive.errors import PruningError
+from skive.ir import Graph, Node
 from skive.pruning import Importance, Prune, constant_keys
+from skive.sparsity import Sparsify
 from skive.torch.network import Network, canonical_graph
+
+TURNS = 16  # in which blocks go during training: each waits until the weights left have made up for the last
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -57,29 +62,65 @@ def prune(model: Any, options: Prune, *, example_inputs: Any = None) -> Network:
     return result
 
 
+def sparsify(model: Any, options: Sparsify | str, *, example_inputs: Any = None) -> Network:
+    """`model` with blocks of weights zero as `options` say, as a module to train: the zeros stay zero (`masks`).
+
+    Blocks can go in several turns with training between: what is zero already counts as part of the fraction.
+    """
+    asked = sparsity.requested(options)
+    graph, report = sparsity.apply(canonical_graph(model, example_inputs), asked)
+    result = Network(graph)
+    result.masks = _zeros(graph, asked)
+    result.sparsity = report
+    return result
+
+
+def _zeros(graph: Graph, options: Sparsify) -> dict[Node, np.ndarray]:
+    """By weights of the layers that `options` meet, which are not zero."""
+    chosen, _ = sparsity.layers(graph, options)
+    return {n.inputs[1]: n.inputs[1].value != 0 for n in chosen}
+
+
+def _thin_out(net: Network, options: Sparsify, share: float) -> None:
+    """Masks for `share` of the fraction of `options`: of the weights as they are now, normalisation folded."""
+    fraction = float(options.fraction or 0) * share
+    thin, _ = sparsity.apply(net.graph(), replace(options, fraction=fraction))
+    layers = [sparsity.layers(g, options)[0] for g in (net.source, thin)]  # folding adds constants, but no layers
+    net.masks = {old.inputs[1]: new.inputs[1].value != 0 for old, new in zip(*layers, strict=True)}
+
+
 def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, distill: Any = None,
              loss: Loss = F.cross_entropy, weight_decay: float = 1e-4, temperature: float = 2.0, share: float = 0.7,
-             normalise: bool = True, progress: Callable[[int, float], None] = lambda epoch, loss: None) -> Network:
+             normalise: bool = True, gradual: Sparsify | str | None = None, bfloat16: bool = False,
+             progress: Callable[[int, float], None] = lambda epoch, loss: None) -> Network:
     """Trains `net` on the batches (inputs, target) of `loader`: SGD with momentum, the rate rising for 1/20 of the
     steps and then falling to 0 along a cosine. Returns the network itself, in evaluation mode.
 
     `distill`: a module whose outputs are followed with weight `share`, as softened probabilities (Hinton et al.,
-    Distilling the Knowledge in a Neural Network, 2015). `progress` is told the mean loss of every epoch.
+    Distilling the Knowledge in a Neural Network, 2015). `gradual`: blocks of weights that become zero during
+    the first half of the steps, the more the sooner (Zhu and Gupta, To Prune, or Not to Prune, 2017). `bfloat16`:
+    products in that type, about 1.6 times as fast where the processor has them. `progress` is told the mean loss of
+    every epoch.
     """
     batches = len(loader)  # type: ignore[arg-type]
     if normalise:
         inputs, _ = next(iter(loader))
         net.normalise(*_tuple(inputs))
     net.train()
+    asked = None if gradual is None else _gradual(gradual)
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     steps = epochs * batches
     rise = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / rise, 0.5 * (1 + math.cos(math.pi * min(1.0, t / steps)))))
+    turns = {max(0, (steps // 2) * k // TURNS - 1): k / TURNS for k in range(1, TURNS + 1)}
+    step = 0
     for epoch in range(epochs):
         total = 0.0
         for inputs, target in loader:
-            got = net(*_tuple(inputs))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                got = net(*_tuple(inputs))
+            got = _floats(got)
             error = loss(got, target)
             if distill is not None:
                 with torch.no_grad():
@@ -91,9 +132,24 @@ def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, dis
             error.backward()
             optimizer.step()
             schedule.step()
+            if asked is not None and step in turns:
+                _thin_out(net, asked, 1 - (1 - turns[step]) ** 3)
+            step += 1
             total += float(error.detach())
         progress(epoch, total / batches)
     return net.eval()
+
+
+def _gradual(value: Sparsify | str) -> Sparsify:
+    """The request without what training does instead: weights are not fitted to data."""
+    asked = sparsity.requested(value)
+    if asked.form.group:
+        raise PruningError(f"pattern {asked.pattern} has a fraction of its own, it cannot grow: use sparsify() first")
+    return replace(asked, criterion="magnitude") if asked.criterion == "reconstruction" else asked
+
+
+def _floats(got: Any) -> Any:
+    return tuple(g.float() for g in got) if isinstance(got, tuple) else got.float()
 
 
 def _tuple(inputs: Any) -> tuple[torch.Tensor, ...]:

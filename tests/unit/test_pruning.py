@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from skive import ops, pruning
+from skive import ops, pruning, sparsity
 from skive.errors import PruningError
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.channel_groups import channel_groups, zeroed
 from skive.pipeline import total_macs
 from skive.pruning import Cost, Importance, Prune
+from skive.pruning.choice import chosen_groups
 from skive.pruning.fit import restored_wide
+from skive.pruning.scores import magnitudes
 from skive.reference import evaluate_graph
+from skive.sparsity import Sparsify
 from skive.types import DType
 from skive.verify import verify
 
@@ -324,3 +327,34 @@ def test_importance_decides() -> None:
     small, _ = pruning.apply(graph, options)
     left = next(n for n in small.nodes if n.name == "one.w")
     assert left.shape[0] < 16 and np.array_equal(left.value, node.value[16 - left.shape[0]:])
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_no_more_goes_than_the_multiples_make_necessary(scope: str) -> None:
+    """No layer could get its next multiple of channels back."""
+
+    def weights(*shape: int) -> Node:
+        return constant(np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32))
+
+    x = y = ops.make("input", shape=(1, 6, 6, 3), dtype=DType.f32, label="x")
+    for size in (64, 48, 16):
+        y = ops.make("relu", ops.make("conv2d", y, weights(size, 3, 3, y.shape[-1]), pad=(1,) * 4))
+    found = channel_groups(Graph("g", (x,), (ops.make("conv2d", y, weights(4, 1, 1, 16)),), ("y",)))
+    cost = pruning.Cost(found, "macs")
+    options = Prune(macs=0.3, multiple=8, scope=scope, refit=False)
+    gone = chosen_groups(found, magnitudes(found, 1), options, cost)
+    assert cost(gone) <= 0.7 * cost.whole
+    for f in found.families:
+        assert int((~gone[list(f)]).sum()) % 8 == 0
+        if removed := [g for g in f if gone[g]]:
+            more = gone.copy()
+            more[removed[:8]] = False
+            assert cost(more) > 0.7 * cost.whole
+
+
+def test_keep_that_names_nothing_is_an_error() -> None:
+    """A layer that was to stay would go."""
+    with pytest.raises(PruningError, match="keep names 'oen', which no layer matches; there are one"):
+        pruning.apply(network(), Prune(macs=0.2, criterion="l1", refit=False, keep="oen"))
+    with pytest.raises(PruningError, match="which no layer matches"):
+        sparsity.apply(network(), Sparsify("block4x16", 0.5, keep="layer9*"))
