@@ -1,13 +1,17 @@
-"""`join-factors`: a quantized image times one value per channel is one multiplication per element.
+"""`join-factors`: factors and the division by a step join constants, where they cost nothing.
 
     quantize(dequantize(q, s, z) * a * c, t)   ->   requantize(float(q - z) * (a * (c s / t)), 1)
+    quantize(dequantize(p, r, y) + dequantize(q, s, z), t)
+                                  ->   requantize(dequantize(p, r / t, y) + dequantize(q, s / t, z), 1)
 
-The scales and the constants of the product join its smallest factors (the gates of squeeze-and-excitation,
-[N, 1, 1, C]), where a multiplication costs nothing; the division by the step t goes with them. Only the order in which
-float32 rounds changes.
+The first is an image times one value per channel (the gates of squeeze-and-excitation, [N, 1, 1, C]), whose
+factors join the smallest of them. The second is any sum of quantized values, such as a residual one, within bounds
+or not: they are added in units of the result's step. Only the order in which float32 rounds changes.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -62,7 +66,91 @@ def gates(m: Match) -> Node | None:
     return ops.make("requantize", value, one, z, to=root.dtype, origin=root.origin, label=root.name)
 
 
+def _bounds(node: Node) -> tuple[float, float]:
+    return (0.0, math.inf) if node.op == "relu" else (float(node.attrs["lo"]), float(node.attrs["hi"]))
+
+
+def _within(node: Node, low: np.ndarray | None, high: np.ndarray | None) -> Node:
+    """`node` within constant bounds; None: there is none."""
+
+    def bound(name: str, value: np.ndarray) -> Node:
+        return ops.make(name, node, constant(np.asarray(value, np.float32)), origin=node.origin)
+
+    if low is not None:
+        node = ops.make("relu", node, origin=node.origin) if not np.any(low) else bound("max", low)
+    return node if high is None else bound("min", high)
+
+
+def _product(m: Match, node: Node) -> tuple[Node, np.ndarray] | None:
+    """(x, c) of x times a constant that one use reads."""
+    if node.op != "mul" or not m.only_use(node):
+        return None
+    for x, c in (node.inputs, node.inputs[::-1]):
+        if c.is_const and not x.is_const and x.shape == node.shape:
+            return x, c.value.astype(np.float64)
+    return None
+
+
+def _times(m: Match, node: Node, factor: np.ndarray) -> Node | None:
+    """`node` times `factor` without a multiplication of its own; None if some constant cannot take it."""
+    if node.is_const:
+        return constant(np.asarray(node.value * factor, np.float32), origin=node.origin)
+    if not m.only_use(node):
+        return None
+    if node.op == "dequantize" and node.inputs[1].is_const:
+        q, scale, zero = node.inputs
+        total = np.asarray(scale.value * factor, np.float32)
+        per_channel = total.size == total.shape[-1] == node.shape[-1] if total.ndim else True
+        if not per_channel and total.size != 1:
+            return None
+        return ops.make("dequantize", q, constant(total), zero, origin=node.origin, label=node.name)
+    if node.op in ("add", "sub"):
+        a, b = (_times(m, i, factor) for i in node.inputs)
+        made = ops.make(node.op, a, b, origin=node.origin, label=node.name) if a and b else None
+        return made if made is not None and made.shape == node.shape else None
+    if node.op in ("relu", "clip") and (factor > 0).all():
+        x = _times(m, node.inputs[0], factor)
+        low, high = (None if math.isinf(v) else v * factor for v in _bounds(node))
+        return None if x is None else _within(x, low, high)
+    if product := _product(m, node):
+        x, c = product
+        joined = _times(m, x, c * factor)
+        if joined is not None:
+            return joined
+        c = constant(np.asarray(c * factor, np.float32))
+        return ops.make("mul", x, c, origin=node.origin, label=node.name)
+    return None
+
+
+@rule(op("quantize|requantize", op("add|sub|mul|relu|clip", name="value", exclusive=True), Var("s"), Var("z")))
+def steps(m: Match) -> Node | None:
+    """The division by the step joins the scales of what is added; bounds that saturation keeps go."""
+    root, value, s, z = m.root, m["value"], m["s"], m["z"]
+    if not (s.is_const and z.is_const and s.type.size == z.type.size == 1 and np.all(s.value > 0)):
+        return None
+    step = s.value.astype(np.float64).reshape(())
+    factor = 1 / step if root.op == "quantize" else step
+    if product := _product(m, value):
+        value, factor = product[0], product[1] * factor
+    elif factor == 1:
+        return None  # as this rule leaves it
+    limits, zero = np.iinfo(root.dtype.numpy), int(z.value.item())
+    low: np.ndarray | None = None
+    high: np.ndarray | None = None
+    if value.op in ("relu", "clip") and m.only_use(value) and (factor > 0).all():
+        low, high = (v * factor for v in _bounds(value))
+        value = value.inputs[0]
+        low = None if (np.rint(low) + zero <= limits.min).all() else low
+        high = None if (np.rint(high) + zero >= limits.max).all() else high
+    joined = None if value.is_const else _times(m, value, factor)
+    if joined is None or joined.shape != root.shape:
+        return None
+    one = constant(np.asarray(1, np.float32))
+    value = _within(joined, low, high)
+    return ops.make("requantize", value, one, z, to=root.dtype, origin=root.origin, label=root.name)
+
+
 @pass_("join-factors", exact=False)
 def join_factors(graph: Graph, options: object) -> Graph:
-    """One multiplication per element of a quantized value that is scaled by smaller ones."""
-    return rewrite(graph, [gates])
+    """One multiplication per element of a quantized value that is scaled by smaller ones; sums in units of the step."""
+    return rewrite(graph, [gates, steps])

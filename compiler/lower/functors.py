@@ -174,7 +174,7 @@ def rounded_by_store(
         done.append(FnStep("cast<float>", (value,)))
         value = f"t{len(done) - 1}"
     one = last.args[1][0] == "x" and operands[last.args[1][1]].text == literal(1.0, DType.f32)
-    small = node is not None and len(e.steps) == 1 and _stays_below(node, last, 2**30)
+    small = node is not None and last.op == "requantize" and _reach(node, e, ("t", len(e.steps) - 1)) < 2**30
     if name.startswith("quantize_by"):
         done.append(FnStep("quotient", (value,), steps[-1].tail[:2]))
         small = True
@@ -187,13 +187,42 @@ def rounded_by_store(
     return tuple(done)
 
 
-def _stays_below(node: Node, step: expressions.Step, limit: int) -> bool:
-    """Whether the sums of a contraction times the constant factor of `step` are proven to stay below `limit`."""
-    x, w, bias = node.inputs[:3]
-    kind, index = step.args[1]
-    if step.op != "requantize" or kind != "x" or not node.inputs[2 + index].is_const:
-        return False
-    factor = node.inputs[2 + index]
-    limits = np.iinfo(x.dtype.numpy)
-    sums = np.abs(w.value.astype(np.int64)).reshape(w.shape[0], -1).sum(1) * (limits.max - limits.min)
-    return bool(((sums + np.abs(bias.value.astype(np.int64))) * np.abs(factor.value.astype(np.float64))).max() < limit)
+def _reach(node: Node, e: expressions.Expr, value: tuple[str, int]) -> float:
+    """How far from 0 a value of the epilogue `e` of the integer contraction `node` can come, before it is rounded;
+    infinite where that is not known."""
+    return float(np.max(_reaches(node, e, value), initial=0.0))
+
+
+def _reaches(node: Node, e: expressions.Expr, value: tuple[str, int]) -> np.ndarray:
+    """The same by output channel, or one number."""
+    x, w, *rest = node.inputs
+    unknown = np.asarray(np.inf)
+    kind, index = value
+    if kind == "x" and index > 0:
+        operand = rest[index]
+        if operand.is_const:
+            return _by_channel(np.abs(operand.value.astype(np.float64)), w.shape[0])
+        limits = None if operand.dtype.is_float else np.iinfo(operand.dtype.numpy)
+        return unknown if limits is None else np.asarray(max(-float(limits.min), float(limits.max)))
+    if kind == "x":
+        if x.dtype.is_float or node.attrs.get("chain"):
+            return unknown
+        limits = np.iinfo(x.dtype.numpy)
+        sums = np.abs(w.value.astype(np.int64)).reshape(w.shape[0], -1).sum(1) * (int(limits.max) - int(limits.min))
+        return (sums + np.abs(rest[0].value.astype(np.int64))).astype(np.float64)
+    step = e.steps[index]
+    of = [_reaches(node, e, a) for a in step.args]
+    if step.op in ("requantize", "mul", "dequantize"):  # the zero point of dequantize is taken out before
+        return (of[0] + of[2] if step.op == "dequantize" else of[0]) * of[1]
+    if step.op in ("add", "sub"):
+        return of[0] + of[1]
+    if step.op in ("relu", "cast"):
+        return of[0]
+    return np.maximum(of[0], of[1]) if step.op in ("min", "max") else unknown
+
+
+def _by_channel(values: np.ndarray, channels: int) -> np.ndarray:
+    """[channels] the largest for each, or one for all."""
+    if values.ndim and values.shape[-1] == channels:
+        return values.reshape(-1, channels).max(0)
+    return values.max(initial=0.0)
