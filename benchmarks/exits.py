@@ -1,7 +1,7 @@
 """Early exits on real data: heads trained on frozen networks, thresholds calibrated, accuracy, cost and time.
 
-    python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs 6] [--joint]
-                               [--criteria max-prob,entropy,margin,patience] [--goal accuracy-drop=0.5] [--int8]
+    python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs 12] [--joint]
+                               [--criteria max-prob,entropy,margin,patience,gate] [--goal accuracy-drop=0.5] [--int8]
                                [--json FILE]
 
 DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
@@ -16,6 +16,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from torch.nn import functional as fn
 
 import skive
 from skive import bench, exit_calibration
-from skive.torch import WithExits, add_exits, train_exits
+from skive.torch import WithExits, add_exits, fit_gates, train_exits
 
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 Arrays = tuple[np.ndarray, np.ndarray]
+TRADEOFF = 0.5  # of gates: what the whole network's cost counts against cross-entropy in nats
 
 
 class Block(nn.Module):
@@ -111,18 +113,43 @@ def dscnn(data: Path) -> tuple[nn.Module, Arrays, Arrays]:
     return network, (x[order[:200]], y[order[:200]]), (x[order[200:]], y[order[200:]])
 
 
-MODELS: dict[str, tuple[Callable[[Path], tuple[nn.Module, Arrays, Arrays]], list[str], int, bool]] = {
-    # network and data, places, channels of the heads' convolution, whether to mirror images
-    "resnet20": (resnet20, ["layer1.2", "layer2.0", "layer2.2", "layer3.0"], 32, True),
-    "dscnn": (dscnn, ["blocks.0", "blocks.1", "blocks.2"], 0, False),
+@dataclass(frozen=True)
+class Plan:
+    """Where a network gets its exits: `load` gives it with its data; `channels` of the heads' convolution; the file in
+    DATA whose answers are followed, by default the network's own; pixels that images are shifted by, and mirrored."""
+
+    load: Callable[[Path], tuple[nn.Module, Arrays, Arrays]]
+    at: tuple[str, ...]
+    channels: int = 0
+    teacher: str | None = None
+    shift: int = 0
+    temperature: float = 1.0
+
+
+MODELS = {
+    "resnet20": Plan(resnet20, ("layer1.2", "layer2.2"), 32, "models/resnet56_cifar10.onnx", 4, 4.0),
+    "dscnn": Plan(dscnn, ("blocks.0", "blocks.1", "blocks.2")),
 }
 
 
-def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool) -> WithExits:
-    """`network` with heads from WORK, or trained now."""
-    _, at, channels, mirror = MODELS[name]
+def varied(x: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
+    """Images mirrored, shifted and, half of them, mixed in pairs (Zhang et al., mixup, 2018)."""
+    height, width = x.shape[2:]
+    padded = np.pad(x, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
+    moved = np.stack([p[:, a:a + height, b:b + width] for p, (a, b) in
+                      zip(padded, rng.integers(0, 2 * shift + 1, (len(x), 2)), strict=True)])
+    moved = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, moved[..., ::-1], moved)
+    share = np.where(rng.random(len(x)) < 0.5, rng.random(len(x)), 1.0).astype(np.float32)[:, None, None, None]
+    return share * moved + (1 - share) * moved[rng.permutation(len(x))]
+
+
+def trained(name: str, network: nn.Module, fold: Arrays, data: Path, work: Path, seed: int, epochs: int,
+            joint: bool) -> WithExits:
+    """`network` with heads from WORK, or trained now on what a teacher says of varied images (Beyer et al., Knowledge
+    Distillation: A Good Teacher Is Patient and Consistent, 2022), or on the classes where nothing is varied."""
+    plan = MODELS[name]
     torch.manual_seed(seed)
-    model = add_exits(network.eval(), (torch.from_numpy(fold[0][:1]),), at, channels=channels)
+    model = add_exits(network.eval(), (torch.from_numpy(fold[0][:1]),), plan.at, channels=plan.channels)
     file = work / f"{name}-{seed}-{epochs}{'-joint' if joint else ''}.pt"
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
@@ -132,12 +159,17 @@ def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, 
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
         order = rng.permutation(len(fold[0]))
         for i in range(0, len(order) - 31, 64):
-            x = torch.from_numpy(fold[0][order[i : i + 64]])
-            if mirror and rng.random() < 0.5:
-                x = x.flip(3)
-            yield x, torch.from_numpy(fold[1][order[i : i + 64]])
+            x = fold[0][order[i : i + 64]]
+            x = varied(x, plan.shift, rng) if plan.shift else x
+            yield torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(fold[1][order[i : i + 64]])
 
-    train_exits(model, batches, epochs=epochs, network_lr=2e-4 if joint else 0.0,
+    follow: Callable[[Tensor], Tensor] | None = None
+    if plan.teacher:
+        follow = skive.compile(data / plan.teacher, batch_max=64)
+
+    train_exits(model, batches, epochs=epochs, network_lr=(1e-3 if plan.shift else 2e-4) if joint else 0.0,
+                lr=4e-3 if plan.shift else 2e-3, teacher=follow, distill=1.0 if plan.shift else 0.5,
+                temperature=plan.temperature, bfloat16=plan.shift > 0,
                 progress=lambda e, loss: print(f"  {name} seed {seed} epoch {e}: loss {loss:.3f}", flush=True))
     work.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
@@ -156,22 +188,36 @@ def mean_us(module: skive.Module, inputs: np.ndarray, rounds: int = 5) -> float:
     return 1e6 * float(best.mean())
 
 
+def gates(module: skive.Module, x: np.ndarray, y: np.ndarray, tradeoff: float) -> list[skive.Exit]:
+    """Learned gates for the exits of `module`, from samples that the heads have not seen."""
+    values = [np.concatenate(rows) for rows in zip(*(module.all_outputs(v[None]) for v in x), strict=True)]
+    logits = [torch.from_numpy(values[e.outputs[0]]) for e in module.exits]
+    return fit_gates(logits, torch.from_numpy(y), [e.macs for e in module.exits], tradeoff)
+
+
 def measured(name: str, model: WithExits, network: nn.Module, fold: Arrays, test: Arrays, goal: exit_calibration.Goal,
              criterion: str, int8: bool, limit: int) -> dict[str, Any]:
-    """One row: a criterion, calibrated on one half of the test samples and measured on the other."""
+    """One row: a criterion, calibrated on one half of the test samples and measured on the other. `curve`: what all
+    settings that are good on the first half do to the other."""
     example = (torch.from_numpy(test[0][:1]),)
-    exits = [skive.Exit(f"exit{i}", criterion, 1e9) for i in range(len(model.at))]
+    exits = [skive.Exit(f"exit{i}", "max-prob" if criterion == "gate" else criterion, 1e9)
+             for i in range(len(model.at))]
     quantize = skive.Quantize("int8", calibration=fold[0][:200]) if int8 else None
     module = skive.compile(model, example_inputs=example, exits=exits, quantize=quantize)
     plain = skive.compile(network, example_inputs=example, quantize=quantize)
     x, y = test
+    if criterion == "gate":
+        learned = gates(module, x[::2], y[::2], TRADEOFF)
+        module = skive.compile(model, example_inputs=example, exits=learned, quantize=quantize)
 
     def evidence(rows: slice) -> exit_calibration.Evidence:
         return exit_calibration.collect(module, ([v[None]] for v in x[rows]), y[rows])
 
-    chosen = exit_calibration.calibrate(evidence(slice(0, None, 2)), goal)
-    found = exit_calibration.setting(evidence(slice(1, None, 2)), chosen.setting.thresholds)
-    whole = exit_calibration.setting(evidence(slice(1, None, 2)), chosen.whole.thresholds)
+    seen, held = evidence(slice(0, None, 2)), evidence(slice(1, None, 2))
+    chosen = exit_calibration.calibrate(seen, goal)
+    found = exit_calibration.setting(held, chosen.setting.thresholds)
+    whole = exit_calibration.setting(held, chosen.whole.thresholds)
+    every = [exit_calibration.setting(held, s.thresholds) for s in chosen.curve]
     names = list(module.thresholds)
     sample = x[1::2][:limit]
     module.thresholds = dict(zip(names, chosen.whole.thresholds.tolist(), strict=True))
@@ -181,7 +227,8 @@ def measured(name: str, model: WithExits, network: nn.Module, fold: Arrays, test
     return {"model": name, "dtype": "int8" if int8 else "float32", "criterion": criterion, "top1": found.accuracy,
             "whole_top1": whole.accuracy, "macs": found.cost, "shares": found.shares.tolist(),
             "us": mean_us(module, sample), "plain_us": mean_us(plain, sample), "never_us": never,
-            "thresholds": chosen.setting.thresholds.tolist(), "exits_of_sample": taken.tolist()}
+            "thresholds": chosen.setting.thresholds.tolist(), "exits_of_sample": taken.tolist(),
+            "curve": [[s.cost, s.accuracy] for s in every]}
 
 
 def int8_and_batch(model: WithExits, fold: Arrays, test: Arrays, samples: int = 1500, batch: int = 64) -> None:
@@ -214,9 +261,9 @@ def main() -> int:
     parser.add_argument("work", type=Path)
     parser.add_argument("--models", default="resnet20,dscnn")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--joint", action="store_true", help="the network learns along")
-    parser.add_argument("--criteria", default="max-prob,entropy,margin,patience")
+    parser.add_argument("--criteria", default="max-prob,entropy,margin,patience,gate")
     parser.add_argument("--goal", type=exit_calibration.Goal.parse, default=exit_calibration.Goal("accuracy-drop", 0.5))
     parser.add_argument("--int8", action="store_true", help="the same in int8, too")
     parser.add_argument("--limit", type=int, default=300, help="samples that are timed")
@@ -225,8 +272,8 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     for name in a.models.split(","):
         for seed in range(a.seeds):
-            network, fold, test = MODELS[name][0](a.data)
-            model = trained(name, network, fold, a.work, seed, a.epochs, a.joint)
+            network, fold, test = MODELS[name].load(a.data)
+            model = trained(name, network, fold, a.data, a.work, seed, a.epochs, a.joint)
             if a.int8:
                 int8_and_batch(model, fold, test)
             for criterion in a.criteria.split(","):

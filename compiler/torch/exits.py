@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = ["WithExits", "add_exits", "exit_point", "suggest_exits", "train_exits
 
 GRID = 4  # positions per side of which a head of images keeps the average and the maximum
 SMALL_GRID = 2  # the same behind a convolution, which has seen the neighbours
+RISE = 50  # batches until the rate of training has risen
 CONVOLVED = 8  # positions per side that the convolution of a head is to give
 Progress = Callable[[int, float], None]  # (epoch, mean loss of its batches)
 
@@ -161,35 +163,54 @@ def add_exits(network: nn.Module, example_inputs: Sequence[Tensor], at: Sequence
 
 def train_exits(model: WithExits, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], epochs: int = 10,
                 lr: float = 2e-3, weight_decay: float = 1e-3, distill: float = 0.5, network_lr: float = 0.0,
+                teacher: Callable[[Tensor], Tensor] | None = None, temperature: float = 1.0, bfloat16: bool = False,
                 progress: Progress = lambda epoch, loss: None) -> WithExits:
     """`model` with trained heads, in evaluation mode. The network itself is not changed, unless `network_lr` says how
     fast it may learn along, its normalisation statistics fixed (joint training).
 
     `batches()` gives the (input, class) batches of one epoch. The loss of each head is the cross-entropy with the
-    classes and, with weight `distill`, with the network's own probabilities (Hinton et al., Distilling the Knowledge,
-    2015). Adam, cosine rate.
+    classes and, with weight `distill`, with the probabilities of the network, or of the `teacher` that is given,
+    softened by `temperature` (Hinton et al., Distilling the Knowledge in a Neural Network, 2015); with a teacher the
+    network that learns along has the same loss. With `distill=1` classes do not count, so that images may be mixed.
+    Adam; the rate rises over the first batches and falls along a cosine. `bfloat16`: products in that type, faster
+    where the processor has them.
     """
     model.network.eval()
     groups = [{"params": list(model.heads.parameters()), "lr": lr}]
     if network_lr:
         groups.append({"params": list(model.network.parameters()), "lr": network_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    rates = [float(g["lr"]) for g in groups]  # type: ignore[arg-type]
     model.heads.train()
+
+    def lost(logits: Tensor, y: Tensor, soft: Tensor) -> Tensor:
+        hard = fn.cross_entropy(logits, y) if distill < 1 else logits.new_zeros(())
+        return (1 - distill) * hard + distill * temperature**2 * fn.cross_entropy(logits / temperature, soft)
+
+    seen = length = 0
     for epoch in range(epochs):
-        losses = []
+        losses: list[float] = []
         for x, y in batches():
-            with torch.set_grad_enabled(bool(network_lr)):
-                features, answer = features_at(model.network, model.at, (x,))
-                soft = answer.detach().softmax(-1)
-            total = fn.cross_entropy(answer, y) if network_lr else x.new_zeros(())
-            for head, f in zip(model.heads, features, strict=True):
-                logits = head(f)
-                total = total + (1 - distill) * fn.cross_entropy(logits, y) + distill * fn.cross_entropy(logits, soft)
+            done = (epoch + len(losses) / length if length else 0.0) / epochs
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1.0, (seen + 1) / RISE) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            seen += 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                with torch.set_grad_enabled(bool(network_lr)):
+                    features, answer = features_at(model.network, model.at, (x,))
+                heads = [head(f).float() for head, f in zip(model.heads, features, strict=True)]
+            answer = answer.float()
+            with torch.no_grad():
+                soft = ((answer if teacher is None else teacher(x)) / temperature).softmax(-1)
+            total = x.new_zeros(())
+            if network_lr:
+                total = fn.cross_entropy(answer, y) if teacher is None else lost(answer, y, soft)
+            for logits in heads:
+                total = total + lost(logits, y, soft)
             optimizer.zero_grad()
             total.backward()
             optimizer.step()
             losses.append(float(total.detach()) / len(model.heads))
-        rate.step()
+        length = len(losses)
         progress(epoch, sum(losses) / max(1, len(losses)))
     return model.eval()

@@ -111,3 +111,76 @@ def test_heads_learn_on_a_network_that_stays() -> None:
 def test_places_that_are_not_there_are_refused() -> None:
     with pytest.raises(ExitError, match="no submodule 'nowhere'"):
         add_exits(Stack().eval(), (torch.randn(1, 3, 8, 8),), ["nowhere"])
+
+
+def test_the_teacher_s_answers_are_learned_with_the_network() -> None:
+    torch.manual_seed(0)
+    network = Stack()
+    x = torch.randn(64, 3, 8, 8)
+    teacher = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        teacher[2].weight.mul_(6)
+        wanted = teacher(x).argmax(1)
+    model = add_exits(network, (x[:1],), ["blocks.1"], channels=4)
+    losses: list[float] = []
+    wrong = 1 - wanted  # classes do not count with distill=1
+    train_exits(model, lambda: [(x, wrong)], epochs=60, lr=2e-2, network_lr=1e-2, teacher=teacher, distill=1.0,
+                temperature=2.0,
+                progress=lambda epoch, loss: losses.append(loss))
+    with torch.no_grad():
+        answers = model(x)
+    assert losses[-1] < losses[0]
+    for name, logits in answers.items():
+        assert (logits.argmax(1) == wanted).float().mean() > 0.8, name
+
+
+def synthetic(count: int = 4000) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Logits of an exit that is right where it is sure, and of a network that is nearly always right."""
+    generator = torch.Generator().manual_seed(3)
+    classes = torch.randint(0, 4, (count,), generator=generator)
+    truth = nn.functional.one_hot(classes, 4).float()
+    strength = 4 * torch.rand(count, 1, generator=generator)
+    early = strength * truth + torch.randn(count, 4, generator=generator)
+    return [early, 6 * truth + torch.randn(count, 4, generator=generator)], classes
+
+
+def test_gates_open_where_it_pays() -> None:
+    logits, classes = synthetic()
+    errors = torch.stack([nn.functional.cross_entropy(v, classes, reduction="none") for v in logits], -1)
+    left = []
+    for tradeoff in (0.2, 0.6, 1.5):
+        gate = skive.torch.fit_gates(logits, classes, [40, 100], tradeoff)[0]
+        assert gate.output == "exit0" and gate.criterion == "gate" and gate.threshold == 0.5
+        assert isinstance(gate.of, tuple)
+        p = logits[0].softmax(-1)
+        squared = p**2 / (p**2).sum(-1, keepdim=True)
+        two = p.topk(2).values
+        features = torch.stack([two[:, 0], -(p * p.log()).sum(-1), two[:, 0] - two[:, 1],
+                                -(squared * squared.log()).sum(-1)], -1)
+        opened = (features @ torch.tensor(gate.of[:4]) + gate.of[4]) >= 0
+        spent = errors + tradeoff * torch.tensor([0.4, 1.0])
+        total = torch.where(opened, spent[:, 0], spent[:, 1]).mean()
+        assert total < spent.mean(0).min() - 0.003  # better than everybody or nobody leaving
+        left.append(float(opened.float().mean()))
+    assert left == sorted(left) and 0.1 < left[0] < left[-1] < 0.99
+    with pytest.raises(ExitError, match="2 answers.* 3 costs"):
+        skive.torch.fit_gates(logits, classes, [1, 2, 3])
+
+
+def test_gates_of_a_model_are_exits_of_its_artefact() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(200, 3, 8, 8)
+    model = add_exits(Stack(), (x[:1],), ["blocks.1"])
+    y = (x.mean((1, 2, 3)) > 0).long()
+    train_exits(model, lambda: [(x, y)], epochs=40, network_lr=1e-2)
+    gates = skive.torch.train_gates(model, [(x[:100], y[:100]), (x[100:], y[100:])], [1, 2], tradeoff=0.4)
+    module = skive.compile(model, example_inputs=(x[:1],), exits=gates, batch_max=200)
+    weights = torch.tensor(gates[0].of)
+    with torch.no_grad():
+        p = model(x)["exit0"].softmax(-1)
+    q = p**2 / (p**2).sum(-1, keepdim=True)
+    two = p.topk(2).values
+    opened = torch.stack([two[:, 0], -(p * p.log()).sum(-1), two[:, 0] - two[:, 1], -(q * q.log()).sum(-1)], -1)
+    score = (opened @ weights[:4] + weights[4]).sigmoid()
+    sure = (score - 0.5).abs() > 1e-4
+    np.testing.assert_array_equal(module.run(x).exit[sure], np.where(score >= 0.5, 0, 1)[sure])

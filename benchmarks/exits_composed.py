@@ -1,0 +1,151 @@
+"""Early exits, half of the multiply-accumulates removed with whole channels, and INT8 in one artefact of ResNet-20.
+
+    taskset -c 1 python benchmarks/exits_composed.py DATA WORK [--epochs 12] [--joint] [--prune macs=0.5]
+                                                     [--tuning-epochs 10] [--drop 0.5] [--limit 200] [--json FILE]
+
+DATA as for `accuracy.py`. Exits are trained as in `exits.py` (kept in WORK), the network with its exits is pruned and
+trained again on what the teacher says of varied images, then compiled in INT8 with exits. Thresholds lose `--drop`
+points on one half of the test images; every accuracy is that of the other half. `us` is the mean over images of the
+smallest time of a call, of ONNX Runtime (one thread) the smallest time of a call, all in turns.
+The network that was trained lies in WORK as text: `skive compile WORK/resnet20-pruned.skive --exit ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import exits
+import numpy as np
+import peers
+import results
+import torch
+from torch import Tensor
+from torch.nn import functional as fn
+
+import skive
+from skive import exit_calibration, pruning, text
+from skive import torch as helpers
+
+TEMPERATURE = 4.0
+ROUNDS = 7
+
+
+class Batches:
+    """Batches (varied images, what the teacher says of them)."""
+
+    def __init__(self, inputs: np.ndarray, teacher: skive.Module, shift: int):
+        self.inputs, self.teacher, self.shift = inputs, teacher, shift
+        self.rng = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.inputs) // 64
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self.rng.permutation(len(self.inputs))
+        for i in range(len(self)):
+            x = np.ascontiguousarray(exits.varied(self.inputs[order[64 * i:64 * i + 64]], self.shift, self.rng))
+            yield torch.from_numpy(x), torch.from_numpy(self.teacher(x))
+
+
+def followed(got: tuple[Tensor, ...], wanted: Tensor) -> Tensor:
+    """How far the softened probabilities of all exits are from those that are wanted."""
+    target = fn.log_softmax(wanted / TEMPERATURE, -1)
+    far = [fn.kl_div(fn.log_softmax(g / TEMPERATURE, -1), target, reduction="batchmean", log_target=True) for g in got]
+    return TEMPERATURE**2 * torch.stack(far).sum()
+
+
+def pruned(a: argparse.Namespace, model: torch.nn.Module, fold: exits.Arrays) -> Any:
+    """The graph of the network with exits after pruning and training, from WORK or made now."""
+    file = a.work / "resnet20-pruned.skive"
+    if file.exists():
+        return text.load_text(file)
+    plan = exits.MODELS["resnet20"]
+    cut = pruning.requested(a.prune)
+    cut = skive.Prune(**{**cut.__dict__, "calibration": fold[0][:200]})
+    net = helpers.prune(model, cut, example_inputs=(torch.from_numpy(fold[0][:1]),))
+    print(f"  pruned: {net.sparsity['macs_removed']:.1%} of the MACs", flush=True)
+    assert plan.teacher
+    loader = Batches(fold[0], skive.compile(a.data / plan.teacher, batch_max=64), plan.shift)
+    helpers.finetune(net, loader, a.tuning_epochs, a.rate, loss=followed,
+                     progress=lambda e, loss: print(f"  pruned, epoch {e}: loss {loss:.3f}", flush=True))
+    graph = net.graph()
+    text.save_text(graph, file)
+    return graph
+
+
+def session(path: Path, x: np.ndarray) -> Callable[[], Any]:
+    """A call of ONNX Runtime with one thread."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    loaded = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = loaded.get_inputs()[0].name
+    return lambda: loaded.run(None, {name: x})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--joint", action="store_true", help="the network learns along with its exits")
+    parser.add_argument("--prune", default="macs=0.5", help="as in `skive compile --prune`")
+    parser.add_argument("--tuning-epochs", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--drop", type=float, default=0.5, help="points that thresholds may lose")
+    parser.add_argument("--limit", type=int, default=200, help="images that are timed")
+    parser.add_argument("--json", metavar="FILE")
+    a = parser.parse_args()
+    network, fold, (x, y) = exits.MODELS["resnet20"].load(a.data)
+    network.eval()
+    model = exits.trained("resnet20", network, fold, a.data, a.work, 0, a.epochs, a.joint)
+    graph = pruned(a, model, fold)
+    original = a.data / "models" / "resnet20_cifar10.onnx"
+    int8 = a.work / "resnet20-onnxruntime-int8.onnx"
+    peers.quantize_onnxruntime(original, fold[0][:200], int8)
+    float32 = skive.compile(original, input_shapes={"input": (1, *x.shape[1:])})
+    ways = [skive.Exit(n, "max-prob", 1e9) for n in graph.output_names[:-1]]
+    module = skive.compile(graph, exits=ways, quantize=skive.Quantize("int8", calibration=fold[0][:200]))
+
+    def evidence(rows: slice) -> exit_calibration.Evidence:
+        return exit_calibration.collect(module, ([v[None]] for v in x[rows]), y[rows])
+
+    goal = exit_calibration.Goal("accuracy-drop", a.drop)
+    chosen = exit_calibration.calibrate(evidence(slice(0, None, 2)), goal).setting
+    found = exit_calibration.setting(evidence(slice(1, None, 2)), chosen.thresholds)
+    module.thresholds = dict(zip(module.thresholds, chosen.thresholds.tolist(), strict=True))
+    whole = 100 * float(np.mean([float32(v[None]).argmax() == c for v, c in zip(x[1::2], y[1::2], strict=True)]))
+    sample = x[1::2][:a.limit]
+    calls = {"onnxruntime float32": session(original, sample[:1]), "onnxruntime int8": session(int8, sample[:1]),
+             "skive float32": lambda: float32(sample[:1])}
+    us, mean = dict.fromkeys(calls, np.inf), np.full(len(sample), np.inf)
+    for _ in range(ROUNDS):  # in turns: a drift of the machine meets all alike
+        for name, call in calls.items():
+            for _ in range(20):
+                start = time.perf_counter()
+                call()
+                us[name] = min(us[name], 1e6 * (time.perf_counter() - start))
+        for i in range(len(sample)):
+            start = time.perf_counter()
+            module(sample[i:i + 1])
+            mean[i] = min(mean[i], 1e6 * (time.perf_counter() - start))
+    taken = np.concatenate([module.run(v[None]).macs for v in x[1::2]])
+    row = {"top1": found.accuracy, "original_top1": whole, "shares": found.shares.tolist(), "us": float(mean.mean()),
+           "macs": float(taken.mean()), "original_macs": float32.report["compiled"]["macs"], **us}
+    shares = " ".join(f"{100 * s:.0f}" for s in found.shares)
+    print(f"top-1 {row['top1']:.2f} % of {whole:.2f}, {100 * row['macs'] / row['original_macs']:.1f} % of the MACs, "
+          f"exits {shares} %, {row['us']:.1f} us a call")
+    for name in calls:
+        print(f"  {name}: {us[name]:.1f} us, {us[name] / row['us']:.2f} times as long")
+    if a.json:
+        results.write(a.json, [row])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
