@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skive.errors import ExitError, InvalidModelError, SkiveError, UnsupportedOpError
+from skive.errors import ExitError, InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend import Source
 from skive.ir import Graph
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
-EXIT_DOMAIN = "skive"
+OWN_DOMAIN = "skive"
 OPSET = 20  # of the ONNX model in between: the newest that PyTorch 2.9 translates to without conversion
 REFUSED_TYPES = ("float16", "bfloat16", "float64", "complex64", "complex128")
 
@@ -75,7 +75,12 @@ def open_module(model: Any, example_inputs: Any, *, request: str, batch_max: int
         raise InvalidModelError(f"{name}: example_inputs is missing; give a tuple of tensors, "
                                 "or a dict by the names of forward's parameters")
     args, kwargs = _arguments(model, example_inputs)
-    program = _export(model, args, kwargs, batch_max)
+    try:
+        program = _export(model, args, kwargs, batch_max)
+    except _Undecided:
+        program = _with_decisions(model, args, kwargs, batch_max)
+        source = _source(program, name, None, request, None, lambda: _eager(model, args, kwargs, numbers=True))
+        return source if batch_max is None else replace(source, graph=lambda: _per_sample(source.graph(), batch_max))
     return _source(program, name, None, request, batch_max, lambda: _eager(model, args, kwargs))
 
 
@@ -160,8 +165,10 @@ def _shapes(program: ExportedProgram, example: Any) -> dict[str, tuple[int, ...]
     return {str(k): tuple(v.shape) for k, v in given.items() if hasattr(v, "shape")}
 
 
-def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
-    """`model` as a function of arrays, which take the places of the tensors among the arguments."""
+def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], numbers: bool = False) -> Run:
+    """`model` as a function of arrays, which take the places of the tensors among the arguments.
+
+    `numbers`: those that it returns are results too."""
     torch = _torch()
     from torch.utils import _pytree as pytree
 
@@ -173,6 +180,10 @@ def _eager(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
         with torch.no_grad():
             result = model(*new_args, **new_kwargs)
+        if numbers:
+            from skive.frontend.control.trace import results
+
+            result = results(result)
         return [v.detach().cpu().numpy() for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)]
 
     return run
@@ -225,6 +236,33 @@ def _export(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch_max
             raise _export_error(e, type(model).__name__) from None
 
 
+class _Undecided(UnsupportedOpError):
+    """`forward` decides on the values of a tensor."""
+
+
+def _with_decisions(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], batch_max: int | None
+) -> ExportedProgram:
+    """The program of a module that decides on the values of tensors, for one sample where there may be several."""
+    from torch.utils import _pytree as pytree
+
+    from skive.frontend.control.trace import export
+
+    if batch_max is not None:  # every sample decides for itself
+        args, kwargs = pytree.tree_map(lambda v: v[:1] if hasattr(v, "shape") and v.dim() else v, (args, kwargs))
+    with _quiet():
+        return export(model, args, kwargs)
+
+
+def _per_sample(graph: Graph, batch_max: int) -> Graph:
+    """The graph of one sample as that of each sample of a batch; ShapeError unless all ports begin with 1."""
+    for name, node in [*((i.name, i) for i in graph.inputs), *zip(graph.output_names, graph.outputs, strict=True)]:
+        if not node.shape or node.shape[0] != 1:
+            raise ShapeError(f"{name!r} has shape {list(node.shape)} for one sample, so a batch of it has no meaning; "
+                             "let it begin with 1, or compile without batch_max")
+    return replace(graph, batch_max=batch_max)
+
+
 def _export_error(error: Exception, name: str) -> SkiveError:
     """What went wrong in `forward`, at which line of the user's source."""
     torch_folder = os.path.dirname(_torch().__file__) + os.sep
@@ -234,9 +272,10 @@ def _export_error(error: Exception, name: str) -> SkiveError:
     if frames:
         last = frames[-1]
         where = f"{Path(last.filename).name}:{last.lineno}: {(last.line or '').strip().rstrip(':')}"
-    if type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text or ".item()" in text:
-        return UnsupportedOpError([(where, "forward decides on the values of a tensor",
-                                    "use torch.where, or compute both branches and give each as an output")])
+    if type(error).__name__.startswith("GuardOnDataDependent") or "data-dependent" in text or ".item()" in text \
+            or "Boolean value of Tensor" in text or "cannot be converted to Scalar" in text:
+        return _Undecided([(where, "forward decides on the values of a tensor",
+                            "use torch.where, or compute both branches and give each as an output")])
     return InvalidModelError(f"{where}: {type(error).__name__}: {_first_line(error)}")
 
 
@@ -330,7 +369,7 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         try:
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=names,
                                            optimize=True, verbose=False,
-                                           custom_translation_table=_exit_point_table(program))
+                                           custom_translation_table=_own_operators(program))
         except torch.onnx.OnnxExporterError as e:
             raise _translation_error(program, e) from None
         model = translated.model_proto
@@ -339,26 +378,36 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     return model
 
 
-def _exit_point_table(program: ExportedProgram) -> dict[Any, Callable[..., Any]] | None:
-    """How `skive.exit_point` is translated: to a node of skive's own; None where the program has none."""
-    targets = {n.target for n in program.graph.nodes if str(n.target) == "skive.exit_point.default"}
+def _own_operators(program: ExportedProgram) -> dict[Any, Callable[..., Any]] | None:
+    """How operators of skive are translated: to nodes of its own; None where the program has none."""
+    targets = {str(n.target): n.target for n in program.graph.nodes if str(n.target).startswith("skive.")}
     if not targets:
         return None
     import onnxscript
     from onnx import defs
 
-    if not defs.has("ExitPoint", domain=EXIT_DOMAIN):
-        kind, parameter = defs.OpSchema.AttrType.STRING, defs.OpSchema.FormalParameter
+    parameter = defs.OpSchema.FormalParameter
+    if not defs.has("ExitPoint", domain=OWN_DOMAIN):
         floats = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"]
         defs.register_schema(defs.OpSchema(
-            "ExitPoint", EXIT_DOMAIN, 1, inputs=[parameter("x", "T"), parameter("logits", "T")],
+            "ExitPoint", OWN_DOMAIN, 1, inputs=[parameter("x", "T"), parameter("logits", "T")],
             outputs=[parameter("y", "T")], type_constraints=[("T", floats, "")],
-            attributes=[defs.OpSchema.Attribute("name", kind, "")]))
+            attributes=[defs.OpSchema.Attribute("name", defs.OpSchema.AttrType.STRING, "")]))
+        kinds = [f"tensor({t})" for t in ("bool", "float", "int8", "int16", "int32", "int64", "uint8")]
+        defs.register_schema(defs.OpSchema(
+            "Choose", OWN_DOMAIN, 1, inputs=[parameter("condition", "B"), parameter("a", "T"), parameter("b", "T")],
+            outputs=[parameter("y", "T")], type_constraints=[("B", ["tensor(bool)"], ""), ("T", kinds, "")]))
+    own = onnxscript.values.Opset(OWN_DOMAIN, 1)
 
-    def translate(x: Any, logits: Any, name: str = "") -> Any:
-        return onnxscript.values.Opset(EXIT_DOMAIN, 1).ExitPoint(x, logits, name=name)
+    def exit_point(x: Any, logits: Any, name: str = "") -> Any:
+        return own.ExitPoint(x, logits, name=name)
 
-    return dict.fromkeys(targets, translate)
+    def choose(condition: Any, a: Any, b: Any) -> Any:
+        return own.Choose(condition, a, b)
+
+    known: dict[str, Callable[..., Any]] = {"skive.exit_point.default": exit_point,
+                                            "skive.choose.default": choose}
+    return {target: known[name] for name, target in targets.items()}
 
 
 def _exit_outputs(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -366,7 +415,7 @@ def _exit_outputs(model: onnx.ModelProto) -> tuple[str, ...]:
     from onnx import helper
 
     graph = model.graph
-    marks = [n for n in graph.node if n.domain == EXIT_DOMAIN]
+    marks = [n for n in graph.node if n.domain == OWN_DOMAIN and n.op_type == "ExitPoint"]
     names: list[str] = []
     taken = {o.name for o in graph.output}
     renamed = {}

@@ -54,6 +54,14 @@ def selected(c: Call, condition: Node, a: Value, b: Value) -> Value:
                       "export the branch that is needed")
 
 
+@onnx_op("Choose", domain="skive")
+def choose(c: Call) -> Node:
+    """A decision of a PyTorch model's `forward`."""
+    if c[0].is_const:
+        return c[1] if truth(c, c[0], "the condition") else c[2]
+    return c.make("choose", c.reshape(c[0], ()), c[1], c[2])
+
+
 @onnx_op("Loop")
 def loop(c: Call) -> list[Value]:
     """The body as often as the constant trip count and condition say, one copy after the other.
