@@ -1,10 +1,10 @@
 """Time, file and arena of networks with channels removed beside the same networks whole.
 
     taskset -c 1 python benchmarks/pruned_speed.py MODEL.onnx ... [--prune macs=0.5] [--quantize int8|none]
-        [--criterion l1] [--scope global] [--multiple N] [--layers] [--json FILE]
+        [--criterion activation] [--scope global] [--multiple N] [--layers] [--json FILE]
 
-`--prune` as for `skive compile`; several, with spaces between, stand beside each other. What remains is not fitted:
-time depends only on how many channels stay in each layer, which `--criterion`, `--scope` and the measure decide.
+`--prune` as for `skive compile`; several, with spaces between, stand beside each other. What remains is fitted to the
+calibration data, as by default.
 NAME.npy beside NAME.onnx is a typical input and, rolled along its axes, the calibration data. All networks of a
 model have turns in one process; a ratio is the median over rounds of whole by pruned, `min` the fastest call.
 `--layers` adds the time of each layer that multiplies.
@@ -34,8 +34,8 @@ def built(path: Path, x: np.ndarray, data: np.ndarray, a: argparse.Namespace, as
         quantize = skive.Quantize(a.quantize, calibration={name: data}, rounding="nearest")
     prune = None
     if asked:
-        prune = replace(pruning.requested(asked), criterion=a.criterion, scope=a.scope, refit=False,
-                        multiple=a.multiple, calibration=data if a.criterion in pruning.DATA_DRIVEN else None)
+        prune = replace(pruning.requested(asked), criterion=a.criterion, scope=a.scope, multiple=a.multiple,
+                        calibration=data)
     return skive.compile(path, example_inputs={name: x}, quantize=quantize, threads=1, verify=False, prune=prune)
 
 
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--prune", default="macs=0.5")
     parser.add_argument("--quantize", choices=("int8", "int16", "none"), default="int8")
-    parser.add_argument("--criterion", default="l1")
+    parser.add_argument("--criterion", default="activation")
     parser.add_argument("--scope", choices=pruning.SCOPES, default="global")
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--layers", action="store_true", help="time of every layer, too")
