@@ -12,6 +12,7 @@ that of the same network compiled without exits.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -115,41 +116,50 @@ def dscnn(data: Path) -> tuple[nn.Module, Arrays, Arrays]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a network gets its exits: `load` gives it with its data; `channels` of the heads' convolution; the file in
-    DATA whose answers are followed, by default the network's own; pixels that images are shifted by, and mirrored."""
+    """Where a network gets its exits: `load` gives it with its data; `channels` and `grid` of the heads; the file in
+    DATA whose answers are followed, by default those of the network as it was; rows and columns by which
+    inputs are shifted; images are mirrored and mixed, too."""
 
     load: Callable[[Path], tuple[nn.Module, Arrays, Arrays]]
     at: tuple[str, ...]
-    channels: int = 0
-    teacher: str | None = None
-    shift: int = 0
-    temperature: float = 1.0
+    channels: int
+    grid: int
+    teacher: str | None
+    shift: tuple[int, int]
+    images: bool
+    rate: float  # of the network that learns along
 
 
 MODELS = {
-    "resnet20": Plan(resnet20, ("layer1.2", "layer2.2"), 32, "models/resnet56_cifar10.onnx", 4, 4.0),
-    "dscnn": Plan(dscnn, ("blocks.0", "blocks.1", "blocks.2")),
+    "resnet20": Plan(resnet20, ("layer1.2", "layer2.2"), 32, 2, "models/resnet56_cifar10.onnx", (4, 4), True, 1e-3),
+    "dscnn": Plan(dscnn, ("blocks.1", "blocks.2"), 0, 1, None, (3, 0), False, 2e-4),
 }
+TEMPERATURE = 4.0
 
 
-def varied(x: np.ndarray, shift: int, rng: np.random.Generator) -> np.ndarray:
-    """Images mirrored, shifted and, half of them, mixed in pairs (Zhang et al., mixup, 2018)."""
+def varied(x: np.ndarray, plan: Plan, rng: np.random.Generator) -> np.ndarray:
+    """Inputs shifted; images mirrored and, half of them, mixed in pairs (Zhang et al., mixup, 2018)."""
     height, width = x.shape[2:]
-    padded = np.pad(x, ((0, 0), (0, 0), (shift, shift), (shift, shift)))
-    moved = np.stack([p[:, a:a + height, b:b + width] for p, (a, b) in
-                      zip(padded, rng.integers(0, 2 * shift + 1, (len(x), 2)), strict=True)])
+    down, right = plan.shift
+    padded = np.pad(x, ((0, 0), (0, 0), (down, down), (right, right)), mode="constant" if plan.images else "edge")
+    moved = np.stack([p[:, a:a + height, b:b + width] for p, a, b in
+                      zip(padded, rng.integers(0, 2 * down + 1, len(x)), rng.integers(0, 2 * right + 1, len(x)),
+                          strict=True)])
+    if not plan.images:
+        return moved
     moved = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, moved[..., ::-1], moved)
     share = np.where(rng.random(len(x)) < 0.5, rng.random(len(x)), 1.0).astype(np.float32)[:, None, None, None]
-    return share * moved + (1 - share) * moved[rng.permutation(len(x))]
+    return np.ascontiguousarray(share * moved + (1 - share) * moved[rng.permutation(len(x))])
 
 
 def trained(name: str, network: nn.Module, fold: Arrays, data: Path, work: Path, seed: int, epochs: int,
             joint: bool) -> WithExits:
-    """`network` with heads from WORK, or trained now on what a teacher says of varied images (Beyer et al., Knowledge
-    Distillation: A Good Teacher Is Patient and Consistent, 2022), or on the classes where nothing is varied."""
+    """`network` with heads from WORK, or trained now on what a teacher says of varied inputs (Beyer et al., Knowledge
+    Distillation: A Good Teacher Is Patient and Consistent, 2022)."""
     plan = MODELS[name]
     torch.manual_seed(seed)
-    model = add_exits(network.eval(), (torch.from_numpy(fold[0][:1]),), plan.at, channels=plan.channels)
+    example = (torch.from_numpy(fold[0][:1]),)
+    model = add_exits(network.eval(), example, plan.at, channels=plan.channels, grid=plan.grid)
     file = work / f"{name}-{seed}-{epochs}{'-joint' if joint else ''}.pt"
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
@@ -159,17 +169,12 @@ def trained(name: str, network: nn.Module, fold: Arrays, data: Path, work: Path,
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
         order = rng.permutation(len(fold[0]))
         for i in range(0, len(order) - 31, 64):
-            x = fold[0][order[i : i + 64]]
-            x = varied(x, plan.shift, rng) if plan.shift else x
-            yield torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(fold[1][order[i : i + 64]])
+            rows = order[i : i + 64]
+            yield torch.from_numpy(varied(fold[0][rows], plan, rng)), torch.from_numpy(fold[1][rows])
 
-    follow: Callable[[Tensor], Tensor] | None = None
-    if plan.teacher:
-        follow = skive.compile(data / plan.teacher, batch_max=64)
-
-    train_exits(model, batches, epochs=epochs, network_lr=(1e-3 if plan.shift else 2e-4) if joint else 0.0,
-                lr=4e-3 if plan.shift else 2e-3, teacher=follow, distill=1.0 if plan.shift else 0.5,
-                temperature=plan.temperature, bfloat16=plan.shift > 0,
+    teacher = skive.compile(data / plan.teacher, batch_max=64) if plan.teacher else copy.deepcopy(network)
+    train_exits(model, batches, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3, teacher=teacher,
+                distill=1.0, temperature=TEMPERATURE, bfloat16=plan.channels > 0,
                 progress=lambda e, loss: print(f"  {name} seed {seed} epoch {e}: loss {loss:.3f}", flush=True))
     work.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)

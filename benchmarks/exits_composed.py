@@ -37,8 +37,8 @@ ROUNDS = 7
 class Batches:
     """Batches (varied images, what the teacher says of them)."""
 
-    def __init__(self, inputs: np.ndarray, teacher: skive.Module, shift: int):
-        self.inputs, self.teacher, self.shift = inputs, teacher, shift
+    def __init__(self, inputs: np.ndarray, teacher: skive.Module, plan: exits.Plan):
+        self.inputs, self.teacher, self.plan = inputs, teacher, plan
         self.rng = np.random.default_rng(0)
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = self.rng.permutation(len(self.inputs))
         for i in range(len(self)):
-            x = np.ascontiguousarray(exits.varied(self.inputs[order[64 * i:64 * i + 64]], self.shift, self.rng))
+            x = exits.varied(self.inputs[order[64 * i:64 * i + 64]], self.plan, self.rng)
             yield torch.from_numpy(x), torch.from_numpy(self.teacher(x))
 
 
@@ -69,7 +69,7 @@ def pruned(a: argparse.Namespace, model: torch.nn.Module, fold: exits.Arrays) ->
     net = helpers.prune(model, cut, example_inputs=(torch.from_numpy(fold[0][:1]),))
     print(f"  pruned: {net.sparsity['macs_removed']:.1%} of the MACs", flush=True)
     assert plan.teacher
-    loader = Batches(fold[0], skive.compile(a.data / plan.teacher, batch_max=64), plan.shift)
+    loader = Batches(fold[0], skive.compile(a.data / plan.teacher, batch_max=64), plan)
     helpers.finetune(net, loader, a.tuning_epochs, a.rate, loss=followed,
                      progress=lambda e, loss: print(f"  pruned, epoch {e}: loss {loss:.3f}", flush=True))
     graph = net.graph()

@@ -121,12 +121,12 @@ def collect(module: Module, calls: Iterable[Sequence[np.ndarray]], labels: np.nd
     if len(truth) != len(answers[0]):
         raise ExitError(f"there are {len(answers[0])} samples and {len(truth)} labels")
     ways = module.exits[:-1]
-    cost = _times(module, first) if latency else np.asarray([w.macs for w in module.exits], np.float64)
+    cost = exit_seconds(module, first) if latency else np.asarray([w.macs for w in module.exits], np.float64)
     return Evidence(np.stack([values[w.score] for w in ways if w.score is not None], 1),
                     np.stack([a == truth for a in answers], 1), cost / cost[-1], tuple(str(w.test) for w in ways))
 
 
-def _times(module: Module, inputs: Sequence[np.ndarray]) -> np.ndarray:
+def exit_seconds(module: Module, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """Seconds of a call that ends at each exit: the smallest of many."""
     before = module.thresholds
     one = [a[:1] if module.manifest["batch_max"] and a.ndim else a for a in inputs]

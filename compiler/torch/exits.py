@@ -31,19 +31,18 @@ class Head(nn.Module):
     Of sequences [N, T, C] the mean over T. Of [N, C] the linear layer alone.
     """
 
-    def __init__(self, example: Tensor, classes: int, channels: int = 0) -> None:
+    def __init__(self, example: Tensor, classes: int, channels: int = 0, grid: int | None = None) -> None:
         super().__init__()
         self.window: tuple[int, int] | None = None
         self.features: nn.Module = nn.Identity()
         width = example.shape[1]
         if example.dim() == 4:
-            grid = GRID
+            grid = grid or (SMALL_GRID if channels else GRID)
             if channels:
                 stride = 2 if max(example.shape[2:]) // 2 > CONVOLVED else 1
                 self.features = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(width, channels, 3, stride, 1, bias=False),
                                               nn.BatchNorm2d(channels), nn.ReLU())
                 example = self.features.eval()(example)
-                grid = SMALL_GRID
             height, wide = example.shape[2:]
             self.window = (max(1, height // grid), max(1, wide // grid))
             width = self._pooled(example).shape[1]
@@ -149,16 +148,17 @@ def suggest_exits(network: nn.Module, example_inputs: Sequence[Tensor], count: i
 
 
 def add_exits(network: nn.Module, example_inputs: Sequence[Tensor], at: Sequence[str] | int = 3,
-              classes: int | None = None, channels: int = 0) -> WithExits:
+              classes: int | None = None, channels: int = 0, grid: int | None = None) -> WithExits:
     """`network` with untrained heads behind the submodules called `at`, or at so many suggested places.
 
     `classes`: by default the size of the last axis of the network's result. `channels`: of a convolution in each
-    head of image features, 0 for none. Train them with `train_exits`.
+    head of image features, 0 for none; `grid`: positions per side that a head keeps of them (4, behind a convolution 2;
+    1 is cheapest and learns from the fewest samples). Train them with `train_exits`.
     """
     places = suggest_exits(network, example_inputs, at) if isinstance(at, int) else list(at)
     with torch.no_grad():
         features, y = features_at(network, places, example_inputs)
-    return WithExits(network, places, [Head(f, classes or y.shape[-1], channels) for f in features])
+    return WithExits(network, places, [Head(f, classes or y.shape[-1], channels, grid) for f in features])
 
 
 def train_exits(model: WithExits, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], epochs: int = 10,
