@@ -67,7 +67,7 @@ def is_depthwise(conv: Node) -> bool:
 
 def overwrites(node: Node) -> bool:
     """Whether the kernel of `node` may write its result over an operand of the same size."""
-    return node.op == "lookup" or ops.op_of(node.op).kind == "elementwise"
+    return node.op in ("lookup", "choose") or ops.op_of(node.op).kind == "elementwise"
 
 
 def writes_channel_slices(node: Node) -> bool:

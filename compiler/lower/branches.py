@@ -68,11 +68,14 @@ def _extreme(found: Sequence[tuple[Guards, int]], depth: int, pick: Callable[[in
 
 @lowers("choose")
 def _choose(ctx: Lowering, node: Node) -> None:
-    """Two copies, of which one runs."""
+    """Two copies, of which one runs; none of a side that is computed where the result lies."""
     condition, a, b = node.inputs
     dense = f"Shape<{node.type.size}>"
     around = ctx.guards
     for value, holds in ((a, True), (b, False)):
+        place, target = ctx.view(value), ctx.view(node)
+        if place.root is target.root and place.offset == target.offset:
+            continue
         ctx.guards = (*around, (condition, holds))
         ctx.call(
             node,

@@ -121,6 +121,12 @@ def test_the_other_side_does_not_run() -> None:
     assert written[0] != written[1]
 
 
+def test_a_side_is_computed_where_the_result_lies() -> None:
+    plan = lower(nested(), TARGETS["generic"])
+    copies = [c for c in plan.calls if c.op == "choose"]
+    assert [c.origin for c in copies] == ["inner", "outer"]  # one side of each
+
+
 def if_model() -> onnx.ModelProto:
     """An ONNX If: a product or a sum, with two results."""
     w = np.random.default_rng(3).standard_normal((4, 4)).astype(np.float32)
