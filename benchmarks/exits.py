@@ -12,7 +12,6 @@ that of the same network compiled without exits.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import time
@@ -116,46 +115,39 @@ def dscnn(data: Path) -> tuple[nn.Module, Arrays, Arrays]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Where a network gets its exits: `load` gives it with its data; `channels` and `grid` of the heads; the file in
-    DATA whose answers are followed, by default those of the network as it was; rows and columns by which
-    inputs are shifted; images are mirrored and mixed, too."""
+    """Where a network gets its exits: `load` gives it with its data; `channels` and `grid` of the heads; rows and
+    columns by which inputs are shifted; whether they are images, which are mirrored, too."""
 
     load: Callable[[Path], tuple[nn.Module, Arrays, Arrays]]
     at: tuple[str, ...]
     channels: int
     grid: int
-    teacher: str | None
     shift: tuple[int, int]
     images: bool
     rate: float  # of the network that learns along
 
 
 MODELS = {
-    "resnet20": Plan(resnet20, ("layer1.2", "layer2.2"), 32, 2, "models/resnet56_cifar10.onnx", (4, 4), True, 1e-3),
-    "dscnn": Plan(dscnn, ("blocks.1", "blocks.2"), 0, 1, None, (3, 0), False, 2e-4),
+    "resnet20": Plan(resnet20, ("layer1.2", "layer2.2"), 32, 2, (3, 3), True, 1e-3),
+    "dscnn": Plan(dscnn, ("blocks.1", "blocks.2"), 0, 1, (3, 0), False, 2e-4),
 }
-TEMPERATURE = 4.0
 
 
 def varied(x: np.ndarray, plan: Plan, rng: np.random.Generator) -> np.ndarray:
-    """Inputs shifted; images mirrored and, half of them, mixed in pairs (Zhang et al., mixup, 2018)."""
+    """Inputs shifted, images also mirrored."""
     height, width = x.shape[2:]
     down, right = plan.shift
     padded = np.pad(x, ((0, 0), (0, 0), (down, down), (right, right)), mode="constant" if plan.images else "edge")
     moved = np.stack([p[:, a:a + height, b:b + width] for p, a, b in
                       zip(padded, rng.integers(0, 2 * down + 1, len(x)), rng.integers(0, 2 * right + 1, len(x)),
                           strict=True)])
-    if not plan.images:
-        return moved
-    moved = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, moved[..., ::-1], moved)
-    share = np.where(rng.random(len(x)) < 0.5, rng.random(len(x)), 1.0).astype(np.float32)[:, None, None, None]
-    return np.ascontiguousarray(share * moved + (1 - share) * moved[rng.permutation(len(x))])
+    if plan.images:
+        moved = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, moved[..., ::-1], moved)
+    return np.ascontiguousarray(moved)
 
 
-def trained(name: str, network: nn.Module, fold: Arrays, data: Path, work: Path, seed: int, epochs: int,
-            joint: bool) -> WithExits:
-    """`network` with heads from WORK, or trained now on what a teacher says of varied inputs (Beyer et al., Knowledge
-    Distillation: A Good Teacher Is Patient and Consistent, 2022)."""
+def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool) -> WithExits:
+    """`network` with heads from WORK, or trained now."""
     plan = MODELS[name]
     torch.manual_seed(seed)
     example = (torch.from_numpy(fold[0][:1]),)
@@ -172,9 +164,8 @@ def trained(name: str, network: nn.Module, fold: Arrays, data: Path, work: Path,
             rows = order[i : i + 64]
             yield torch.from_numpy(varied(fold[0][rows], plan, rng)), torch.from_numpy(fold[1][rows])
 
-    teacher = skive.compile(data / plan.teacher, batch_max=64) if plan.teacher else copy.deepcopy(network)
-    train_exits(model, batches, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3, teacher=teacher,
-                distill=1.0, temperature=TEMPERATURE, bfloat16=plan.channels > 0,
+    train_exits(model, batches, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3,
+                bfloat16=plan.channels > 0,
                 progress=lambda e, loss: print(f"  {name} seed {seed} epoch {e}: loss {loss:.3f}", flush=True))
     work.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
@@ -278,7 +269,7 @@ def main() -> int:
     for name in a.models.split(","):
         for seed in range(a.seeds):
             network, fold, test = MODELS[name].load(a.data)
-            model = trained(name, network, fold, a.data, a.work, seed, a.epochs, a.joint)
+            model = trained(name, network, fold, a.work, seed, a.epochs, a.joint)
             if a.int8:
                 int8_and_batch(model, fold, test)
             for criterion in a.criteria.split(","):

@@ -4,8 +4,8 @@
                                                      [--tuning-epochs 10] [--drop 0.5] [--limit 200] [--json FILE]
 
 DATA as for `accuracy.py`. Exits are trained as in `exits.py` (kept in WORK), the network with its exits is pruned and
-trained again on what the teacher says of varied images, then compiled in INT8 with exits. Thresholds lose `--drop`
-points on one half of the test images; every accuracy is that of the other half. `us` is the mean over images of the
+trained again on the classes and on what the whole network says, then compiled in INT8 with exits. Thresholds lose
+`--drop` points on one half of the test images; every accuracy is that of the other half. `us` is the mean over images of the
 smallest time of a call, of ONNX Runtime (one thread) the smallest time of a call, all in turns.
 The network that was trained lies in WORK as text: `skive compile WORK/resnet20-pruned.skive --exit ...`.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,48 +30,52 @@ from torch.nn import functional as fn
 import skive
 from skive import exit_calibration, pruning, text
 from skive import torch as helpers
+from skive.torch import WithExits
 
-TEMPERATURE = 4.0
+TEMPERATURE, SHARE = 2.0, 0.7  # of what the whole network says, beside the classes
 ROUNDS = 7
 
 
 class Batches:
-    """Batches (varied images, what the teacher says of them)."""
+    """Batches (varied images, (their classes, what the whole network says of them))."""
 
-    def __init__(self, inputs: np.ndarray, teacher: skive.Module, plan: exits.Plan):
-        self.inputs, self.teacher, self.plan = inputs, teacher, plan
-        self.rng = np.random.default_rng(0)
+    def __init__(self, fold: exits.Arrays, teacher: skive.Module):
+        self.inputs, self.classes = fold
+        self.teacher, self.rng = teacher, np.random.default_rng(0)
 
     def __len__(self) -> int:
         return len(self.inputs) // 64
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
         order = self.rng.permutation(len(self.inputs))
         for i in range(len(self)):
-            x = exits.varied(self.inputs[order[64 * i:64 * i + 64]], self.plan, self.rng)
-            yield torch.from_numpy(x), torch.from_numpy(self.teacher(x))
+            rows = order[64 * i:64 * i + 64]
+            x = exits.varied(self.inputs[rows], exits.MODELS["resnet20"], self.rng)
+            yield torch.from_numpy(x), (torch.from_numpy(self.classes[rows]), torch.from_numpy(self.teacher(x)))
 
 
-def followed(got: tuple[Tensor, ...], wanted: Tensor) -> Tensor:
-    """How far the softened probabilities of all exits are from those that are wanted."""
-    target = fn.log_softmax(wanted / TEMPERATURE, -1)
-    far = [fn.kl_div(fn.log_softmax(g / TEMPERATURE, -1), target, reduction="batchmean", log_target=True) for g in got]
-    return TEMPERATURE**2 * torch.stack(far).sum()
+def error(got: tuple[Tensor, ...], wanted: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum over all exits of the cross-entropy with the classes and the distance from the softened probabilities."""
+    classes, answers = wanted
+    target = fn.log_softmax(answers / TEMPERATURE, -1)
+    total = torch.zeros(())
+    for g in got:
+        soft = fn.kl_div(fn.log_softmax(g / TEMPERATURE, -1), target, reduction="batchmean", log_target=True)
+        total = total + (1 - SHARE) * fn.cross_entropy(g, classes) + SHARE * TEMPERATURE**2 * soft
+    return total
 
 
-def pruned(a: argparse.Namespace, model: torch.nn.Module, fold: exits.Arrays) -> Any:
+def pruned(a: argparse.Namespace, model: WithExits, fold: exits.Arrays) -> Any:
     """The graph of the network with exits after pruning and training, from WORK or made now."""
     file = a.work / "resnet20-pruned.skive"
     if file.exists():
         return text.load_text(file)
-    plan = exits.MODELS["resnet20"]
-    cut = pruning.requested(a.prune)
-    cut = skive.Prune(**{**cut.__dict__, "calibration": fold[0][:200]})
-    net = helpers.prune(model, cut, example_inputs=(torch.from_numpy(fold[0][:1]),))
+    cut = replace(pruning.requested(a.prune), calibration=fold[0][:200])
+    example = (torch.from_numpy(fold[0][:1]),)
+    net = helpers.prune(model, cut, example_inputs=example)
     print(f"  pruned: {net.sparsity['macs_removed']:.1%} of the MACs", flush=True)
-    assert plan.teacher
-    loader = Batches(fold[0], skive.compile(a.data / plan.teacher, batch_max=64), plan)
-    helpers.finetune(net, loader, a.tuning_epochs, a.rate, loss=followed,
+    loader = Batches(fold, skive.compile(model.network, example_inputs=example, batch_max=64))
+    helpers.finetune(net, loader, a.tuning_epochs, a.rate, loss=error, bfloat16=True,
                      progress=lambda e, loss: print(f"  pruned, epoch {e}: loss {loss:.3f}", flush=True))
     graph = net.graph()
     text.save_text(graph, file)
@@ -103,7 +108,7 @@ def main() -> int:
     a = parser.parse_args()
     network, fold, (x, y) = exits.MODELS["resnet20"].load(a.data)
     network.eval()
-    model = exits.trained("resnet20", network, fold, a.data, a.work, 0, a.epochs, a.joint)
+    model = exits.trained("resnet20", network, fold, a.work, 0, a.epochs, a.joint)
     graph = pruned(a, model, fold)
     original = a.data / "models" / "resnet20_cifar10.onnx"
     int8 = a.work / "resnet20-onnxruntime-int8.onnx"
