@@ -5,8 +5,8 @@
 
 DATA as for `accuracy.py`. Exits are trained as in `exits.py` (kept in WORK), the network with its exits is pruned and
 trained again on the classes and on what the whole network says, then compiled in INT8 with exits. Thresholds lose
-`--drop` points on one half of the test images; every accuracy is that of the other half. `us` is the mean over images of the
-smallest time of a call, of ONNX Runtime (one thread) the smallest time of a call, all in turns.
+`--drop` points on one half of the test images; every accuracy is that of the other half. `us` is the mean over images
+of the smallest time of a call, of ONNX Runtime (one thread) the smallest time of a call, all in turns.
 The network that was trained lies in WORK as text: `skive compile WORK/resnet20-pruned.skive --exit ...`.
 """
 
