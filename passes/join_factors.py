@@ -113,12 +113,12 @@ def _times(m: Match, node: Node, factor: np.ndarray) -> Node | None:
         low, high = (None if math.isinf(v) else v * factor for v in _bounds(node))
         return None if x is None else _within(x, low, high)
     if product := _product(m, node):
-        x, c = product
-        joined = _times(m, x, c * factor)
+        total = product[1] * factor
+        joined = _times(m, product[0], total)
         if joined is not None:
             return joined
-        c = constant(np.asarray(c * factor, np.float32))
-        return ops.make("mul", x, c, origin=node.origin, label=node.name)
+        by = constant(np.asarray(total, np.float32))
+        return ops.make("mul", product[0], by, origin=node.origin, label=node.name)
     return None
 
 

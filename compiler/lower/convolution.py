@@ -12,6 +12,7 @@ from skive.ir import Node
 from skive.lower.abilities import INTEGER_PACKING, has_fast_kernel, is_depthwise
 from skive.lower.calls import Lowering, lowers
 from skive.lower.functors import sum_dtype
+from skive.lower.shifted import shifted_sums
 from skive.lower.sparse import ONE, lower_sparse, sparse_choice
 from skive.lower.strides import image
 from skive.tuning import contraction_variants
@@ -38,14 +39,16 @@ def element_tags(ctx: Lowering, x: Node, node: Node) -> list[object]:
 
 
 def _packed_conv(
-    node: Node, w: np.ndarray, bias: np.ndarray, block: int
+    node: Node, w: np.ndarray, bias: np.ndarray, block: int, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [OC, KH, KW, IC] and bias of a dense convolution as its kernel reads them."""
+    """Weights [OC, KH, KW, IC] and bias of a dense convolution as its kernel reads them; integer sums begin
+    at `start`."""
     x = node.inputs[0].dtype
     if x is DType.f32:
         return pack.pack_conv2d(w, block), pack.pack_bias(bias, block)
     dilation = node.attrs.get("dilation", (1, 1))
-    return INTEGER_PACKING[x](w, block, dilation), pack.pack_bias_i32(bias, w, node.attrs["zero"], block)
+    whole = pack.pack_bias_i32(np.asarray(bias, np.int64) + start, w, node.attrs["zero"], block)
+    return INTEGER_PACKING[x](w, block, dilation), whole
 
 
 @lowers("conv2d")
@@ -108,12 +111,13 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads),
         )
     else:
+        fn, extra, start = shifted_sums(ctx, node, fn, extra)
         template = [*tags, block] if groups == 1 else [*tags, groups, block]
         run(
             kernel,
             "conv.h",
             [*template, *strides],
-            *_joined(_packed_conv(node, g, b, block)
+            *_joined(_packed_conv(node, g, b, block, start)
                      for g, b in zip(np.split(w.value, groups), np.split(bias_of(node, oc), groups), strict=True)),
             pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x), x.dtype.bytes),
         )
@@ -192,7 +196,8 @@ def _linear(ctx: Lowering, node: Node) -> None:
         return
     fn, extra = ctx.epilogue(node)
     _, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
-    weights, bias = _packed_conv(node, w.value.reshape(oc, 1, 1, k), bias_of(node, oc), block)
+    fn, extra, start = shifted_sums(ctx, node, fn, extra)
+    weights, bias = _packed_conv(node, w.value.reshape(oc, 1, 1, k), bias_of(node, oc), block, start)
     ctx.call(
         node,
         "conv2d",

@@ -205,11 +205,7 @@ def _reaches(node: Node, e: expressions.Expr, value: tuple[str, int]) -> np.ndar
         limits = None if operand.dtype.is_float else np.iinfo(operand.dtype.numpy)
         return unknown if limits is None else np.asarray(max(-float(limits.min), float(limits.max)))
     if kind == "x":
-        if x.dtype.is_float or node.attrs.get("chain"):
-            return unknown
-        limits = np.iinfo(x.dtype.numpy)
-        sums = np.abs(w.value.astype(np.int64)).reshape(w.shape[0], -1).sum(1) * (int(limits.max) - int(limits.min))
-        return (sums + np.abs(rest[0].value.astype(np.int64))).astype(np.float64)
+        return unknown if x.dtype.is_float or node.attrs.get("chain") else largest_sums(node).astype(np.float64)
     step = e.steps[index]
     of = [_reaches(node, e, a) for a in step.args]
     if step.op in ("requantize", "mul", "dequantize"):  # the zero point of dequantize is taken out before
@@ -219,6 +215,14 @@ def _reaches(node: Node, e: expressions.Expr, value: tuple[str, int]) -> np.ndar
     if step.op in ("relu", "cast"):
         return of[0]
     return np.maximum(of[0], of[1]) if step.op in ("min", "max") else unknown
+
+
+def largest_sums(node: Node) -> np.ndarray:
+    """[OC] int64: how far from 0 the sums of an integer contraction can come, by its weights and its bias."""
+    x, w, bias = node.inputs[:3]
+    limits = np.iinfo(x.dtype.numpy)
+    sums = np.abs(w.value.astype(np.int64)).reshape(w.shape[0], -1).sum(1) * (int(limits.max) - int(limits.min))
+    return np.asarray(sums + np.abs(bias.value.astype(np.int64)))
 
 
 def _by_channel(values: np.ndarray, channels: int) -> np.ndarray:

@@ -25,17 +25,19 @@ def contraction(x: Node, channels: int, seed: int, zero: int, *, depthwise: bool
     """The real value of a convolution of u8 `x`, with a scale for every channel."""
     rng = np.random.default_rng(seed)
     shape = (channels, 3, 3, 1) if depthwise else (channels, 1, 1, x.shape[-1])
-    w = ops.make("dequantize", constant(rng.integers(-127, 128, shape).astype(np.int8)),
-                 constant((rng.uniform(0.3, 1, (channels, 1, 1, 1)) * scale).astype(np.float32)),
+    scales = (rng.uniform(0.3, 1, (channels, 1, 1, 1)) * scale).astype(np.float32)
+    w = ops.make("dequantize", constant(rng.integers(-127, 128, shape).astype(np.int8)), constant(scales),
                  constant(np.zeros((channels, 1, 1, 1), np.int8)), origin=f"w{seed}")
     attrs = {"pad": (1, 1, 1, 1), "groups": channels} if depthwise else {}
     real = ops.make("dequantize", x, const(0.05, np.float32), const(zero, np.uint8), origin=f"x{seed}")
-    bias = constant(rng.uniform(-1, 1, channels).astype(np.float32))
+    bias = ops.make("dequantize", constant(rng.integers(-900, 900, channels).astype(np.int32)),
+                    constant(np.float32(0.05) * scales.reshape(-1)), constant(np.zeros(channels, np.int32)))
     return ops.make("conv2d", real, w, bias, origin=f"conv{seed}", **attrs)
 
 
 def stored(value: Node, scale: float, zero: int, dtype: DType = DType.u8) -> Node:
-    return ops.make("quantize", value, const(scale, np.float32), const(zero, dtype.numpy), to=dtype, origin=value.origin)
+    step, at = const(scale, np.float32), const(zero, dtype.numpy)
+    return ops.make("quantize", value, step, at, to=dtype, origin=value.origin)
 
 
 def network() -> Graph:
@@ -77,7 +79,8 @@ def test_every_target_gives_the_bytes_of_the_reference(target: str) -> None:
 def test_no_division_and_no_bound_is_left() -> None:
     """Steps join the scales, and what saturation keeps is not computed again."""
     fused, _ = PassManager().run(network(), passes.FUSED, check="never")
-    calls = lower.lower(fused, TARGETS["avx2"], 1).calls
-    names = {s.name for c in calls if c.fn for s in c.fn.steps}
+    steps = [[s.name for s in c.fn.steps] for c in lower.lower(fused, TARGETS["avx2"], 1).calls if c.fn]
+    assert sum(s[0] == "scaled_sum" for s in steps) == 3, "six, wide and flat"
+    names = {n for s in steps if s[-1].startswith("rounded<uint8_t") for n in s}
     assert {"min_", "add", "sub"} <= names and not names & {"quotient", "div_", "clip"}
     assert not {n for n in names if n.startswith("rounded") and "true" not in n}

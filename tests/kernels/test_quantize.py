@@ -129,6 +129,29 @@ def test_requantize(isa: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("isa", cpu_isas())
+def test_scaled_sum(isa: str, tmp_path: Path) -> None:
+    """The product of the converted sum where the sum is not negative, and nothing positive below."""
+    rng = np.random.default_rng(5)
+    sums = np.concatenate([np.arange(-300, 300), rng.integers(-(2**23), 2**23, 4000), [-(2**23), 2**23 - 1]])
+    factors = np.exp(rng.uniform(-30, 30, sums.size)).astype(np.float32)
+    # Products next to ties: the factor is that of the integer k + 1/2 over the sum, rounded.
+    near = np.maximum(rng.integers(1, 2**23, sums.size), 1)
+    ties = ((rng.integers(0, 255, sums.size) + 0.5) / near).astype(np.float32)
+    sums, factors = np.concatenate([sums, near]).astype(np.int32), np.concatenate([factors, ties])
+    shifted, offsets = (sums + 0x4B000000).astype(np.int32), factors * np.float32(-(2.0**23))
+    product = sums.astype(np.float32) * factors
+    call = "scaled_sum(load<N>(x0 + i), load<N>(x1 + i), load<N>(x2 + i))"
+    kept = np.where(sums >= 0, product, np.float32(0))
+    byte = saturate(product, np.array(0), np.uint8)
+    given = [shifted, factors, offsets]
+    cases = [
+        Case(over_lanes(sums.size, f"store(y0 + i, vmax(splat<N>(0.0f), {call}))"), given, [kept]),
+        Case(over_lanes(sums.size, f"store(y0 + i, rounded<uint8_t>({call}, 0))"), given, [byte]),
+    ]
+    check(cases, [*HEADERS, "tile.h"], isa, tmp_path, prelude=_EACH)
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
 def test_requantize_fixed(isa: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     x = integers(rng)

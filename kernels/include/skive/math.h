@@ -792,6 +792,15 @@ SKIVE_INLINE float dequantize(int32_t q, float scale, int32_t zero) {
   return static_cast<float>(sub(q, zero)) * scale;
 }
 
+// float(sum) * factor of sums 0 <= sum < 2^23 that come as `x` = sum + the bits of 2^23, which are the bits of
+// 2^23 + sum; `offset` is -2^23 factor. Down to -2^23 the result is not positive.
+template <int N, class S, class O>
+SKIVE_INLINE Vec<N> scaled_sum(IVec<N> x, S factor, O offset) {
+  const Vec<N> shifted = from_bits(x), by = widen<Vec<N>>(factor);
+  if constexpr (kFusedMultiplyAdd) return fma(shifted, by, widen<Vec<N>>(offset));
+  else return (shifted - splat<N>(8388608.0f)) * by;
+}
+
 // saturate(round_even(float(x) * factor) + zero); x is int32 or float.
 template <class T, int N, class S, class Z>
 SKIVE_INLINE IVec<N> requantize(Vec<N> x, S factor, Z zero) {
