@@ -258,8 +258,8 @@ struct DenseConv {
     };
     const auto to = [&](int p) __attribute__((always_inline)) { return y + at(p) * YS + channel; };
     typename T::Accumulators acc;
-    T::start(acc, bias, typename T::EachRegister{});
     if constexpr (Spill == 0) {
+      T::start(acc, bias, typename T::EachRegister{});
       for (int kh = 0; kh < shape.kh; ++kh) {
         for (int kw = 0; kw < kTaps; ++kw) {
           T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
@@ -274,37 +274,45 @@ struct DenseConv {
           to);
     } else {
       typename T::High high;
+      T::start_low(acc, bias, typename T::EachRegister{});
       sum_in_parts<T>(acc, high, x, w);
       T::finish(
           acc,
-          [&](int p, int c, auto low) __attribute__((always_inline)) {
+          [&](int p, int c, auto last) __attribute__((always_inline)) {
+            // Three parts above the lowest 16 bits: the bias's, what was spilled, and that of the last sums.
+            constexpr int N = decltype(last)::lanes;
+            auto above = shift_lanes_right<16>(last) + shift_lanes_right<16>(load<N>(bias + c));
+            if constexpr (kWeightRows > Spill) above = above + load<N>(high.lanes + p * T::kVectors * kLanes + c);
+            const auto low = last & splat<N>(0xffff);
             // Both are exact in float32, and so is the product: the addition rounds the sum.
-            const auto above = load<decltype(low)::lanes>(high.lanes + p * T::kVectors * kLanes + c);
-            return epilogue(to_float(above) * splat<decltype(low)::lanes>(65536.0f) + to_float(low), at(p),
-                            channel + c);
+            return epilogue(to_float(above) * splat<N>(65536.0f) + to_float(low), at(p), channel + c);
           },
           to);
     }
   }
 
-  // All products: accumulators are spilled before the first, after no more than Spill rows of weights, and
-  // at the end.
+  // All products: accumulators are spilled after no more than Spill rows of weights, not at the end.
   template <class T>
   static SKIVE_INLINE void sum_in_parts(typename T::Accumulators& acc, typename T::High& high, const Element* x,
                                         const Weight* w) {
     constexpr int kRows = div_up(kRun, kStep), kParts = (kRows - 1) / Spill;  // full ones; something follows
-    T::template spill<true>(acc, high, typename T::EachRegister{});
+    bool first = true;
+    const auto spill = [&]() __attribute__((always_inline)) {
+      if (first) T::template spill<true>(acc, high, typename T::EachRegister{});
+      else T::template spill<false>(acc, high, typename T::EachRegister{});
+      first = false;
+    };
     int rows = 0;
     for (int kh = 0; kh < shape.kh; ++kh) {
       for (int kw = 0; kw < kTaps; ++kw) {
         const Element* p = x + kh * shape.dh * kRow + kw * shape.dw * kPixel;
         if (rows > 0 && rows + kRows > Spill) {
-          T::template spill<false>(acc, high, typename T::EachRegister{});
+          spill();
           rows = 0;
         }
         for (int part = 0; part < kParts; ++part) {
           T::template run<Spill * kStep>(acc, p, w);
-          T::template spill<false>(acc, high, typename T::EachRegister{});
+          spill();
           p += Spill * kStep;
           w += Spill * T::kRow;
         }
@@ -314,7 +322,6 @@ struct DenseConv {
         rows = kParts > 0 ? Spill : rows + kRows;
       }
     }
-    T::template spill<false>(acc, high, typename T::EachRegister{});
   }
 
   // One strip: Rows output rows from `pixel`, one block of channels.

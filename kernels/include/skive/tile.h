@@ -137,6 +137,13 @@ struct Tile {
     ((slot<I>(acc) = Policy::template load_lanes<lanes(I % kVectors)>(bias + I % kVectors * kLanes)),
      ...);
   }
+  // The same with the lowest 16 bits of the bias alone.
+  template <int... I>
+  static SKIVE_INLINE void start_low(Accumulators& acc, const Sum* bias, Index<I...>) {
+    ((slot<I>(acc) = Policy::low(
+          Policy::template load_lanes<lanes(I % kVectors)>(bias + I % kVectors * kLanes))),
+     ...);
+  }
   // The accumulators' share above 16 bits in memory, kLanes for each; they keep 0..65535.
   struct High {
     alignas(64) int32_t lanes[Pixels * kVectors * kLanes];

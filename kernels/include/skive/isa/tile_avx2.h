@@ -145,13 +145,18 @@ struct IntegerTile {
       auto* const p = reinterpret_cast<__m256i*>(high);
       const auto above = _mm256_srai_epi32(acc.v, 16);
       _mm256_store_si256(p, First ? above : _mm256_add_epi32(_mm256_load_si256(p), above));
-      return {_mm256_srli_epi32(_mm256_slli_epi32(acc.v, 16), 16)};
     } else {
       auto* const p = reinterpret_cast<__m128i*>(high);
       const auto above = _mm_srai_epi32(acc.v, 16);
       _mm_store_si128(p, First ? above : _mm_add_epi32(_mm_load_si128(p), above));
-      return {_mm_srli_epi32(_mm_slli_epi32(acc.v, 16), 16)};
     }
+    return low(acc);
+  }
+  // The lowest 16 bits.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> low(Lanes<L> acc) {
+    if constexpr (L == 8) return {_mm256_srli_epi32(_mm256_slli_epi32(acc.v, 16), 16)};
+    else return {_mm_srli_epi32(_mm_slli_epi32(acc.v, 16), 16)};
   }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {

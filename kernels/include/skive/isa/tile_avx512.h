@@ -170,18 +170,23 @@ struct IntegerTile {
     if constexpr (L > 8) {
       const auto above = _mm512_srai_epi32(acc.v, 16);
       _mm512_store_si512(high, First ? above : _mm512_add_epi32(_mm512_load_si512(high), above));
-      return {_mm512_maskz_mov_epi16(0x55555555, acc.v)};
     } else if constexpr (L == 8) {
       auto* const p = reinterpret_cast<__m256i*>(high);
       const auto above = _mm256_srai_epi32(acc.v, 16);
       _mm256_store_si256(p, First ? above : _mm256_add_epi32(_mm256_load_si256(p), above));
-      return {_mm256_maskz_mov_epi16(0x5555, acc.v)};
     } else {
       auto* const p = reinterpret_cast<__m128i*>(high);
       const auto above = _mm_srai_epi32(acc.v, 16);
       _mm_store_si128(p, First ? above : _mm_add_epi32(_mm_load_si128(p), above));
-      return {_mm_maskz_mov_epi16(0x55, acc.v)};
     }
+    return low(acc);
+  }
+  // The lowest 16 bits.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> low(Lanes<L> acc) {
+    if constexpr (L > 8) return {_mm512_maskz_mov_epi16(0x55555555, acc.v)};
+    else if constexpr (L == 8) return {_mm256_maskz_mov_epi16(0x5555, acc.v)};
+    else return {_mm_maskz_mov_epi16(0x55, acc.v)};
   }
   template <int N, int L>
   static SKIVE_INLINE IVec<N> finish(Lanes<L> a) {

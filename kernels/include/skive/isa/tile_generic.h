@@ -129,6 +129,11 @@ struct IntegerTile {
   template <bool First, int L>
   static SKIVE_INLINE Lanes<L> spill(Lanes<L> acc, int32_t* high) {
     for (int i = 0; i < 4; ++i) high[i] = (First ? 0 : high[i]) + (static_cast<int32_t>(acc.v[i]) >> 16);
+    return low(acc);
+  }
+  // The lowest 16 bits.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> low(Lanes<L> acc) {
     return {acc.v & 0xffff};
   }
   template <int N, int L>
