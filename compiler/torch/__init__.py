@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from skive.torch.exits import WithExits, add_exits, exit_point, suggest_exits, train_exits
 from skive.torch.gates import fit_gates, train_gates
+from skive.torch.hesso import hesso
 from skive.torch.network import Network, network
 from skive.torch.training import finetune, importance, prune, sparsify
 
-__all__ = ["Network", "WithExits", "add_exits", "exit_point", "finetune", "fit_gates", "importance", "network", "prune",
-           "sparsify", "suggest_exits", "train_exits", "train_gates"]
+__all__ = ["Network", "WithExits", "add_exits", "exit_point", "finetune", "fit_gates", "hesso", "importance", "network",
+           "prune", "sparsify", "suggest_exits", "train_exits", "train_gates"]

@@ -49,6 +49,7 @@ class Network(nn.Module):
         self._norms = nn.ModuleDict()
         self._norm_of: dict[Node, str] = {}
         self._masks: dict[Node, torch.Tensor] = {}
+        self._fades: dict[Node, torch.Tensor] = {}
         self._check()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
@@ -56,7 +57,7 @@ class Network(nn.Module):
         twin = Network(self._graph)
         twin._norms, twin._norm_of = copy.deepcopy(self._norms, memo), dict(self._norm_of)
         twin.load_state_dict(self.state_dict())
-        twin._masks = dict(self._masks)
+        twin._masks, twin._fades = dict(self._masks), dict(self._fades)
         twin.train(self.training)
         return twin
 
@@ -83,7 +84,22 @@ class Network(nn.Module):
                                    "fits: take the nodes of `constants`")
         self._masks = {n: torch.from_numpy(m.astype(np.float32)) for n, m in masks.items()}
 
-    def _weight(self, node: Node) -> torch.Tensor:
+    def fade(self, factors: Mapping[Node, Mapping[int, np.ndarray]]) -> None:
+        """Multiplies constants from now on: by constant and axis, a factor per index. Where batch normalisation would
+        undo it, behind a convolution, its result is multiplied instead."""
+        for node, by_axis in factors.items():
+            user = self._graph.users[node][0]
+            total = np.ones(node.shape, np.float32)
+            for axis, factor in by_axis.items():
+                if user in self._norm_of and axis == 0:
+                    if node is user.inputs[1]:
+                        self._fades[user] = torch.from_numpy(factor.astype(np.float32))
+                else:
+                    total *= factor.reshape([-1 if a == axis else 1 for a in range(total.ndim)]).astype(np.float32)
+            if node in self._place:
+                self._masks[node] = torch.from_numpy(total)
+
+    def weight(self, node: Node) -> torch.Tensor:
         """The parameter of a constant, zero where its mask says so."""
         w = self._weights[self._place[node]]
         return w * self._masks[node] if node in self._masks else w
@@ -99,7 +115,7 @@ class Network(nn.Module):
         left = {n: len(u) for n, u in self._graph.users.items()}
         for node in self._graph.nodes:
             if node.is_const:
-                values[node] = self._weight(node) if node in self._place else self._fixed[node]
+                values[node] = self.weight(node) if node in self._place else self._fixed[node]
                 continue
             if node.op == "input":
                 continue
@@ -108,6 +124,8 @@ class Network(nn.Module):
                 watched[node] = y
             if node in self._norm_of:
                 y = self._norms[self._norm_of[node]](y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+                if node in self._fades:
+                    y = y * self._fades[node]
             values[node] = y
             for i in node.inputs:
                 left[i] -= 1
@@ -158,12 +176,14 @@ class Network(nn.Module):
     @torch.no_grad()
     def graph(self) -> Graph:
         """The network with the weights it has now, batch normalisation folded: what `skive.compile` takes."""
-        values = {n: self._weight(n).detach().numpy().astype(np.float64) for n in self._place}
+        values = {n: self.weight(n).detach().numpy().astype(np.float64) for n in self._place}
         biases: dict[Node, np.ndarray] = {}
         for node, key in self._norm_of.items():
             norm: Any = self._norms[key]
             scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().numpy()
             shift = norm.bias.double().numpy() - norm.running_mean.double().numpy() * scale
+            if node in self._fades:
+                scale, shift = (v * self._fades[node].double().numpy() for v in (scale, shift))
             w, *bias = node.inputs[1:3]
             values[w] = values[w] * scale[:, None, None, None]
             if bias:

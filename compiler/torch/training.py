@@ -92,6 +92,7 @@ def _thin_out(net: Network, options: Sparsify, share: float) -> None:
 def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, distill: Any = None,
              loss: Loss = F.cross_entropy, weight_decay: float = 1e-4, temperature: float = 2.0, share: float = 0.7,
              normalise: bool = True, gradual: Sparsify | str | None = None, bfloat16: bool = False,
+             step: Callable[[float], None] = lambda done: None,
              progress: Callable[[int, float], None] = lambda epoch, loss: None) -> Network:
     """Trains `net` on the batches (inputs, target) of `loader`: SGD with momentum, the rate rising for 1/20 of the
     steps and then falling to 0 along a cosine. Returns the network itself, in evaluation mode.
@@ -99,8 +100,8 @@ def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, dis
     `distill`: a module whose outputs are followed with weight `share`, as softened probabilities (Hinton et al.,
     Distilling the Knowledge in a Neural Network, 2015). `gradual`: blocks of weights that become zero during
     the first half of the steps, the more the sooner (Zhu and Gupta, To Prune, or Not to Prune, 2017). `bfloat16`:
-    products in that type, about 1.6 times as fast where the processor has them. `progress` is told the mean loss of
-    every epoch.
+    products in that type, about 1.6 times as fast where the processor has them. `step` is told after each step
+    which part of them is done, `progress` the mean loss of every epoch.
     """
     batches = len(loader)  # type: ignore[arg-type]
     if normalise:
@@ -114,7 +115,7 @@ def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, dis
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / rise, 0.5 * (1 + math.cos(math.pi * min(1.0, t / steps)))))
     turns = {max(0, (steps // 2) * k // TURNS - 1): k / TURNS for k in range(1, TURNS + 1)}
-    step = 0
+    taken = 0
     for epoch in range(epochs):
         total = 0.0
         for inputs, target in loader:
@@ -132,9 +133,10 @@ def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, dis
             error.backward()
             optimizer.step()
             schedule.step()
-            if asked is not None and step in turns:
-                _thin_out(net, asked, 1 - (1 - turns[step]) ** 3)
-            step += 1
+            if asked is not None and taken in turns:
+                _thin_out(net, asked, 1 - (1 - turns[taken]) ** 3)
+            taken += 1
+            step(taken / steps)
             total += float(error.detach())
         progress(epoch, total / batches)
     return net.eval()

@@ -77,3 +77,8 @@ def test_the_target_can_be_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     cut = json.loads(run.stdout)["sparsity"]
     assert cut["latency_removed"] >= 0.25 and cut["fit"]["data"] == "noise"
     assert cut["forecast_us"]["pruned"] <= 0.75 * cut["forecast_us"]["whole"]
+    assert cut["forecast_us"]["dtype"] == "float32"
+    fixed = compiled(prune=skive.Prune(latency=0.25, criterion="l1", refit=False),
+                     quantize=skive.Quantize("int8", calibration=features()[0][:32])).report["sparsity"]
+    assert fixed["latency_removed"] >= 0.25 and fixed["forecast_us"]["dtype"] == "int8"
+    assert fixed["forecast_us"]["whole"] < 0.7 * cut["forecast_us"]["whole"]
