@@ -108,6 +108,9 @@ def profile(module: Module, *, rounds: int | None = None, seconds: float = 1.0) 
     before it, as in the network, so its operands are as warm as there.
     """
     name, described = module.manifest["name"], module.report["layers"]
+    if module.manifest.get("backend") == "tvm":
+        raise InvalidModelError(f"{module.folder} was compiled by TVM, which has no layers to measure here; "
+                                "use skive bench")
     library = (module.folder / f"lib{name}.so").resolve()
     whole, single, overhead = time_layers(
         library, name, module.inputs, module.outputs, module.manifest["arena_bytes"], len(described),

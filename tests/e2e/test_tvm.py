@@ -86,6 +86,9 @@ def test_the_command_writes_an_artefact_that_runs(tmp_path: Path, capsys: pytest
     assert [e["macs"] for e in made["exits"]] == sorted(e["macs"] for e in made["exits"])
     command("run", tmp_path / "net", "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz")
     assert command("verify", tmp_path / "net", "--against", tmp_path / "net.skive")["passed"]
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["profile", str(tmp_path / "net")])
+    assert "compiled by TVM" in capsys.readouterr().err
     want = skive.compile(stages(), exits=["early:entropy=0.9"])(np.ones((1, 9, 8, 3), np.float32))
     np.testing.assert_allclose(np.load(tmp_path / "y.npz")["late"][0], want[0], rtol=1e-4, atol=1e-5)
 
