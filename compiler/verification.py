@@ -79,6 +79,11 @@ def verify_floats(
         if not check.compare(pairs, "numpy", 1, check.allowed_difference(imported, other)).passed:
             raise VerificationError(f"{imported.name}: a branch that random inputs of another scale take differs from "
                                     "the reference; please report it, or use --target generic")
+        outside = source.oracle(other)
+        known = [(g, o) for (g, _), o in zip(pairs, outside or [], strict=False) if o is not None]
+        if known and not check.compare(known, source.engine, 1, check.allowed_difference(imported, other)).passed:
+            raise VerificationError(f"{imported.name}: where inputs of another scale decide another way, the artefact "
+                                    f"differs from {source.engine}; please report the model")
     if one_way:
         log.warning("%s: verified on one way only through %s; give inputs that take both as data",
                     imported.name, ", ".join(one_way))

@@ -3,7 +3,8 @@
 One table of operators serves both kinds of model. The way through ONNX keeps whole what export
 alone would take apart (an LSTM stays one node), and follows PyTorch's operators as they grow. The
 older tracing exporter is never used: it records one path through `forward` and drops the branches
-that the example inputs did not take, without a word.
+that the example inputs did not take, without a word. A `forward` that decides on the values of tensors
+is exported by `skive.frontend.control`.
 """
 
 from __future__ import annotations
@@ -516,7 +517,8 @@ def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError
         decomposed = program.run_decompositions()
         for node in decomposed.graph.nodes:
             target = node.target
-            if node.op == "call_function" and hasattr(target, "_schema") and not known.is_registered(target):
+            if node.op == "call_function" and hasattr(target, "_schema") and not known.is_registered(target) \
+                    and not str(target).startswith("skive."):
                 stack = [s for s, _ in (node.meta.get("nn_module_stack") or {}).values() if s]
                 problems[str(target)] = (stack[-1] if stack else node.name, f"{target} has no ONNX equivalent",
                                          "replace it by operations of torch that have one")

@@ -184,7 +184,7 @@ def tokens(self: Any, x: Tensor) -> tuple[Tensor, int]:
     token, length = int(x.argmax()), 0
     while token != 3 and length < 6:
         out[0, length] = token
-        x = self.layers[token](x)
+        x = self.layers[token](x) + torch.tensor([token, 2.0]).sum() / 8
         token = x.argmax().item()
         length += 1
     return out, length

@@ -240,7 +240,8 @@ class Expressions(Machine):
         return dict(self.listed(n, lambda: (self.evaluate(n.key), self.evaluate(n.value))))
 
     def get_Slice(self, n: ast.Slice) -> Any:
-        return slice(*(None if p is None else self.evaluate(p) for p in (n.lower, n.upper, n.step)))
+        lower, upper, step = (None if p is None else self.evaluate(p) for p in (n.lower, n.upper, n.step))
+        return slice(lower, upper, step)
 
     def get_Lambda(self, n: ast.Lambda) -> Closure:
         return Closure(self, n, self.frames[-1])
@@ -366,8 +367,11 @@ class Expressions(Machine):
             ends: list[Any] = [k.start, k.stop, k.step] if isinstance(k, slice) else []
             for j, end in enumerate(ends):
                 if isinstance(end, Scalar) and end.values:
-                    return self.each(spread(end), lambda v, i=i, j=j, ends=ends: self.indexed(
-                        x, (*key[:i], slice(*ends[:j], v, *ends[j + 1:]), *key[i + 1:])))
+                    def cut(v: Any, i: int = i, j: int = j, ends: list[Any] = ends) -> Any:
+                        part = [*ends[:j], v, *ends[j + 1:]]
+                        return self.indexed(x, (*key[:i], slice(part[0], part[1], part[2]), *key[i + 1:]))
+
+                    return self.each(spread(end), cut)
         if any(isinstance(p, Scalar) for k in key if isinstance(k, slice) for p in (k.start, k.stop, k.step)):
             raise Refusal("a tensor decides the shape of a result", "take all and mask it with torch.where")
         if not places:

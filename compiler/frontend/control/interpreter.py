@@ -242,7 +242,10 @@ class Machine:
             before, after = values[:i], values[i + 1:]
             values = [*before, value, *after]
             if isinstance(value, Alternatives):
-                return self.each(value, lambda v, b=before, a=after, i=i: self.split([*b, v, *a], fn, i))
+                def one(v: Any, b: list[Any] = before, a: list[Any] = after, i: int = i) -> Any:
+                    return self.split([*b, v, *a], fn, i)
+
+                return self.each(value, one)
             if type(value) in (tuple, list) and any(isinstance(v, (Alternatives, Deferred)) for v in value):
                 kind = type(value)
 
@@ -348,6 +351,9 @@ class Machine:
         raise NotImplementedError
 
     def evaluate(self, node: ast.expr) -> Any:
+        raise NotImplementedError
+
+    def assign(self, target: ast.expr, value: Any) -> None:
         raise NotImplementedError
 
 

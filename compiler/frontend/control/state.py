@@ -148,6 +148,7 @@ def merge(c: Truth, a: State, b: State, note: Note) -> State:
                 copies.append(type(obj)())
                 fill(copies[-1], held)
             torn[key] = Alternatives(((c, copies[0]), (True, copies[1])))
+            del heap[key]  # from here on there are two objects in its place
     frames = []
     for left, right in zip(a.frames, b.frames):
         names = {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,7 +51,8 @@ class Interpreter(Expressions):
             self.restore(onward.state)
             if not outcome:
                 continue
-            return self.beside(onward.condition, outcome, lambda i=i: self.block(statements[i + 1:]))
+            rest = statements[i + 1:]
+            return self.beside(onward.condition, outcome, functools.partial(self.block, rest))
         return None
 
     def beside(self, condition: Truth, ended: Outcome, run: Callable[[], Outcome | None]) -> Outcome:
@@ -285,12 +288,15 @@ class Interpreter(Expressions):
             raise Refusal("a number of a tensor is iterated over", "use range(min(n, N))")
 
         def turns() -> Iterator[Turn]:
+            def bind(item: Any) -> Callable[[], None]:
+                return lambda: self.assign(s.target, item)
+
             if isinstance(value, Turns):
                 for i in range(value.bound):
-                    yield self.truth(value.count > i), lambda i=i: self.assign(s.target, value.start + i)
+                    yield self.truth(operator.gt(value.count, i)), bind(value.start + i)
             else:
                 for item in value:
-                    yield True, lambda item=item: self.assign(s.target, item)
+                    yield True, bind(item)
 
         return self.loop(turns(), s)
 

@@ -51,6 +51,10 @@ class Watch(TorchFunctionMode):
         flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, (Tensor, Scalar))]
         if any(isinstance(v, Scalar) for v in flat):
             args, kwargs = pytree.tree_map_only(Scalar, lambda s: s.tensor, (args, kwargs))
+            if name in ("tensor", "as_tensor"):
+                made = assembled(args[0])
+                dtype = kwargs.get("dtype") or next((a for a in args[1:] if isinstance(a, torch.dtype)), None)
+                return made if dtype is None else made.to(dtype)
         before = [(t, t._version) for t in flat if isinstance(t, Tensor)]
         result = fn(*args, **kwargs)
         for tensor, version in before:
@@ -65,6 +69,15 @@ class Watch(TorchFunctionMode):
 def listed(x: Tensor) -> Any:
     """x.tolist()"""
     return [listed(v) for v in x.unbind(0)] if x.dim() else Scalar(x)
+
+
+def assembled(data: Any) -> Tensor:
+    """torch.tensor(data) of nested lists with numbers that tensors hold."""
+    if isinstance(data, (list, tuple)):
+        parts = [assembled(v) for v in data]
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in parts))
+        return torch.stack([p.to(dtype) for p in parts])
+    return data if isinstance(data, Tensor) else as_number(data)
 
 
 def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

@@ -151,6 +151,9 @@ class Scalar:
     def __neg__(self) -> Scalar:
         return Scalar(-self.number())
 
+    def __eq__(self, other: object) -> Any:
+        return _equal(self, other)
+
     def __pos__(self) -> Scalar:
         return self
 
@@ -220,9 +223,9 @@ def _comparison(fn: Callable[[Any, Any], Any]) -> Callable[[Scalar, Any], Any]:
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(Scalar, f"__{_name}__", _arithmetic(getattr(operator, _name), False))
     setattr(Scalar, f"__r{_name}__", _arithmetic(getattr(operator, _name), True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+_equal = _comparison(operator.eq)
+for _name in ("lt", "le", "gt", "ge", "ne"):
     setattr(Scalar, f"__{_name}__", _comparison(getattr(operator, _name)))
-Scalar.__hash__ = None
 
 
 # ------------------------------------------------------------------------------------- alternatives
