@@ -95,8 +95,17 @@ struct transpose {
       scalar(out, in, a0, a1, whole, B);
       return;
     }
+    if constexpr (B == 3 && sa == 3) {
+      for (; a0 + edge <= a1; a0 += edge) pixels(out + a0 * 3, in + a0, in + sb + a0, in + 2 * sb + a0);
+    }
     for (ptrdiff_t b0 = 0; b0 < B; b0 += edge) {
       const ptrdiff_t b1 = b0 + edge < B ? b0 + edge : B;
+      if constexpr (A == 3 && sb == 3) {
+        if (b1 - b0 == edge) {
+          planes(out + b0, out + sa + b0, out + 2 * sa + b0, in + b0 * 3);
+          continue;
+        }
+      }
       if constexpr (sizeof(T) <= 2 && A >= square && B >= square) {
         ptrdiff_t a = a0;
         for (; a + square <= a1; a += square) {
@@ -109,6 +118,24 @@ struct transpose {
       } else {
         scalar(out, in, a0, a1, b0, b1);
       }
+    }
+  }
+  // `edge` pixels of three from their planes: a loop whose length is known, which compilers turn into
+  // permutations of registers.
+  static SKIVE_INLINE void pixels(T* __restrict out, const T* __restrict x, const T* __restrict y,
+                                  const T* __restrict z) {
+    for (ptrdiff_t i = 0; i < edge; ++i) {
+      out[3 * i] = x[i];
+      out[3 * i + 1] = y[i];
+      out[3 * i + 2] = z[i];
+    }
+  }
+  // And back.
+  static SKIVE_INLINE void planes(T* __restrict x, T* __restrict y, T* __restrict z, const T* __restrict in) {
+    for (ptrdiff_t i = 0; i < edge; ++i) {
+      x[i] = in[3 * i];
+      y[i] = in[3 * i + 1];
+      z[i] = in[3 * i + 2];
     }
   }
   static SKIVE_INLINE void scalar(T* out, const T* in, ptrdiff_t a0, ptrdiff_t a1, ptrdiff_t b0,
