@@ -161,6 +161,11 @@ def rounded_by_store(
     """`steps` with a quantizing last step as `rounded` (tile.h), whose store saturates several registers at once.
     `node`: the contraction of which `e` is the epilogue."""
     last, name = e.steps[-1], steps[-1].name
+    if node is not None and _is_relu_of_rounded(e, operands):  # sums of integers hold no NaN
+        before = rounded_by_store(node, expressions.Expr(e.steps[:-1]), steps[:-1], operands, types)
+        if before[-1].name.startswith("rounded<"):
+            bound, store = FnStep("relu", before[-1].args), before[-1]
+            return *before[:-1], bound, FnStep(store.name, (f"t{len(before) - 1}",), store.tail)
     if last.op not in ("quantize", "requantize") or last.args[2][0] != "x":
         return steps
     zero, (kind, index) = operands[last.args[2][1]], last.args[0]
@@ -185,6 +190,18 @@ def rounded_by_store(
         value = f"t{len(done) - 1}"
     done.append(FnStep(f"rounded<{to}, {'true' if small else 'false'}>", (value,), (zero.text,)))
     return tuple(done)
+
+
+def _is_relu_of_rounded(e: expressions.Expr, operands: Sequence[Access]) -> bool:
+    """Whether the last two steps are a rounding and the bound of its integers at the zero point."""
+    if len(e.steps) < 2 or e.steps[-1].op != "clip" or e.steps[-2].op not in ("quantize", "requantize"):
+        return False
+    bound, rounding = dict(e.steps[-1].attrs), e.steps[-2]
+    kind, index = rounding.args[2]
+    to = dict(rounding.attrs)["to"]
+    if kind != "x" or operands[index].text != literal(bound["lo"], to):
+        return False
+    return int(bound["hi"]) >= np.iinfo(to.numpy).max
 
 
 def _reach(node: Node, e: expressions.Expr, value: tuple[str, int]) -> float:
