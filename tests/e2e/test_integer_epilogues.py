@@ -71,9 +71,11 @@ def test_every_target_gives_the_bytes_of_the_reference(target: str) -> None:
     fused, _ = PassManager().run(network(), passes.FUSED, check="always")
     arrays = inputs()
     want = evaluate_graph(fused, arrays)
-    for name, got, expected in zip(fused.output_names, run_graph(fused, TARGETS[target], 1)(arrays), want, strict=True):
+    results = run_graph(fused, TARGETS[target], 1)(arrays)
+    for name, got, expected in zip(fused.output_names, results, want, strict=True):
         if name != "words":
-            assert expected.min() == (119 if name == "above" else 0) and expected.max() == 255, f"{name} tests no saturation"
+            lowest = 119 if name == "above" else 0
+            assert expected.min() == lowest and expected.max() == 255, f"{name} tests no saturation"
         np.testing.assert_array_equal(got, expected, err_msg=f"{name} on {target}")
 
 
