@@ -207,8 +207,28 @@ def closures(self: Any, x: Tensor) -> Tensor:
     return pick(act(self.layers[0](x))) + pick(x, scale=3.0)
 
 
-BODIES = {"early_return": 3, "skipping": 5, "nested": 4, "until": 4, "with_else": 4, "data_length": 4, "patience": 3,
-          "expert": 4, "accumulated": 4, "collected": 4, "in_place": 2, "tokens": 4, "logic": 4, "closures": 4}
+def numbers_stay(self: Any, x: Tensor) -> Tensor:
+    """A number, a flag and a list that is one of two are as they were when they were taken."""
+    total, flag = x.sum(), x.sum() > 0
+    before, first, second = total.item(), [x, x + 1], [x + 2, x + 3]
+    pair = first if flag else second
+    if flag:
+        y = self.layers[0](x)
+    else:
+        y = self.layers[1](x)
+    flag.logical_not_()
+    total.mul_(2)
+    pair[0] = pair[0] * 3
+    a, b = pair
+    scale = {"0": 1.0, "1": 2.0}[f"{1 if flag else 0}"]
+    if flag:
+        y = y + scale
+    return y + first[0] * before + second[0] * total.item() + a - b
+
+
+BODIES = {"numbers_stay": 2, "early_return": 3, "skipping": 5, "nested": 4, "until": 4, "with_else": 4,
+          "data_length": 4, "patience": 3, "expert": 4, "accumulated": 4, "collected": 4, "in_place": 2,
+          "tokens": 4, "logic": 4, "closures": 4}
 
 
 @pytest.mark.parametrize("name", BODIES)
@@ -316,6 +336,19 @@ def native_change(self: Any, x: Tensor) -> Tensor:
     return h
 
 
+def same_object(self: Any, x: Tensor) -> Tensor:
+    y = x
+    if x.sum() > 0:
+        y = self.layers[0](x)
+    return x + 1 if y is x else y
+
+
+def grows(self: Any, x: Tensor) -> Tensor:
+    if x.sum() > 0:
+        self.log.append(x)
+    return x
+
+
 def sorts(self: Any, x: Tensor) -> Tensor:
     return sorted(x[0], key=lambda v: v)[0]
 
@@ -344,6 +377,8 @@ REFUSED = {
     "view_changes": (r"h \+= 1", "of which another variable holds a view"),
     "shared_changes": (r"y \+= 1", "another variable's on some paths"),
     "native_change": ("torch.relu_", "changed in place on one side of a decision"),
+    "same_object": ("return x", "`is` between tensors that are one on some paths"),
+    "grows": ("", "a list that stands inside another object|a list or an object that outlives the call"),
     "sorts": ("return sorted", "Python needs the value of a tensor here|needs the value of a tensor"),
     "catches": ("try", "`try` in a function that decides on tensors"),
 }
@@ -355,9 +390,10 @@ def test_what_no_graph_can_say_is_refused_with_its_line(name: str, monkeypatch: 
     line, reason = REFUSED[name]
     model = Net(globals()[name])
     model.layers[0].seen = 0.0
+    model.log = []
     with pytest.raises(UnsupportedOpError, match=rf"test_control.py:\d+: {line}[\s\S]*{reason}"):
         imported(model)
-    assert "forward" not in vars(model) and model.layers[0].seen == 0.0  # the model is as it was
+    assert "forward" not in vars(model) and model.layers[0].seen == 0.0 and not model.log  # the model is as it was
 
 
 def test_an_error_of_forward_itself_names_its_line() -> None:

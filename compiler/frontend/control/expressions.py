@@ -47,7 +47,7 @@ UNARY: dict[type, Callable[[Any], Any]] = {
     ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Invert: operator.invert}
 COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not}
+    ast.GtE: operator.ge}
 MATH = {f"{k}": getattr(torch, k) for k in ("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tanh")}
 
 
@@ -147,9 +147,9 @@ class Expressions(Machine):
         assert frame is not None and frame.function is not None
         fn = frame.function
         if n.id in fn.__code__.co_freevars:
-            return (fn.__closure__ or ())[fn.__code__.co_freevars.index(n.id)].cell_contents
+            return self.found((fn.__closure__ or ())[fn.__code__.co_freevars.index(n.id)].cell_contents)
         if n.id in fn.__globals__:
-            return fn.__globals__[n.id]
+            return self.found(fn.__globals__[n.id])
         if hasattr(builtins, n.id):
             return getattr(builtins, n.id)
         raise NameError(f"name {n.id!r} is not defined")
@@ -159,16 +159,23 @@ class Expressions(Machine):
         self.frames[-1].locals[n.target.id] = value
         return value
 
-    def get_JoinedStr(self, n: ast.JoinedStr) -> str:
-        return "".join(str(self.evaluate(v)) for v in n.values)
+    def get_JoinedStr(self, n: ast.JoinedStr) -> Any:
+        return self.split([self.evaluate(v) for v in n.values], "".join)
 
     def get_FormattedValue(self, n: ast.FormattedValue) -> str:
         value = self.evaluate(n.value)
         spec = self.evaluate(n.format_spec) if n.format_spec else ""
+        if isinstance(value, Scalar) and value.values:
+            value = spread(value)
         if isinstance(value, (Scalar, Alternatives, Tensor)):
-            return "?"
-        converted = {-1: value, 115: str(value), 114: repr(value), 97: ascii(value)}[n.conversion]
-        return format(converted, spec)
+            return self.each(value, lambda v: self.written(v, n.conversion, spec))
+        return self.written(value, n.conversion, spec)
+
+    def written(self, value: Any, conversion: int, spec: str) -> str:
+        if isinstance(value, (Scalar, Tensor)):
+            raise Refusal("the value of a tensor is written into text", "leave the text out of forward")
+        converted = {-1: lambda: value, 115: lambda: str(value), 114: lambda: repr(value), 97: lambda: ascii(value)}
+        return format(converted[conversion](), spec)
 
     # ---- containers
 
@@ -283,6 +290,9 @@ class Expressions(Machine):
         return rest(0, left)
 
     def compared(self, op: ast.cmpop, left: Any, right: Any) -> Any:
+        if isinstance(op, (ast.Is, ast.IsNot)):
+            differs = self.split([left, right], lambda v: self.distinct(*v))
+            return differs if isinstance(op, ast.IsNot) else self.flag(negation(self.truth(differs)))
         if not isinstance(op, (ast.In, ast.NotIn)):
             return self.native(COMPARE[type(op)], [left, right])
 
@@ -324,7 +334,7 @@ class Expressions(Machine):
         if type(value).__name__ == "Stale":
             raise Refusal(f"{name} of {type(holder).__name__} is read, which an earlier call may have set",
                           "pass state in as an input and return its new value")
-        return value
+        return self.found(value) if isinstance(holder, nn.Module) else value
 
     def get_Subscript(self, n: ast.Subscript) -> Any:
         return self.subscript(self.evaluate(n.value), self.evaluate(n.slice))
@@ -509,7 +519,7 @@ class Expressions(Machine):
             return kind(value)
         if value.numel() != 1:
             raise Refusal(f"{kind.__name__}() of a tensor of shape {list(value.shape)}", "reduce it to one element")
-        value = value.reshape(())
+        value = value.reshape(()).clone()  # as it is now
         if kind is int and value.dtype.is_floating_point:
             value = torch.trunc(value)
         return Scalar(value.to(torch.float32 if kind is float else torch.int64), kind)
@@ -528,6 +538,9 @@ class Expressions(Machine):
 
     def call_all(self, values: Any) -> Any:
         return self.flag(self.folded([self.truth(v) for v in values], True))
+
+    def call_type(self, *args: Any) -> Any:
+        return args[0].kind if len(args) == 1 and isinstance(args[0], Scalar) else type(*args)
 
     def call_isinstance(self, value: Any, kinds: Any) -> bool:
         return issubclass(value.kind, kinds) if isinstance(value, Scalar) else isinstance(value, kinds)
@@ -566,7 +579,7 @@ class Expressions(Machine):
         return Turns(start, stop - start if start else stop, max(0, stop.bound - start))
 
 
-SPECIAL = (float, int, bool, any, all, isinstance, min, max, range)  # these have a method call_NAME
+SPECIAL = (float, int, bool, any, all, isinstance, type, min, max, range)  # these have a method call_NAME
 
 
 def _cases(value: Any) -> list[Any]:

@@ -66,7 +66,8 @@ class Machine:
         self.chosen: list[tuple[Tensor, int]] = []  # tensors that went into choices, and their versions
         self.choices: dict[int, tuple[Tensor, list[Tensor]]] = {}
         self.kept: list[Truth] = []  # an id is that of one object as long as this lives
-        self.truths: dict[int, tuple[Tensor, Cond]] = {}
+        self.truths: dict[int, tuple[Tensor, int, Cond]] = {}  # id -> (tensor, its version, condition)
+        self.outside: dict[int, tuple[Any, state.Contents]] = {}  # what modules and globals hold, as it was
         self.position: tuple[str, int] = ("", 0)
 
     # ---- positions
@@ -133,11 +134,12 @@ class Machine:
             return bool(value)
         if value.numel() != 1:
             raise Refusal(f"the truth of a tensor of shape {list(value.shape)}", "use .any() or .all()")
-        if id(value) not in self.truths:
-            flag = value if value.dtype == torch.bool else value != 0
-            self.truths[id(value)] = (value, Cond(flag if flag.dim() == 0 else flag.reshape(())))
-        kept, condition = self.truths[id(value)]
-        return self.settled(condition)
+        kept = self.truths.get(id(value))
+        if kept is None or kept[1] != value._version:
+            flag = value.clone() if value.dtype == torch.bool else value != 0  # as it is now
+            kept = value, value._version, Cond(flag if flag.dim() == 0 else flag.reshape(()))
+            self.truths[id(value)] = kept
+        return self.settled(kept[2])
 
     def settled(self, c: Truth) -> Truth:
         fact = self.fact(c)
@@ -204,8 +206,41 @@ class Machine:
                 ends[kind] = replace(y, condition=choose_truth(c, False, y.condition))
         return ends
 
-    def merged(self, c: Truth, a: Any, b: Any) -> Any:
-        return merged(c, a, b, self.note)
+    def merged(self, c: Truth, a: Any, b: Any, deep: bool = False) -> Any:
+        return merged(c, a, b, self.note, deep)
+
+    def found(self, value: Any) -> Any:
+        """`value` of a module or a global; what it holds is kept apart on both sides of a decision."""
+        held = state.contents(value)
+        if held is not None and id(value) not in self.outside:
+            self.outside[id(value)] = (value, held)
+            self.frames[0].locals[id(value), ""] = value
+        return value
+
+    def check_outside(self) -> None:
+        """Refusal, with everything put back, if a list or object of a module or a global has changed."""
+        changed = False
+        for obj, held in self.outside.values():
+            now = state.contents(obj) or {}
+            if now.keys() != held.keys() or any(now[k] is not v for k, v in held.items()):
+                state.fill(obj, held)
+                changed = True
+        if changed:
+            raise Refusal("forward changes a list or an object that outlives the call",
+                          "pass state in as an input and return its new value")
+
+    def distinct(self, a: Any, b: Any) -> bool:
+        """`a is not b` of values of which one is a tensor or its number; Refusal where paths differ in that."""
+        for x, y in ((a, b), (b, a)):
+            if isinstance(x, Scalar) and isinstance(y, (bool, int, float, Scalar)):
+                raise Refusal("`is` between numbers of tensors", "use ==")
+            todo = self.sources(x) if isinstance(x, Tensor) else []
+            while todo:
+                one = todo.pop()
+                if one is y:
+                    raise Refusal("`is` between tensors that are one on some paths", "keep a flag")
+                todo = [*todo, *self.sources(one)]
+        return a is not b
 
     def chosen_value(self, condition: Truth, then: Callable[[], Any], other: Callable[[], Any]) -> Any:
         """The value of one of two expressions."""

@@ -106,7 +106,7 @@ class Interpreter(Expressions):
                 raise Refusal("a tensor changed in place would change its shape", "write x = x + y")
             self.replace(value, new.to(value.dtype))
             return
-        if isinstance(value, (Scalar, Alternatives, Tensor)):
+        if isinstance(value, (Scalar, Tensor)):
             in_place = plain
         value = self.native(in_place, [value, operand])
         if isinstance(target, ast.Name):
@@ -163,7 +163,11 @@ class Interpreter(Expressions):
     def unpack(self, targets: list[ast.expr], value: Any) -> None:
         value = self.read(value)
         if isinstance(value, Alternatives):
-            raise Refusal("what is taken apart here has another form on each path", "let all paths give equal forms")
+            lengths = {len(v) if isinstance(v, (list, tuple)) else -1 for _, v in value.cases}
+            if len(lengths) > 1 or -1 in lengths:
+                raise Refusal("what is taken apart here has another form on each path",
+                              "let all paths give equal forms")
+            value = [self.each(value, operator.itemgetter(i)) for i in range(lengths.pop())]
         if isinstance(value, Scalar):
             raise Refusal("a number of a tensor is taken apart", "")
         items = list(value)

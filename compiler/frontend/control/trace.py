@@ -18,7 +18,7 @@ from skive.errors import InvalidModelError, SkiveError, UnsupportedOpError
 from skive.frontend.control import source
 from skive.frontend.control.interpreter import Failed, undecorated
 from skive.frontend.control.statements import Interpreter, Sets, Stale
-from skive.frontend.control.values import Alternatives, Cond, Decides, Refusal, Scalar, as_number, choose
+from skive.frontend.control.values import Alternatives, Decides, Refusal, Scalar, as_number
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -43,9 +43,9 @@ class Watch(TorchFunctionMode):
         if name in ASKS:
             raise Decides
         if name == "item":
-            return Scalar(args[0])
+            return Scalar(args[0].clone())  # as it is now
         if name == "tolist" and args[0].numel() <= MAX_LISTED:
-            return listed(args[0])
+            return listed(args[0].clone())
         if name == "equal" and len(args) == 2:
             return Scalar((args[0] == args[1]).all()) if args[0].shape == args[1].shape else False
         flat = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, (Tensor, Scalar))]
@@ -192,6 +192,7 @@ def _whole(module: nn.Module, machine: Interpreter) -> Callable[..., Any]:
             try:
                 value = settled(machine.run(own, args, kwargs), machine)
                 machine.check_versions()
+                machine.check_outside()
             except Refusal as e:
                 raise Failed(source.line_of(code.co_filename, code.co_firstlineno), e.reason, e.hint) from None
             return value
@@ -205,15 +206,14 @@ def settled(value: Any, machine: Interpreter) -> Any:
         v = machine.read(v)
         if not isinstance(v, Alternatives):
             return v
-        cases = [c for _, c in v.cases]
-        if len({type(c) for c in cases}) == 1 and type(cases[0]) in (bool, int, float):
-            number: Any = as_number(cases[-1])
-            for condition, case in reversed(v.cases[:-1]):
-                assert isinstance(condition, Cond)
-                number = choose(condition, as_number(case), number)
-            return number
-        raise Refusal("forward returns results of different forms: " + ", ".join(sorted(map(_form, cases))),
-                      "let all paths return one shape and type, padded where they differ in length")
+        whole = v.cases[-1][1]
+        for condition, case in reversed(v.cases[:-1]):
+            whole = machine.merged(condition, case, whole, deep=True)
+        if isinstance(whole, Alternatives):
+            raise Refusal("forward returns results of different forms: "
+                          + ", ".join(sorted(_form(c) for _, c in whole.cases)),
+                          "let all paths return one shape and type, padded where they differ in length")
+        return settled(whole, machine)
 
     return results(pytree.tree_map(leaf, value, is_leaf=lambda v: isinstance(v, Alternatives)))
 

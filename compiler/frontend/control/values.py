@@ -141,7 +141,7 @@ class Scalar:
     def _needed(self, *_: Any) -> Any:
         raise Decides
 
-    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = _needed
+    __bool__ = __int__ = __float__ = __index__ = __len__ = __iter__ = __str__ = __format__ = _needed
 
     def __getattr__(self, name: str) -> Any:
         if name == "item":
@@ -279,8 +279,10 @@ def same(a: Any, b: Any) -> bool:
     return isinstance(a, tuple) and len(a) == len(b) and all(map(same, a, b))
 
 
-def merged(c: Truth, a: Any, b: Any, note: Note) -> Any:
-    """One value for both sides; `note` is told of every choice: both tensors and the result."""
+def merged(c: Truth, a: Any, b: Any, note: Note, deep: bool = False) -> Any:
+    """One value for both sides; `note` is told of every choice: both tensors and the result.
+
+    Lists and dicts stay alternatives, because others may hold and change them, unless the value is final (`deep`)."""
     if isinstance(c, bool):
         return resolved(a if c else b, note)
     a, b = resolved(a, note), resolved(b, note)
@@ -297,11 +299,12 @@ def merged(c: Truth, a: Any, b: Any, note: Note) -> Any:
         left, right = values_of(a), values_of(b)
         return Scalar(choose(c, as_number(a), as_number(b)), numbers[0],
                       values=None if left is None or right is None else left | right)
-    if type(a) is type(b) and isinstance(a, (tuple, list)) and len(a) == len(b) and same_fields(a, b):
-        items = [merged(c, x, y, note) for x, y in zip(a, b)]
+    rows = (tuple, list) if deep else tuple
+    if type(a) is type(b) and isinstance(a, rows) and len(a) == len(b) and same_fields(a, b):
+        items = [merged(c, x, y, note, deep) for x, y in zip(a, b)]
         return items if isinstance(a, list) else rebuilt(a, items)
-    if type(a) is dict and type(b) is dict and list(a) == list(b):
-        return {k: merged(c, a[k], b[k], note) for k in a}
+    if deep and type(a) is dict and type(b) is dict and list(a) == list(b):
+        return {k: merged(c, a[k], b[k], note, deep) for k in a}
     cases: list[tuple[Truth, Any]] = []
     for side in (a, b):
         here = c if side is a else ~c
