@@ -10,13 +10,14 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,13 +149,21 @@ def _end_descendants(sweeps: int | None = None) -> None:
     """Ends compilers and bench workers: until none is left, but at most so often. None: for as long as this
     process lives, as a pool of threads may start one more before it learns that it is no longer wanted."""
     for _ in itertools.count() if sweeps is None else range(sweeps):
-        found = _descendants()
-        if not found and sweeps is not None:
+        stopped: set[int] = set()
+        while found := set(_descendants()) - stopped:  # what has stopped starts nothing that would outlive it
+            _signal(found, signal.SIGSTOP)
+            stopped |= found
+        if not stopped and sweeps is not None:
             return
-        for pid in found:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
+        _signal(stopped, signal.SIGTERM)
+        _signal(stopped, signal.SIGCONT)
         time.sleep(0.02)
+
+
+def _signal(pids: Iterable[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            os.kill(pid, number)
 
 
 class _Interrupted(BaseException):
@@ -166,7 +175,9 @@ def _interruptible() -> Iterator[None]:
     """Within the block, SIGINT and SIGTERM end the child processes and raise _Interrupted.
 
     A signal strikes anywhere, also where a lock of `threading` is about to be released: what the block raises
-    afterwards is a consequence.
+    afterwards is a consequence. One that strikes after the interpreter looked for signals, but before the main
+    thread sleeps in the kernel, would be noticed when that sleep ends: a second thread, which hears of each
+    signal (`signal.set_wakeup_fd`), repeats it until it is noticed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -175,9 +186,21 @@ def _interruptible() -> Iterator[None]:
     def interrupt(signum: int, frame: Any) -> None:
         for s in before:
             signal.signal(s, signal.SIG_IGN)  # cleaning up is not interrupted
-        threading.Thread(target=_end_descendants, daemon=True).start()
         raise _Interrupted
 
+    def watch() -> None:
+        if struck := heard.recv(1):
+            while signal.getsignal(struck[0]) is interrupt:
+                signal.pthread_kill(main, struck[0])
+                time.sleep(0.02)
+            _end_descendants()
+        heard.close()
+
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    main = threading.get_ident()
+    threading.Thread(target=watch, daemon=True).start()
+    others = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
     before = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -189,6 +212,8 @@ def _interruptible() -> Iterator[None]:
         for s, handler in before.items():
             if signal.getsignal(s) is interrupt:
                 signal.signal(s, handler)
+        signal.set_wakeup_fd(others)
+        told.close()
 
 
 def fail(message: str) -> int:
