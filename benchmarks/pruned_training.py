@@ -95,7 +95,9 @@ def answers(module: skive.Module, inputs: np.ndarray) -> np.ndarray:
 
 
 def followed(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far the softened probabilities are from the wanted ones."""
+    """How far the softened probabilities are from the wanted ones; networks may give scores or probabilities."""
+    if wanted.min() >= 0 and (wanted.sum(-1) - 1).abs().max() < 1e-3:
+        got, wanted = got.clamp_min(1e-7).log(), wanted.clamp_min(1e-7).log()
     return TEMPERATURE**2 * F.kl_div(F.log_softmax(got / TEMPERATURE, -1), F.log_softmax(wanted / TEMPERATURE, -1),
                                      reduction="batchmean", log_target=True)
 
