@@ -282,10 +282,11 @@ def _best_fit(
             if blocks[j].first <= b.last and b.first <= blocks[j].last
         )
         at, gap, end = None, None, 0
-        for lo, hi in [*taken, (bound, bound)]:
-            if lo - end >= size and (gap is None or lo - end < gap):
-                at, gap = (lo - size if i in high else end), lo - end
-            end = max(end, hi) if lo < bound else end
+        for lo, hi in [*taken, (bound, 0)]:  # the bound ends a gap and takes no room
+            room = min(lo, bound) - end
+            if room >= size and (gap is None or room < gap):
+                at, gap = (end + room - size if i in high else end), room
+            end = max(end, hi)
         offsets[i] = end if at is None else at
         height = max(height, offsets[i] + size)
         placed.append(i)
