@@ -117,7 +117,7 @@ class Storage:
         if n.op == "slice" and not n.inputs[0].is_const:
             return self._slice_view(n)
         if overwrites(n):
-            for x in n.inputs:
+            for x in n.inputs[n.op == "choose":]:  # the condition is read again after one side is written
                 view = self._views.get(x)
                 if (
                     view

@@ -19,6 +19,7 @@ from skive.ir import Graph, Node, constant
 from skive.lower import lower
 from skive.lower.branches import guards_of
 from skive.passes import optimize
+from skive.reference import evaluate_graph
 from skive.targets.base import TARGETS
 from skive.types import DType
 
@@ -125,6 +126,18 @@ def test_a_side_is_computed_where_the_result_lies() -> None:
     plan = lower(nested(), TARGETS["generic"])
     copies = [c for c in plan.calls if c.op == "choose"]
     assert [c.origin for c in copies] == ["inner", "outer"]  # one side of each
+
+
+def test_a_flag_that_a_flag_chooses() -> None:
+    """The result is as large as its condition, which both copies read."""
+    x = ops.make("input", shape=(), dtype=DType.f32, label="x")
+    above = [ops.make("greater", x, constant(np.float32(v))) for v in (0, 1, 2)]
+    chosen = ops.make("choose", above[0], above[1], ops.make("not", above[2]))
+    graph = Graph("flags", (x,), (ops.make("not", chosen),), ("y",))
+    module = skive.compile(graph, verify=False, target="generic")
+    for value in (-2.0, -0.5, 0.5, 2.0):
+        (want,) = evaluate_graph(graph, [np.float32(value)])
+        np.testing.assert_array_equal(module(np.float32(value)), want, err_msg=str(value))
 
 
 def if_model() -> onnx.ModelProto:
