@@ -1,8 +1,11 @@
-"""What several test folders share: random graphs."""
+"""What several test folders share: a cache of their own, random graphs."""
 
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -12,6 +15,18 @@ from skive import ops
 from skive.errors import ShapeError
 from skive.ir import Graph, Node, constant
 from skive.types import DType
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What earlier runs compiled and measured would hide what a test is about: a compile from the cache says less."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["SKIVE_CACHE"] = tempfile.mkdtemp(prefix="skive-tests-")  # the workers inherit it
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["SKIVE_CACHE"], ignore_errors=True)
+
 
 # Continuous and of slow growth: a rounding difference stays a small difference.
 UNARY = ("relu", "tanh", "sigmoid", "neg", "abs", "silu", "gelu", "hard_swish", "softplus", "leaky_relu", "sin")
