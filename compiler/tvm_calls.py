@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from skive.errors import ToolchainError
 from skive.exit_calls import COMPARE
 
 VERSION = "0.27.0.post1"
+CONSTANTS = "constants.npz"  # of an artefact: values of sides of choices, by number
 INSTALL = "pip install 'skive-compiler[tvm]'"  # pins TVM and its FFI: newer ones of it crash
 
 
@@ -28,6 +30,25 @@ def tvm() -> Any:
     return found
 
 
+def _holds(condition: Any) -> bool:
+    return bool(condition.numpy().reshape(-1)[0])
+
+
+def _chosen(condition: Any, a: Any, b: Any) -> tuple[Any]:
+    """The side of a choice that was computed."""
+    return (a if _holds(condition) else b,)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What runs if all conditions of `guards` are as they say; values go by number."""
+
+    run: Callable[..., Any]
+    reads: list[int]
+    writes: list[int]
+    guards: list[tuple[int, bool]]
+
+
 class Stages:
     """Takes the place of the loaded library of an artefact, with the same calls (`skive._native.Artifact`).
 
@@ -40,11 +61,17 @@ class Stages:
 
         self._manifest, self._with_exits = manifest, with_exits
         self._batch = manifest["batch_max"]
-        self._stages: list[tuple[Callable[..., Any], list[int], list[int]]] = []
-        for stage in manifest["stages"]:
-            library = self._tvm.runtime.load_module(str(folder / stage["library"]))
-            run = relax.VirtualMachine(library, self._tvm.cpu())["main"]
-            self._stages.append((run, stage["reads"], stage["writes"]))
+
+        def loaded(row: Mapping[str, Any]) -> Segment:
+            run = _chosen
+            if "library" in row:
+                library = self._tvm.runtime.load_module(str(folder / row["library"]))
+                run = relax.VirtualMachine(library, self._tvm.cpu())["main"]
+            return Segment(run, row["reads"], row["writes"], row["guards"])
+
+        self._stages = [[loaded(row) for row in stage] for stage in manifest["stages"]]
+        stored = np.load(folder / CONSTANTS) if (folder / CONSTANTS).exists() else {}
+        self._constants = {int(k): self._tvm.runtime.tensor(stored[k]) for k in stored}
         names = [p["name"] for p in manifest["outputs"]]
         self._tests = [(names.index(e["score"]), COMPARE[e["test"]]) for e in manifest.get("exits", ())
                        if e["score"] is not None]
@@ -72,13 +99,14 @@ class Stages:
     def _run(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray], thresholds: np.ndarray | None) -> int:
         """The exit that one sample takes."""
         tensor = self._tvm.runtime.tensor
-        values: dict[int, Any] = dict(zip(self._manifest["input_values"],
-                                          (tensor(np.ascontiguousarray(a)) for a in inputs), strict=True))
-        for k, (run, reads, writes) in enumerate(self._stages):
-            if writes:
-                values |= zip(writes, run(*(values[i] for i in reads)), strict=True)
+        given = (tensor(np.ascontiguousarray(a)) for a in inputs)
+        values: dict[int, Any] = self._constants | dict(zip(self._manifest["input_values"], given, strict=True))
+        for k, stage in enumerate(self._stages):
+            for s in stage:
+                if all(_holds(values[c]) == wanted for c, wanted in s.guards):
+                    values |= zip(s.writes, s.run(*(values.get(i) for i in s.reads)), strict=True)
             for into, value in zip(outputs, self._manifest["output_values"], strict=True):
-                if value in writes or (not k and value in self._manifest["input_values"]):
+                if value in values:
                     into[...] = values[value].numpy()
             if thresholds is not None and k < len(self._tests):
                 score, leaves = self._tests[k]

@@ -1,7 +1,8 @@
-"""Apache TVM as another back end: every stage of a float32 network as a Relax module that TVM compiles.
+"""Apache TVM as another back end: every stage of a float32 network as Relax modules that TVM compiles.
 
-The same graph, passes and criteria, another compiler below: a cross-check, and a way to reach what TVM reaches.
-The host program runs in Python (`tvm_calls.py`); the artefact needs TVM where it runs.
+The same graph, passes and criteria, another compiler below: a cross-check, and a way to reach what TVM reaches. Where
+a stage has branches it is cut at them (Chen et al., DyCL, 2023), and only the side that is taken runs. The host
+program runs in Python (`tvm_calls.py`); the artefact needs TVM where it runs.
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import check, ops
+from skive import check
 from skive import exits as early
 from skive.artifact import write_folder
 from skive.errors import TargetError, UnsupportedOpError, VerificationError
 from skive.ir import Graph, Node
+from skive.lower.branches import guards_of
+from skive.lower.storage import Guards
 from skive.pipeline import operations, random_inputs, total_macs, weight_bytes
 from skive.program import ExitTest, Program
 from skive.runtime import MANIFEST, Module
 from skive.targets.base import Target
-from skive.tvm_calls import tvm
+from skive.tvm_calls import CONSTANTS, tvm
 from skive.types import DType
 
 if TYPE_CHECKING:
     from skive.frontend import Source
 
 CPUS = {"generic": "x86-64", "avx2": "haswell", "avx512": "skylake-avx512", "avx512vnni": "cascadelake"}
+CHOICE = "choose"
 
 # ---------------------------------------------------------------------------- operations as Relax
 
@@ -95,12 +99,6 @@ def _reciprocal(op: Any, x: Sequence[Any], node: Node) -> Any:
 @_emits("leaky_relu")
 def _leaky(op: Any, x: Sequence[Any], node: Node) -> Any:
     return op.nn.leakyrelu(x[0], alpha=node.attrs["alpha"])
-
-
-@_emits("choose")
-def _choose(op: Any, x: Sequence[Any], node: Node) -> Any:
-    """Both sides are computed: a stage of TVM has no branches here."""
-    return op.where(op.reshape(x[0], (1,) * max(1, node.type.rank)), x[1], x[2])
 
 
 @_emits("cast")
@@ -256,7 +254,7 @@ def _problems(graph: Graph) -> list[tuple[str, str, str]]:
     found = []
     for node in graph.nodes:
         types = {node.dtype, *(i.dtype for i in node.inputs)}
-        if node.op not in ("input", "const") and (node.op not in EMIT or node.attrs.get("epilogue")):
+        if node.op not in ("input", "const", CHOICE) and (node.op not in EMIT or node.attrs.get("epilogue")):
             found.append((node.label(), f"{node.op} is not passed on to TVM", "leave --backend tvm out"))
         elif any(t not in (DType.f32, DType.i64, DType.i32, DType.bool) for t in types):
             kinds = ", ".join(sorted(t.value for t in types))
@@ -268,37 +266,57 @@ def _problems(graph: Graph) -> list[tuple[str, str, str]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cut:
-    """One stage: its `nodes`, and the values that it reads from before and leaves for later."""
+class Segment:
+    """Nodes of one stage that run together, if all `guards` hold: straight-line work, or one choice, which the host
+    makes. `reads`: values from before; `writes`: what others need of it."""
 
     nodes: tuple[Node, ...]
+    guards: Guards
     reads: tuple[Node, ...]
     writes: tuple[Node, ...]
 
-
-def cuts(graph: Graph, stages: Sequence[Sequence[Node]]) -> list[Cut]:
-    """The stages with the values that live between them."""
-    where = {n: k for k, nodes in enumerate(stages) for n in nodes}
-    found = []
-    for k, nodes in enumerate(stages):
-        work = tuple(n for n in nodes if n.op not in ("input", "const"))
-        used = dict.fromkeys(i for n in work for i in n.inputs if not i.is_const)
-        reads = tuple(i for i in used if i.op == "input" or where[i] < k)
-        writes = tuple(n for n in work if graph.is_output(n) or any(where[u] > k for u in graph.users[n]))
-        found.append(Cut(work, reads, writes))
-    return found
+    @property
+    def chooses(self) -> bool:
+        return self.nodes[0].op == CHOICE
 
 
-def relax_module(cut: Cut) -> Any:
-    """The Relax module of a stage; UnsupportedOpError where a node has no form."""
+def segments(graph: Graph, stages: Sequence[Sequence[Node]]) -> list[list[Segment]]:
+    """The segments of every stage, in the order in which they run."""
+    guards = guards_of(graph)
+    parts: list[list[list[Node]]] = []
+    for nodes in stages:
+        parts.append([])
+        for n in nodes:
+            if n.op in ("input", "const"):
+                continue
+            last = parts[-1][-1] if parts[-1] else None
+            if last and CHOICE not in (n.op, last[0].op) and guards[n] == guards[last[0]]:
+                last.append(n)
+            else:
+                parts[-1].append([n])
+    where = {n: id(part) for stage in parts for part in stage for n in part}
+    asked = {condition for around in guards.values() for condition, _ in around}
+
+    def segment(part: list[Node]) -> Segment:
+        used = dict.fromkeys(i for n in part for i in n.inputs if not i.is_const or n.op == CHOICE)
+        reads = tuple(i for i in used if where.get(i) != id(part))
+        writes = tuple(n for n in part if graph.is_output(n) or n in asked
+                       or any(where[u] != id(part) for u in graph.users[n]))
+        return Segment(tuple(part), guards[part[0]], reads, writes)
+
+    return [[segment(part) for part in stage] for stage in parts]
+
+
+def relax_module(segment: Segment) -> Any:
+    """The Relax module of a segment; UnsupportedOpError where a node has no form."""
     from tvm import relax
 
     builder = relax.BlockBuilder()
     values: dict[Node, Any] = {n: relax.Var(f"v{i}", relax.TensorType(n.shape, _dtype(n.dtype)))
-                               for i, n in enumerate(cut.reads)}
+                               for i, n in enumerate(segment.reads)}
     with builder.function("main", list(values.values())):
         with builder.dataflow():
-            for node in cut.nodes:
+            for node in segment.nodes:
                 for i in node.inputs:
                     if i.is_const and i not in values:
                         values[i] = relax.const(np.array(i.value))
@@ -307,18 +325,18 @@ def relax_module(cut: Cut) -> Any:
                 except _Refused as e:
                     raise UnsupportedOpError([(node.label(), f"{node.op} with {e} is not passed on to TVM",
                                                "leave --backend tvm out")]) from None
-            result = builder.emit_output(relax.Tuple([values[n] for n in cut.writes]))
+            result = builder.emit_output(relax.Tuple([values[n] for n in segment.writes]))
         builder.emit_func_output(result)
     return builder.get()
 
 
-def _build(cut: Cut, library: Path, target: Target) -> None:
-    """Compiles a stage into `library`."""
+def _build(segment: Segment, library: Path, target: Target) -> None:
+    """Compiles a segment into `library`."""
     found = tvm()
     if target.name not in CPUS:
         raise TargetError(f"--backend tvm compiles for {', '.join(CPUS)}, not for {target.name}")
     cpu = found.target.Target({"kind": "llvm", "mcpu": CPUS[target.name]})
-    found.compile(relax_module(cut), target=cpu).export_library(str(library))
+    found.compile(relax_module(segment), target=cpu).export_library(str(library))
 
 
 def write(folder: Path, graph: Graph, program: Program, target: Target, options: dict[str, Any]) -> dict[str, Any]:
@@ -329,13 +347,23 @@ def write(folder: Path, graph: Graph, program: Program, target: Target, options:
     if direct := [n for o, n in zip(graph.outputs, graph.output_names, strict=True) if o.is_const]:
         raise UnsupportedOpError([(direct[0], "a constant as output is not passed on to TVM", "")])
     number = {n: i for i, n in enumerate(graph.nodes)}
-    found = cuts(graph, program.stages())
-    stages = []
-    for k, cut in enumerate(found):
-        if cut.writes:
-            _build(cut, folder / f"stage{k}.so", target)
-        stages.append({"library": f"stage{k}.so", "reads": [number[n] for n in cut.reads],
-                       "writes": [number[n] for n in cut.writes], "macs": sum(map(ops.macs, cut.nodes))})
+    stages: list[list[dict[str, Any]]] = []
+    constants: dict[str, Any] = {}  # sides of choices
+    for k, stage in enumerate(segments(graph, program.stages())):
+        stages.append([])
+        for segment in filter(lambda s: s.writes, stage):
+            row: dict[str, Any] = {"reads": [number[n] for n in segment.reads],
+                                   "writes": [number[n] for n in segment.writes],
+                                   "guards": [[number[c], holds] for c, holds in segment.guards]}
+            if segment.chooses:
+                row["reads"] = [number[n] for n in segment.nodes[0].inputs]
+                constants |= {str(number[n]): np.array(n.value) for n in segment.reads if n.is_const}
+            else:
+                row["library"] = f"stage{k}_{len(stages[-1])}.so"
+                _build(segment, folder / row["library"], target)
+            stages[-1].append(row)
+    if constants:
+        np.savez(folder / CONSTANTS, **constants)
 
     def ports(nodes: Sequence[Node], names: Sequence[str]) -> list[dict[str, Any]]:
         return [{"name": name, "shape": [-1, *n.shape[1:]] if graph.batch_max else list(n.shape),

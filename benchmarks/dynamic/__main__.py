@@ -124,7 +124,7 @@ def session(path: Path) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def measure(name: str, seconds: float, others: bool, work: Path) -> dict[str, Any]:
+def measure(name: str, seconds: float, others: bool, tvm: bool, work: Path) -> dict[str, Any]:
     """The row of one network."""
     net = NETWORKS[name]().eval()
     inputs, wanted = inputs_of(net)
@@ -142,6 +142,11 @@ def measure(name: str, seconds: float, others: bool, work: Path) -> dict[str, An
     row["us"] = float(np.mean([least(module, x.numpy(), each) for x in timed]))
     row["eager_us"] = float(np.mean([least(net, x, each) for x in timed]))
     row["faster"] = row["eager_us"] / row["us"]
+    if tvm:
+        with quiet():
+            theirs = skive.compile(net, example_inputs=(inputs[0],), backend="tvm")
+        row["tvm"] = agreement(lambda x: [v.numpy() for v in theirs(x)], inputs, wanted)
+        row["tvm_us"] = float(np.mean([least(theirs, x.numpy(), each) for x in timed]))
     if not others:
         return row
     whole = Tensors(net).eval()
@@ -181,6 +186,7 @@ def main() -> int:
     p.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)} (default: all)")
     p.add_argument("--seconds", type=float, default=1.0, help="of timing for each engine and network")
     p.add_argument("--alone", action="store_true", help="skive and eager mode only")
+    p.add_argument("--tvm", action="store_true", help="our stages compiled by Apache TVM, too (extra tvm)")
     p.add_argument("--json", metavar="FILE")
     args = p.parse_args()
     unknown = set(args.networks) - set(NETWORKS)
@@ -193,7 +199,7 @@ def main() -> int:
           f"{'export':>9}{'trace':>9}{'onnx':>9}{'script':>9}{'compile':>9}")
     with tempfile.TemporaryDirectory(prefix="skive-dynamic-") as work:
         for name in args.networks or NETWORKS:
-            r = measure(name, args.seconds, not args.alone, Path(work))
+            r = measure(name, args.seconds, not args.alone, args.tvm, Path(work))
             rows.append(r)
             if "error" in r:
                 print(f"{name:16} {r['error']}", flush=True)
@@ -201,15 +207,15 @@ def main() -> int:
             ort = f"{r['onnxruntime_us']:.1f}" if "onnxruntime_us" in r else "-"
             print(f"{name:16}{r['covered']:>4}/{r['paths']:<3}{cell(r):>9}{r['us']:>9.1f}{r['eager_us']:>9.1f}"
                   f"{r['faster']:>8.1f}{ort:>9}{cell(r.get('torch.export')):>9}{cell(r.get('torch.jit.trace')):>9}"
-                  f"{cell(r.get('torch.onnx.export')):>9}{cell(r.get('onnxruntime-if')):>9}{r['compile_s']:>8.1f}s",
-                  flush=True)
+                  f"{cell(r.get('torch.onnx.export')):>9}{cell(r.get('onnxruntime-if')):>9}{r['compile_s']:>8.1f}s"
+                  + (f"  tvm {cell(r['tvm'])} {r['tvm_us']:.0f} us" if args.tvm else ""), flush=True)
     compiled = [r for r in rows if "error" not in r]
     if compiled:
         mean = math.exp(np.mean([math.log(r["faster"]) for r in compiled]))
         print(f"{len(compiled)} of {len(rows)} compile; faster than eager by {mean:.1f} (geometric mean)")
     if args.json:
         results.write(args.json, rows)
-    right = all("error" not in r and r["same_output"] == r["inputs"] for r in rows)
+    right = all("error" not in r and all(m["same_output"] == m["inputs"] for m in (r, r.get("tvm", r))) for r in rows)
     return 0 if right else 1
 
 

@@ -71,6 +71,41 @@ def test_tvm_takes_the_same_exits(wanted: skive.Exit) -> None:
     np.testing.assert_array_equal(theirs.run(x[:8]).exit, 1)
 
 
+def branches() -> Graph:
+    """A choice inside a side of a choice; the other side is a constant."""
+    rng = np.random.default_rng(6)
+    w = [constant(rng.standard_normal((6, 6)).astype(np.float32)) for _ in range(3)]
+    x = ops.make("input", shape=(1, 6), dtype=DType.f32, label="x")
+
+    def positive(v: Node) -> Node:
+        return ops.make("greater", ops.make("reduce_sum", v, axes=(1,), keep=False), constant(np.zeros(1, np.float32)))
+
+    a = ops.make("tanh", ops.make("linear", x, w[0]))
+    inner = ops.make("choose", positive(a), ops.make("linear", a, w[1]), ops.make("exp", ops.make("linear", a, w[2])))
+    y = ops.make("choose", positive(x), inner, constant(np.full((1, 6), 0.25, np.float32)))
+    return Graph("branches", (x,), (ops.make("add", y, x),), ("y",), None)
+
+
+@needs_tvm
+def test_only_the_side_that_is_taken_runs() -> None:
+    ours, theirs = skive.compile(branches()), skive.compile(branches(), backend="tvm")
+    (stage,) = theirs._call._stages
+    ran: list[int] = []
+
+    def counted(k: int, run: Any) -> Any:
+        return lambda *x: (ran.append(k), run(*x))[1]
+
+    for k, s in enumerate(stage):
+        object.__setattr__(s, "run", counted(k, s.run))
+    lengths = set()
+    for x in np.random.default_rng(1).standard_normal((40, 1, 6)).astype(np.float32):
+        ran.clear()
+        np.testing.assert_allclose(theirs(x), ours(x), rtol=1e-5, atol=1e-6)
+        lengths.add(tuple(ran))
+    assert len(lengths) == 3  # ways through the network
+    assert max(map(len, lengths)) < len(stage)
+
+
 @needs_tvm
 def test_the_command_writes_an_artefact_that_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text.save_text(stages(), tmp_path / "net.skive")
