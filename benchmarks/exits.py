@@ -1,12 +1,13 @@
 """Early exits on real data: heads trained on frozen networks, thresholds calibrated, accuracy, cost and time.
 
     python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs 12] [--joint]
-                               [--criteria max-prob,entropy,margin,patience,gate] [--goal accuracy-drop=0.5] [--int8]
+                               [--criteria max-prob,entropy,margin,patience,gate] [--drop 0.5] [--int8]
                                [--json FILE]
 
 DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
-samples and every figure from the other half. `us` is the mean over samples of the smallest time of a call, beside
-that of the same network compiled without exits.
+samples, where they lose `--drop` points of what the network had before it got exits, and every figure from the other
+half. `us` is the mean over samples of the smallest time of a call, beside that of the same network compiled without
+exits, to which shares of multiply-accumulates refer, too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from distillation import BATCH, TEMPERATURE, Batches
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
@@ -128,22 +130,15 @@ class Plan:
 
 
 MODELS = {
-    "resnet20": Plan(resnet20, ("layer1.2", "layer2.2"), 32, 2, (3, 3), True, 1e-3),
+    "resnet20": Plan(resnet20, ("layer2.0", "layer3.0"), 32, 2, (4, 4), True, 1.5e-3),
     "dscnn": Plan(dscnn, ("blocks.1", "blocks.2"), 0, 1, (3, 0), False, 2e-4),
 }
 
 
-def varied(x: np.ndarray, plan: Plan, rng: np.random.Generator) -> np.ndarray:
-    """Inputs shifted, images also mirrored."""
-    height, width = x.shape[2:]
-    down, right = plan.shift
-    padded = np.pad(x, ((0, 0), (0, 0), (down, down), (right, right)), mode="constant" if plan.images else "edge")
-    moved = np.stack([p[:, a:a + height, b:b + width] for p, a, b in
-                      zip(padded, rng.integers(0, 2 * down + 1, len(x)), rng.integers(0, 2 * right + 1, len(x)),
-                          strict=True)])
-    if plan.images:
-        moved = np.where(rng.random((len(x), 1, 1, 1)) < 0.5, moved[..., ::-1], moved)
-    return np.ascontiguousarray(moved)
+def teacher(network: nn.Module, one: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The answers of `network`, as it is now, for a batch of inputs like `one`."""
+    module = skive.compile(network, example_inputs=(torch.from_numpy(one),), batch_max=BATCH)
+    return lambda x: np.asarray(module(x))
 
 
 def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool) -> WithExits:
@@ -156,16 +151,16 @@ def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, 
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
-    rng = np.random.default_rng(seed)
+    batches = Batches(fold[0], teacher(network, fold[0][:1]), plan.shift, plan.images, seed)
+    unused = torch.zeros(batches.size, dtype=torch.long)  # classes
+    said = [unused]  # what the teacher says of the batch
 
-    def batches() -> Iterable[tuple[Tensor, Tensor]]:
-        order = rng.permutation(len(fold[0]))
-        for i in range(0, len(order) - 31, 64):
-            rows = order[i : i + 64]
-            yield torch.from_numpy(varied(fold[0][rows], plan, rng)), torch.from_numpy(fold[1][rows])
+    def views() -> Iterable[tuple[Tensor, Tensor]]:
+        for x, said[0] in batches:
+            yield x, unused
 
-    train_exits(model, batches, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3,
-                bfloat16=plan.channels > 0,
+    train_exits(model, views, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3, distill=1.0,
+                teacher=lambda x: said[0], temperature=TEMPERATURE, bfloat16=plan.channels > 0,
                 progress=lambda e, loss: print(f"  {name} seed {seed} epoch {e}: loss {loss:.3f}", flush=True))
     work.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
@@ -191,16 +186,17 @@ def gates(module: skive.Module, x: np.ndarray, y: np.ndarray, tradeoff: float) -
     return fit_gates(logits, torch.from_numpy(y), [e.macs for e in module.exits], tradeoff)
 
 
-def measured(name: str, model: WithExits, network: nn.Module, fold: Arrays, test: Arrays, goal: exit_calibration.Goal,
-             criterion: str, int8: bool, limit: int) -> dict[str, Any]:
-    """One row: a criterion, calibrated on one half of the test samples and measured on the other. `curve`: what all
-    settings that are good on the first half do to the other."""
+def measured(model: WithExits, fold: Arrays, test: Arrays, before: np.ndarray, drop: float, criterion: str, int8: bool,
+             limit: int) -> dict[str, Any]:
+    """One row: a criterion, calibrated on one half of the test samples and measured on the other. `before`: which
+    samples the network without exits has right. `curve`: what all settings that are good on the first half do to the
+    other."""
     example = (torch.from_numpy(test[0][:1]),)
     exits = [skive.Exit(f"exit{i}", "max-prob" if criterion == "gate" else criterion, 1e9)
              for i in range(len(model.at))]
     quantize = skive.Quantize("int8", calibration=fold[0][:200]) if int8 else None
     module = skive.compile(model, example_inputs=example, exits=exits, quantize=quantize)
-    plain = skive.compile(network, example_inputs=example, quantize=quantize)
+    plain = skive.compile(model.network, example_inputs=example, quantize=quantize)
     x, y = test
     if criterion == "gate":
         learned = gates(module, x[::2], y[::2], TRADEOFF)
@@ -210,7 +206,7 @@ def measured(name: str, model: WithExits, network: nn.Module, fold: Arrays, test
         return exit_calibration.collect(module, ([v[None]] for v in x[rows]), y[rows])
 
     seen, held = evidence(slice(0, None, 2)), evidence(slice(1, None, 2))
-    chosen = exit_calibration.calibrate(seen, goal)
+    chosen = exit_calibration.calibrate(seen, exit_calibration.Goal("accuracy", 100 * before[::2].mean() - drop))
     found = exit_calibration.setting(held, chosen.setting.thresholds)
     whole = exit_calibration.setting(held, chosen.whole.thresholds)
     every = [exit_calibration.setting(held, s.thresholds) for s in chosen.curve]
@@ -220,8 +216,10 @@ def measured(name: str, model: WithExits, network: nn.Module, fold: Arrays, test
     never = mean_us(module, sample)
     module.thresholds = dict(zip(names, chosen.setting.thresholds.tolist(), strict=True))
     taken = np.concatenate([module.run(v[None]).exit for v in sample])
-    return {"model": name, "dtype": "int8" if int8 else "float32", "criterion": criterion, "top1": found.accuracy,
-            "whole_top1": whole.accuracy, "macs": found.cost, "shares": found.shares.tolist(),
+    return {"dtype": "int8" if int8 else "float32", "criterion": criterion, "top1": found.accuracy,
+            "before_top1": 100 * float(before[1::2].mean()), "whole_top1": whole.accuracy,
+            "macs": found.cost * module.exits[-1].macs / plain.report["compiled"]["macs"],
+            "shares": found.shares.tolist(),
             "us": mean_us(module, sample), "plain_us": mean_us(plain, sample), "never_us": never,
             "thresholds": chosen.setting.thresholds.tolist(), "exits_of_sample": taken.tolist(),
             "curve": [[s.cost, s.accuracy] for s in every]}
@@ -260,7 +258,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--joint", action="store_true", help="the network learns along")
     parser.add_argument("--criteria", default="max-prob,entropy,margin,patience,gate")
-    parser.add_argument("--goal", type=exit_calibration.Goal.parse, default=exit_calibration.Goal("accuracy-drop", 0.5))
+    parser.add_argument("--drop", type=float, default=0.5, help="points that thresholds may lose")
     parser.add_argument("--int8", action="store_true", help="the same in int8, too")
     parser.add_argument("--limit", type=int, default=300, help="samples that are timed")
     parser.add_argument("--json", metavar="FILE")
@@ -269,16 +267,19 @@ def main() -> int:
     for name in a.models.split(","):
         for seed in range(a.seeds):
             network, fold, test = MODELS[name].load(a.data)
+            classes = teacher(network.eval(), test[0][:1])
+            before = np.concatenate([classes(x).argmax(-1) for x in np.array_split(test[0], len(test[0]) // BATCH)])
             model = trained(name, network, fold, a.work, seed, a.epochs, a.joint)
             if a.int8:
                 int8_and_batch(model, fold, test)
             for criterion in a.criteria.split(","):
                 for int8 in (False, True)[: 1 + a.int8]:
-                    row = measured(name, model, model.network, fold, test, a.goal, criterion, int8, a.limit)
-                    rows.append(row | {"seed": seed})
+                    row = measured(model, fold, test, before == test[1], a.drop, criterion, int8, a.limit)
+                    rows.append({"model": name, "seed": seed, **row})
                     shares = " ".join(f"{100 * s:.0f}" for s in row["shares"])
                     print(f"{name:<9} seed {seed} {row['dtype']:<8} {criterion:<9} top-1 {row['top1']:.2f} % of "
-                          f"{row['whole_top1']:.2f}, {100 * row['macs']:.1f} % of the MACs, exits {shares} %, "
+                          f"{row['before_top1']:.2f} (never leaving {row['whole_top1']:.2f}), {100 * row['macs']:.1f} % "
+                          f"of the MACs, exits {shares} %, "
                           f"{row['us']:.1f} us of {row['plain_us']:.1f} (never leaving {row['never_us']:.1f})",
                           flush=True)
     if a.json:

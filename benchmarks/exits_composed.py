@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,48 +24,23 @@ import numpy as np
 import peers
 import results
 import torch
-from torch import Tensor
-from torch.nn import functional as fn
+from distillation import Batches, followed
+from torch import Tensor, nn
 
 import skive
 from skive import exit_calibration, pruning, text
 from skive import torch as helpers
 from skive.torch import WithExits
 
-TEMPERATURE, SHARE = 2.0, 0.7  # of what the whole network says, beside the classes
 ROUNDS = 7
 
 
-class Batches:
-    """Batches (varied images, (their classes, what the whole network says of them))."""
-
-    def __init__(self, fold: exits.Arrays, teacher: skive.Module):
-        self.inputs, self.classes = fold
-        self.teacher, self.rng = teacher, np.random.default_rng(0)
-
-    def __len__(self) -> int:
-        return len(self.inputs) // 64
-
-    def __iter__(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        order = self.rng.permutation(len(self.inputs))
-        for i in range(len(self)):
-            rows = order[64 * i:64 * i + 64]
-            x = exits.varied(self.inputs[rows], exits.MODELS["resnet20"], self.rng)
-            yield torch.from_numpy(x), (torch.from_numpy(self.classes[rows]), torch.from_numpy(self.teacher(x)))
+def error(got: tuple[Tensor, ...], wanted: Tensor) -> Tensor:
+    """The sum over all exits of the distance from what the whole network says."""
+    return torch.stack([followed(g, wanted) for g in got]).sum()
 
 
-def error(got: tuple[Tensor, ...], wanted: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum over all exits of the cross-entropy with the classes and the distance from the softened probabilities."""
-    classes, answers = wanted
-    target = fn.log_softmax(answers / TEMPERATURE, -1)
-    total = torch.zeros(())
-    for g in got:
-        soft = fn.kl_div(fn.log_softmax(g / TEMPERATURE, -1), target, reduction="batchmean", log_target=True)
-        total = total + (1 - SHARE) * fn.cross_entropy(g, classes) + SHARE * TEMPERATURE**2 * soft
-    return total
-
-
-def pruned(a: argparse.Namespace, model: WithExits, fold: exits.Arrays) -> Any:
+def pruned(a: argparse.Namespace, original: nn.Module, model: WithExits, fold: exits.Arrays) -> Any:
     """The graph of the network with exits after pruning and training, from WORK or made now."""
     file = a.work / "resnet20-pruned.skive"
     if file.exists():
@@ -74,7 +49,7 @@ def pruned(a: argparse.Namespace, model: WithExits, fold: exits.Arrays) -> Any:
     example = (torch.from_numpy(fold[0][:1]),)
     net = helpers.prune(model, cut, example_inputs=example)
     print(f"  pruned: {net.sparsity['macs_removed']:.1%} of the MACs", flush=True)
-    loader = Batches(fold, skive.compile(model.network, example_inputs=example, batch_max=64))
+    loader = Batches(fold[0], exits.teacher(original, fold[0][:1]), exits.MODELS["resnet20"].shift, True, 0)
     helpers.finetune(net, loader, a.tuning_epochs, a.rate, loss=error, bfloat16=True,
                      progress=lambda e, loss: print(f"  pruned, epoch {e}: loss {loss:.3f}", flush=True))
     graph = net.graph()
@@ -109,7 +84,7 @@ def main() -> int:
     network, fold, (x, y) = exits.MODELS["resnet20"].load(a.data)
     network.eval()
     model = exits.trained("resnet20", network, fold, a.work, 0, a.epochs, a.joint)
-    graph = pruned(a, model, fold)
+    graph = pruned(a, exits.MODELS["resnet20"].load(a.data)[0].eval(), model, fold)
     original = a.data / "models" / "resnet20_cifar10.onnx"
     int8 = a.work / "resnet20-onnxruntime-int8.onnx"
     peers.quantize_onnxruntime(original, fold[0][:200], int8)

@@ -5,9 +5,7 @@
                      [--held-out] [--seed 0] [--limit N] [--json FILE]
 
 DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps, and follows the answers of
-the whole network (Hinton et al., Distilling the Knowledge in a Neural Network, 2015) on images that are mirrored,
-shifted and, half of them, mixed in pairs (Zhang et al., mixup, 2018; Beyer et al., Knowledge Distillation: A Good
-Teacher Is Patient and Consistent, 2022); labels only judge. The answers come from the compiled network, once.
+the whole network (`distillation.py`); classes only judge.
 
 `whole`: as it is, trained on (what the others are to be compared with). A criterion of `skive.Prune`, or `taylor`:
 pruned at once, fitted (not l1 and random) and trained. `scratch`: the shape of `activation` with new weights and five
@@ -25,7 +23,6 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,71 +32,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import results
 import torch
-import torch.nn.functional as F
 from accuracy import wilson
+from distillation import BATCH, Batches, followed
 from real_models import REAL_MODELS, RealModel
 
 import skive
 from skive import torch as helpers
 from skive.pipeline import total_macs
 
-BATCH = 100
-TEMPERATURE = 4.0
-MIXED = 0.5  # share of the images that are two images
 SPARSE = "block4x16"
-
-
-class Batches:
-    """Batches (inputs, answers of the whole network), other ones in every epoch; the same again after `rewind`."""
-
-    def __init__(self, inputs: torch.Tensor, teacher: skive.Module, images: bool, seed: int):
-        self.inputs, self.images, self.seed, self.epoch = inputs, images, seed, 0
-        self.size = min(BATCH, len(inputs) // 8)
-        self._teacher = teacher
-        self._answers: dict[tuple[int, int], torch.Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.inputs) // self.size
-
-    def rewind(self) -> None:
-        self.epoch = 0
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
-        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
-        order = torch.randperm(len(self.inputs), generator=generator)
-        for i in range(len(self)):
-            x = self._varied(self.inputs[order[i * self.size:(i + 1) * self.size]], generator)
-            if (epoch, i) not in self._answers:
-                self._answers[epoch, i] = torch.from_numpy(answers(self._teacher, x.numpy()))
-            yield x, self._answers[epoch, i]
-
-    def _varied(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        count, reach = len(x), 4 if self.images else 2
-        if self.images:
-            x = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
-        sides = (reach if self.images else 0,) * 2 + (reach,) * 2
-        padded = F.pad(x, sides, mode="constant" if self.images else "replicate")
-        down = torch.randint(0, 2 * reach + 1, (count,), generator=generator).tolist()
-        right = torch.randint(0, 2 * sides[0] + 1, (count,), generator=generator).tolist()
-        x = torch.stack([p[:, i:i + x.shape[2], j:j + x.shape[3]] for p, i, j in zip(padded, down, right, strict=True)])
-        other = x[torch.randperm(count, generator=generator)]
-        share = torch.rand(count, 1, 1, 1, generator=generator)
-        share[torch.rand(count, generator=generator) >= MIXED] = 1.0
-        return share * x + (1 - share) * other
 
 
 def answers(module: skive.Module, inputs: np.ndarray) -> np.ndarray:
     """[N, classes] what a compiled network of one sample gives."""
     return np.concatenate([module(inputs[i:i + 1]) for i in range(len(inputs))])
-
-
-def followed(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """How far the softened probabilities are from the wanted ones; networks may give scores or probabilities."""
-    if wanted.min() >= 0 and (wanted.sum(-1) - 1).abs().max() < 1e-3:
-        got, wanted = got.clamp_min(1e-7).log(), wanted.clamp_min(1e-7).log()
-    return TEMPERATURE**2 * F.kl_div(F.log_softmax(got / TEMPERATURE, -1), F.log_softmax(wanted / TEMPERATURE, -1),
-                                     reduction="batchmean", log_target=True)
 
 
 @dataclass
@@ -139,8 +85,9 @@ def task(model: RealModel, data: Path, a: argparse.Namespace) -> Task:
         x, inputs, classes = x[:kept], x[kept:], y[kept:]
     path = model.path(data)
     teacher = skive.compile(path, example_inputs=(x[:1],), verify=False)
-    return Task(model, path, Batches(torch.from_numpy(x), teacher, images, a.seed), x[:: len(x) // 128][:128],
-                inputs, classes, helpers.network(path, (x[:1],)).eval())
+    batches = Batches(x, lambda v: answers(teacher, v), (4, 4) if images else (2, 0), images, a.seed)
+    return Task(model, path, batches, x[:: len(x) // 128][:128], inputs, classes,
+                helpers.network(path, (x[:1],)).eval())
 
 
 def top1(got: np.ndarray, classes: np.ndarray) -> dict[str, Any]:

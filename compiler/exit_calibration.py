@@ -24,16 +24,17 @@ PRICES = 40  # points of the curve before the worse ones are left out
 SWEEPS = 6
 BETWEEN = 8  # settings tried between two neighbours of the curve
 TIMED_CALLS = 60
-KINDS = ("accuracy-drop", "macs", "latency", "risk")
+KINDS = ("accuracy", "accuracy-drop", "macs", "latency", "risk")
 
 
 @dataclass(frozen=True)
 class Goal:
     """What is wanted.
 
-    `accuracy-drop`: at most so many points less than the whole network, as cheap as possible. `macs`, `latency`: at
-    most this fraction of the whole network's, as accurate as possible. `risk`: an answer that is wrong where the whole
-    network's is right, on at most this fraction of inputs, with this confidence; as cheap as possible.
+    `accuracy`: at least so many percent, `accuracy-drop`: at most so many points less than the whole network, as
+    cheap as possible. `macs`, `latency`: at most this fraction of the whole network's, as accurate as possible.
+    `risk`: an answer that is wrong where the whole network's is right, on at most this fraction of inputs, with
+    this confidence; as cheap as possible.
     """
 
     kind: str
@@ -42,17 +43,18 @@ class Goal:
 
     @staticmethod
     def parse(text: str) -> Goal:
-        """`accuracy-drop=0.5`, `macs=0.6`, `latency=0.6`, `risk=0.05@0.95`; ExitError for anything else."""
+        """`accuracy=90`, `accuracy-drop=0.5`, `macs=0.6`, `latency=0.6` or `risk=0.05@0.95`; else ExitError."""
         kind, _, rest = text.partition("=")
         value, _, confidence = rest.partition("@")
         try:
             goal = Goal(kind, float(value), float(confidence or 0.95))
         except ValueError:
             goal = Goal("", 0)
-        top = 100 if kind == "accuracy-drop" else 1
+        top = 100 if kind.startswith("accuracy") else 1
         if goal.kind not in KINDS or not 0 <= goal.value <= top or not 0 < goal.confidence < 1:
-            raise ExitError(f"the goal is {text!r}; it can be accuracy-drop=0.5 (points), macs=0.6, latency=0.6 "
-                            "(fraction of the whole network) or risk=0.05@0.95 (fraction of inputs, confidence)")
+            raise ExitError(f"the goal is {text!r}; it can be accuracy=90 (percent), accuracy-drop=0.5 (points), "
+                            "macs=0.6, latency=0.6 (fraction of the whole network) or risk=0.05@0.95 (fraction of "
+                            "inputs, confidence)")
         return goal
 
 
@@ -267,9 +269,13 @@ def calibrate(evidence: Evidence, goal: Goal) -> Calibrated:
 
 def _chosen(settings: Sequence[Setting], whole: Setting, goal: Goal) -> Setting:
     """The best of `settings` for a goal that is not a risk."""
-    if goal.kind == "accuracy-drop":
-        good = [s for s in settings if s.accuracy >= whole.accuracy - goal.value - 1e-9]
-        return min(good, key=lambda s: s.cost, default=whole)
+    if goal.kind.startswith("accuracy"):
+        least = goal.value if goal.kind == "accuracy" else whole.accuracy - goal.value
+        good = [s for s in (*settings, whole) if s.accuracy >= least - 1e-9]
+        if not good:
+            best = max(s.accuracy for s in (*settings, whole))
+            raise ExitError(f"accuracy={goal.value:g} cannot be reached: the most accurate setting has {best:.2f} %")
+        return min(good, key=lambda s: s.cost)
     good = [s for s in settings if s.cost <= goal.value + 1e-9]
     if not good:
         cheapest = min(settings, key=lambda s: s.cost)

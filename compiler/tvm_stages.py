@@ -149,8 +149,8 @@ def _gather(op: Any, x: Sequence[Any], node: Node) -> Any:
     size = node.inputs[0].shape[axis]
     from tvm import relax
 
-    wrapped = op.where(op.less(x[1], relax.const(np.zeros((), node.inputs[1].dtype.numpy))),
-                       op.add(x[1], relax.const(np.asarray(size, node.inputs[1].dtype.numpy))), x[1])
+    kind = _dtype(node.inputs[1].dtype)
+    wrapped = op.where(op.less(x[1], relax.const(0, kind)), op.add(x[1], relax.const(size, kind)), x[1])
     return op.take(x[0], wrapped, axis=axis)
 
 
@@ -319,7 +319,7 @@ def relax_module(segment: Segment) -> Any:
             for node in segment.nodes:
                 for i in node.inputs:
                     if i.is_const and i not in values:
-                        values[i] = relax.const(np.array(i.value))
+                        values[i] = relax.const(np.array(i.value), _dtype(i.dtype))
                 try:
                     values[node] = builder.emit(EMIT[node.op](relax.op, [values[i] for i in node.inputs], node))
                 except _Refused as e:

@@ -21,8 +21,8 @@ from skive.errors import ExitError
 @click.option("--labels", metavar="KEY|FILE.npz:KEY", help="The right class of each sample; without it the whole "
               "network's answer counts as right.")
 @click.option("--goal", required=True, metavar="GOAL",
-              help="accuracy-drop=0.5 (points), macs=0.6 or latency=0.6 (fraction of the whole network's), "
-                   "risk=0.05@0.95 (fraction of inputs that lose a right answer, confidence).")
+              help="accuracy=90 (percent), accuracy-drop=0.5 (points), macs=0.6 or latency=0.6 (fraction of the whole "
+                   "network's), risk=0.05@0.95 (fraction of inputs that lose a right answer, confidence).")
 @click.option("--exit", "exits", multiple=True, metavar="NAME:CRITERION",
               help="Of a MODEL: an exit and its criterion (repeatable); by default every output but the last, by "
                    "max-prob.")

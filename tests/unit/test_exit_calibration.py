@@ -36,6 +36,7 @@ def test_the_curve_goes_from_safe_to_cheap(test: str) -> None:
 def test_goals_are_kept() -> None:
     e = evidence(1000)
     drop = calibrate(e, Goal("accuracy-drop", 2.0))
+    assert calibrate(e, Goal("accuracy", drop.whole.accuracy - 2.0)).setting.cost == drop.setting.cost
     assert drop.setting.accuracy >= drop.whole.accuracy - 2.0 and drop.setting.cost < 0.95
     cheap = calibrate(e, Goal("macs", 0.5))
     assert cheap.setting.cost <= 0.5
@@ -63,6 +64,8 @@ def test_a_risk_that_so_few_samples_cannot_show_is_refused() -> None:
         calibrate(evidence(60), Goal("risk", 0.01, 0.95))
     with pytest.raises(ExitError, match="cannot be reached"):
         calibrate(evidence(60), Goal("macs", 0.1))
+    with pytest.raises(ExitError, match="the most accurate setting has"):
+        calibrate(evidence(60), Goal("accuracy", 99.9))
 
 
 @pytest.mark.parametrize("failures, n, confidence, bound", [

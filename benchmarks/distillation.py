@@ -1,0 +1,70 @@
+"""What networks are trained on here: varied and mixed images or keywords, and what a whole network says of them.
+
+Images are mirrored, both are shifted and half of them are mixed in pairs (Zhang et al., mixup, 2018); the answers are
+those of a teacher (Hinton et al., Distilling the Knowledge in a Neural Network, 2015), whose student follows it on
+the same views for long (Beyer et al., Knowledge Distillation: A Good Teacher Is Patient and Consistent, 2022).
+Classes are not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BATCH = 100
+TEMPERATURE = 4.0
+MIXED = 0.5  # share of the inputs that are two inputs
+
+
+class Batches:
+    """Batches (inputs, answers of the teacher), other ones in every epoch; the same again after `rewind`, with answers
+    that are remembered. `shift`: rows and columns by which inputs [N, C, H, W] move at most."""
+
+    def __init__(self, inputs: np.ndarray, teacher: Callable[[np.ndarray], Any], shift: tuple[int, int], mirror: bool,
+                 seed: int):
+        self.inputs, self.shift, self.mirror = torch.from_numpy(inputs), shift, mirror
+        self.seed, self.epoch, self.size = seed, 0, min(BATCH, len(inputs) // 8)
+        self._teacher = teacher
+        self._answers: dict[tuple[int, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.inputs) // self.size
+
+    def rewind(self) -> None:
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch, self.epoch = self.epoch, self.epoch + 1
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
+        order = torch.randperm(len(self.inputs), generator=generator)
+        for i in range(len(self)):
+            x = self._varied(self.inputs[order[i * self.size:(i + 1) * self.size]], generator)
+            if (epoch, i) not in self._answers:
+                self._answers[epoch, i] = torch.from_numpy(np.array(self._teacher(x.numpy())))
+            yield x, self._answers[epoch, i]
+
+    def _varied(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        count, (rows, columns) = len(x), self.shift
+        if self.mirror:
+            x = torch.where(torch.rand(count, 1, 1, 1, generator=generator) < 0.5, x.flip(3), x)
+        padded = F.pad(x, (columns, columns, rows, rows), mode="constant" if self.mirror else "replicate")
+        down = torch.randint(0, 2 * rows + 1, (count,), generator=generator).tolist()
+        right = torch.randint(0, 2 * columns + 1, (count,), generator=generator).tolist()
+        x = torch.stack([p[:, i:i + x.shape[2], j:j + x.shape[3]] for p, i, j in zip(padded, down, right, strict=True)])
+        other = x[torch.randperm(count, generator=generator)]
+        share = torch.rand(count, 1, 1, 1, generator=generator)
+        share[torch.rand(count, generator=generator) >= MIXED] = 1.0
+        return share * x + (1 - share) * other
+
+
+def followed(got: Tensor, wanted: Tensor) -> Tensor:
+    """How far the softened probabilities are from the wanted ones; networks may give scores or probabilities."""
+    if wanted.min() >= 0 and (wanted.sum(-1) - 1).abs().max() < 1e-3:
+        got, wanted = got.clamp_min(1e-7).log(), wanted.clamp_min(1e-7).log()
+    return TEMPERATURE**2 * F.kl_div(F.log_softmax(got / TEMPERATURE, -1), F.log_softmax(wanted / TEMPERATURE, -1),
+                                     reduction="batchmean", log_target=True)
