@@ -278,8 +278,8 @@ def main() -> int:
                     rows.append({"model": name, "seed": seed, **row})
                     shares = " ".join(f"{100 * s:.0f}" for s in row["shares"])
                     print(f"{name:<9} seed {seed} {row['dtype']:<8} {criterion:<9} top-1 {row['top1']:.2f} % of "
-                          f"{row['before_top1']:.2f} (never leaving {row['whole_top1']:.2f}), {100 * row['macs']:.1f} % "
-                          f"of the MACs, exits {shares} %, "
+                          f"{row['before_top1']:.2f} (never leaving {row['whole_top1']:.2f}), {100 * row['macs']:.1f} "
+                          f"% of the MACs, exits {shares} %, "
                           f"{row['us']:.1f} us of {row['plain_us']:.1f} (never leaving {row['never_us']:.1f})",
                           flush=True)
     if a.json:
