@@ -151,7 +151,13 @@ def _gather(op: Any, x: Sequence[Any], node: Node) -> Any:
 
     kind = _dtype(node.inputs[1].dtype)
     wrapped = op.where(op.less(x[1], relax.const(0, kind)), op.add(x[1], relax.const(size, kind)), x[1])
-    return op.take(x[0], wrapped, axis=axis)
+    return op.take(x[0], wrapped, axis=axis, mode="clip")
+
+
+@_emits("scatter_elements")
+def _scatter(op: Any, x: Sequence[Any], node: Node) -> Any:
+    kind = node.attrs["reduction"]
+    return op.scatter_elements(*x, axis=node.attrs["axis"], reduction="update" if kind == "none" else kind)
 
 
 @_emits("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod")
@@ -239,6 +245,25 @@ def _max_pool(op: Any, x: Sequence[Any], node: Node) -> Any:
 def _avg_pool(op: Any, x: Sequence[Any], node: Node) -> Any:
     return op.nn.avg_pool2d(x[0], pool_size=list(node.attrs["kernel"]), **_window(node), layout="NHWC",
                             count_include_pad=node.attrs["count_pad"])
+
+
+@_emits("resize2d")
+def _resize(op: Any, x: Sequence[Any], node: Node) -> Any:
+    from tvm import relax
+
+    tables = [i.value for i in node.inputs[1:]]
+    if any(t is None for t in tables):
+        raise _Refused("tables that are computed")
+    image = x[0]
+    for axis, sources, weights in ((1, *tables[:2]), (2, *tables[2:])):
+        places = np.clip(sources, 0, node.inputs[0].shape[axis] - 1)
+        spread = [-1 if a == axis else 1 for a in range(4)]
+        taps = [op.multiply(op.take(image, relax.const(np.ascontiguousarray(places[:, t])), axis=axis, mode="clip"),
+                            relax.const(weights[:, t].reshape(spread))) for t in range(places.shape[1])]
+        image = taps[0]
+        for tap in taps[1:]:
+            image = op.add(image, tap)
+    return image
 
 
 class _Refused(Exception):

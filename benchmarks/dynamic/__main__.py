@@ -143,8 +143,11 @@ def measure(name: str, seconds: float, others: bool, tvm: bool, work: Path) -> d
     row["eager_us"] = float(np.mean([least(net, x, each) for x in timed]))
     row["faster"] = row["eager_us"] / row["us"]
     if tvm:
-        with quiet():
-            theirs = skive.compile(net, example_inputs=(inputs[0],), backend="tvm")
+        try:
+            with quiet():
+                theirs = skive.compile(net, example_inputs=(inputs[0],), backend="tvm")
+        except SkiveError as e:
+            return {**row, "error": str(e)}
         row["tvm"] = agreement(lambda x: [v.numpy() for v in theirs(x)], inputs, wanted)
         row["tvm_us"] = float(np.mean([least(theirs, x.numpy(), each) for x in timed]))
     if not others:

@@ -81,6 +81,8 @@ def branches() -> Graph:
         return ops.make("greater", ops.make("reduce_sum", v, axes=(1,), keep=False), constant(np.zeros(1, np.float32)))
 
     a = ops.make("tanh", ops.make("linear", x, w[0]))
+    picked = ops.make("gather", a, constant(np.int64([5, -2, 0, 3, 1, 2])), axis=1)
+    a = ops.make("scatter_elements", picked, constant(np.int64([[1, 4]])), constant(np.float32([[0.5, -0.5]])), axis=1)
     inner = ops.make("choose", positive(a), ops.make("linear", a, w[1]), ops.make("exp", ops.make("linear", a, w[2])))
     y = ops.make("choose", positive(x), inner, constant(np.full((1, 6), 0.25, np.float32)))
     return Graph("branches", (x,), (ops.make("add", y, x),), ("y",), None)
