@@ -251,11 +251,11 @@ def _avg_pool(op: Any, x: Sequence[Any], node: Node) -> Any:
 def _resize(op: Any, x: Sequence[Any], node: Node) -> Any:
     from tvm import relax
 
-    tables = [i.value for i in node.inputs[1:]]
-    if any(t is None for t in tables):
+    if not all(i.is_const for i in node.inputs[1:]):
         raise _Refused("tables that are computed")
+    rows, row_weights, columns, column_weights = (np.array(i.value) for i in node.inputs[1:])
     image = x[0]
-    for axis, sources, weights in ((1, *tables[:2]), (2, *tables[2:])):
+    for axis, sources, weights in ((1, rows, row_weights), (2, columns, column_weights)):
         places = np.clip(sources, 0, node.inputs[0].shape[axis] - 1)
         spread = [-1 if a == axis else 1 for a in range(4)]
         taps = [op.multiply(op.take(image, relax.const(np.ascontiguousarray(places[:, t])), axis=axis, mode="clip"),
