@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from skive import check, explanation, pruning, quantization, sparsity, speed
+from skive import check, explanation, integer_criteria, pruning, quantization, sparsity, speed
 from skive import exits as early
-from skive.errors import ExitError
 from skive.ir import Graph
 from skive.lower.sparse import sparse_layers
 from skive.pipeline import NoOptions, Pass, Step
@@ -55,7 +54,7 @@ class Changes:
             early.requested(exits) if exits is not None else (),
         )
         if changes.exits and changes.integer_only:
-            raise ExitError("the scores of early exits are float32, which integer_only excludes; leave one of them out")
+            integer_criteria.require_forms(changes.exits)
         return changes
 
     @property
@@ -113,7 +112,7 @@ class Changes:
 
         def exits(graph: Graph, options: Any) -> Graph:
             ports = self.found.get("quantization", {}).get("ports")
-            program = early.attach(graph, self.exits, ports["outputs"] if ports else None)
+            program = early.attach(graph, self.exits, ports and ports["outputs"])
             self.tests = program.exits
             return program.graph
 
@@ -132,9 +131,10 @@ class Changes:
         if not known:
             return plan
         if plan.exits:  # the scores stand between the outputs that were quantized
-            scores = {e.score for e in plan.exits}
+            scores = {e.score: {"scale": e.scale, "zero": 0} for e in plan.exits}
             values = iter(known["outputs"])
-            known = {**known, "outputs": [None if i in scores else next(values) for i in range(len(plan.outputs))]}
+            outputs_ = [scores[i] if i in scores else next(values) for i in range(len(plan.outputs))]
+            known = {**known, "outputs": outputs_}
         inputs, outputs = (
             tuple(dataclasses.replace(p, **(q or {})) for p, q in zip(ports, known[side], strict=True))
             for side, ports in (("inputs", plan.inputs), ("outputs", plan.outputs))

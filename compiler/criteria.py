@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -150,6 +149,13 @@ def q_exit(at: Point) -> Node:
     return stopped
 
 
+def weights_and_bias(name: str, numbers: tuple[float, ...]) -> tuple[float, ...]:
+    """The numbers of a gate; ExitError if they are not five."""
+    if len(numbers) != 5:
+        raise ExitError(f"exit {name}: gate needs four weights and a bias behind @, not {len(numbers)} numbers")
+    return numbers
+
+
 @criterion("gate", leaves=">=")
 def gate(at: Point) -> Node:
     """A learned gate on four features of the class probabilities p: the largest, the entropy, the margin, and the
@@ -157,13 +163,12 @@ def gate(at: Point) -> Node:
 
     The score is the probability of leaving here, given that no exit before was taken.
     """
-    if len(at.numbers) != 5:
-        raise ExitError(f"exit {at.name}: gate needs four weights and a bias behind @, not {len(at.numbers)} numbers")
+    *weights, bias = weights_and_bias(at.name, at.numbers)
     first, second = _two_largest(at)
     squared = ops.make("log_softmax", ops.make("mul", at.log_probabilities, number(2.0)), axis=-1)
     features = [first, entropy(at), ops.make("sub", first, second), _entropy(ops.make("max", squared, number(-100.0)))]
-    total = number(at.numbers[4])
-    for weight, feature in zip(at.numbers, features, strict=False):
+    total = number(bias)
+    for weight, feature in zip(weights, features, strict=True):
         total = ops.make("add", total, ops.make("mul", feature, number(weight)))
     opened = here = ops.make("sigmoid", total)
     left = ops.make("sub", number(1.0), here)
@@ -176,15 +181,20 @@ def gate(at: Point) -> Node:
     return here
 
 
+def middle(name: str, numbers: tuple[float, ...]) -> float:
+    """The number of a window; ExitError if there is not one."""
+    if len(numbers) != 1:
+        raise ExitError(f"exit {name}: window needs the middle of the window behind @, not {len(numbers)} "
+                        "numbers; the threshold is half its width")
+    return numbers[0]
+
+
 @criterion("window", leaves=">")
 def window(at: Point) -> Node:
     """How far the largest class probability lies from the middle of a window, which `@` gives: inside the window, where
     the answer is uncertain, the network goes on (Wang et al., Wisdom of Committees, 2022; Xia and Bouganis,
     Window-Based Early-Exit Cascades for Uncertainty Estimation, 2023)."""
-    if len(at.numbers) != 1:
-        raise ExitError(f"exit {at.name}: window needs the middle of the window behind @, not {len(at.numbers)} "
-                        "numbers; the threshold is half its width")
-    return ops.make("abs", ops.make("sub", max_prob(at), number(at.numbers[0])))
+    return ops.make("abs", ops.make("sub", max_prob(at), number(middle(at.name, at.numbers))))
 
 
 @criterion("quality", leaves=">=")
@@ -211,10 +221,6 @@ def classes_last(value: Node, axis: int) -> Node:
     return ops.make("transpose", value, perm=order)
 
 
-def as_float(value: Node, port: dict[str, Any] | None) -> Node:
-    """`value` as the float32 numbers that it stands for; `port`: scale and zero point where it is integers."""
-    if port:
-        scale = constant(np.asarray(port["scale"], np.float32))
-        zero = constant(np.asarray(port["zero"], value.dtype.numpy))
-        return ops.make("dequantize", value, scale, zero)
+def as_float(value: Node) -> Node:
+    """`value` as float32."""
     return value if value.dtype is DType.f32 else ops.make("cast", value, to=DType.f32)

@@ -124,7 +124,7 @@ def collect(module: Module, calls: Iterable[Sequence[np.ndarray]], labels: np.nd
         raise ExitError(f"there are {len(answers[0])} samples and {len(truth)} labels")
     ways = module.exits[:-1]
     cost = exit_seconds(module, first) if latency else np.asarray([w.macs for w in module.exits], np.float64)
-    return Evidence(np.stack([values[w.score] for w in ways if w.score is not None], 1),
+    return Evidence(np.stack([w.real(values[w.score]) for w in ways if w.score is not None], 1),
                     np.stack([a == truth for a in answers], 1), cost / cost[-1], tuple(str(w.test) for w in ways))
 
 

@@ -16,10 +16,29 @@ COMPARE: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+LARGEST = 2**24  # of an integer score: float32 holds it
+
+
+def code(test: str, threshold: float, scale: float) -> int:
+    """The int32 with which integer scores of at most LARGEST compare as `test` says exactly where they, times `scale`
+    and in float32, compare so with `threshold`. Never with NaN."""
+    real, holds = np.float32(threshold), COMPARE[test]
+    sign = 1 if test[0] == ">" else -1
+    low, high = -LARGEST, LARGEST + 1  # the least of sign * score that leaves lies there; `high`: none does
+    while low < high:
+        middle = (low + high) // 2
+        if holds(np.float32(sign * middle) * np.float32(scale), real):
+            high = middle
+        else:
+            low = middle + 1
+    return sign * (low if test.endswith("=") else low - 1)
+
+
 @dataclass(frozen=True)
 class Way:
     """One exit of an artefact. `outputs`: numbers of its results among `Module.outputs`; `score`: the number of what is
-    compared with the threshold, None of the last exit; `macs`: from the start to this exit."""
+    compared with the threshold, None of the last exit; `macs`: from the start to this exit; `scale`: of scores that are
+    integers, the real number that a 1 stands for."""
 
     name: str
     outputs: tuple[int, ...]
@@ -27,6 +46,12 @@ class Way:
     score: int | None
     test: str | None
     macs: int
+    scale: float | None = None
+
+    def real(self, scores: np.ndarray) -> np.ndarray:
+        """[n] float32: the scores of n samples."""
+        factor = np.float32(1 if self.scale is None else self.scale)
+        return scores.reshape(-1).astype(np.float32) * factor
 
 
 @dataclass(frozen=True)
@@ -46,10 +71,18 @@ def read(manifest: Mapping[str, Any], output_names: Sequence[str]) -> tuple[tupl
     for e in manifest.get("exits") or ():
         score = output_names.index(e["score"]) if e["score"] is not None else None
         outputs = tuple(output_names.index(n) for n in e["outputs"])
-        ways.append(Way(e["name"], outputs, e["criterion"], score, e["test"], e["macs"]))
+        ways.append(Way(e["name"], outputs, e["criterion"], score, e["test"], e["macs"], e.get("scale")))
         if score is not None:
             thresholds.append(float(e["threshold"]))
     return tuple(ways), np.asarray(thresholds, np.float32)
+
+
+def given(ways: Sequence[Way], thresholds: np.ndarray) -> np.ndarray:
+    """The thresholds as the artefact takes them: int32 where scores are integers."""
+    if all(w.scale is None for w in ways):
+        return thresholds
+    return np.asarray([code(str(w.test), t, w.scale) for w, t in zip(ways, thresholds, strict=False)
+                       if w.scale is not None], np.int32)
 
 
 def changed(ways: Sequence[Way], thresholds: np.ndarray, new: Mapping[str, float]) -> np.ndarray:
@@ -83,5 +116,5 @@ def result(ways: Sequence[Way], values: Sequence[np.ndarray], exits: np.ndarray,
     scores = np.full((len(exits), len(ways) - 1), np.nan, np.float32)
     for k, way in enumerate(ways):
         if way.score is not None:
-            scores[:, k] = np.where(exits >= k, values[way.score].reshape(-1), np.nan)
+            scores[:, k] = np.where(exits >= k, way.real(values[way.score]), np.nan)
     return Result(outputs, exits, np.asarray([w.macs for w in ways], np.int64)[exits], scores)

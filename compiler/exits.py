@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skive import criteria, exit_calls, ops
+from skive import criteria, exit_calls, integer_criteria, ops
 from skive.errors import ExitError, VerificationError
 from skive.ir import Graph, Node, topological
 from skive.program import TESTS, ExitTest, Program
@@ -176,11 +176,10 @@ def samples_together(graph: Graph) -> int:
 def attach(graph: Graph, exits: Sequence[Exit], ports: Sequence[Mapping[str, Any] | None] | None = None) -> Program:
     """The program of a graph that `arrange` gave and passes changed: each exit's score is computed behind it.
 
-    `ports`: scale and zero point of each output that is integers (they count as the real numbers they stand for).
+    `ports`: scale and zero point of each output, of a graph without floats; scores are then integers as well.
     """
     found = _outputs_of(graph)
-    real = {n: criteria.as_float(node, dict(p) if p else None)
-            for (n, node), p in zip(found.items(), ports or [None] * len(found), strict=True)}
+    formats = dict(zip(found, ports, strict=True)) if ports is not None else None
     states: dict[str, dict[str, Node]] = {}
     outputs: list[Node] = []
     names: list[str] = []
@@ -190,25 +189,50 @@ def attach(graph: Graph, exits: Sequence[Exit], ports: Sequence[Mapping[str, Any
         axis = e.axis if e.axis is not None else 1 if node.type.rank in (4, 5) else -1
         if not node.type.rank or not -node.type.rank <= axis < node.type.rank or not node.type.size:
             raise ExitError(f"exit {e.output} is {node.type}: it has no axis {axis} of classes")
-        extra = real[e.of] if isinstance(e.of, str) else None
-        numbers = e.of if isinstance(e.of, tuple) else ()
-        point = criteria.Point(e.output, criteria.classes_last(real[e.output], axis), extra, numbers,
-                               states.setdefault(e.criterion_name, {}))
-        build = criteria.CRITERIA[e.criterion][0] if isinstance(e.criterion, str) else e.criterion
-        if e.criterion in ("margin", "gate") and point.logits.shape[-1] < 2:
+        if e.criterion in ("margin", "gate") and node.shape[axis] < 2:
             raise ExitError(f"exit {e.output} has one class; {e.criterion} needs two")
-        score = criteria.as_float(build(point), None)
+        state = states.setdefault(e.criterion_name, {})
+        scale: float | None = None
+        if formats is not None:
+            score, scale = _integer_score(e, found, axis, state, formats)
+        else:
+            score = _float_score(e, found, axis, state)
         label = f"{e.output}.{e.criterion_name}"
         while label in found or label in names:
             label += "_"
         score = replace(criteria.worst(score, e.leaves), name=label, origin=label)
         outputs += [node, score]
         names += [e.output, label]
-        tests.append(ExitTest(e.output, (e.output,), e.criterion_name, label, e.leaves, float(e.threshold)))
+        tests.append(ExitTest(e.output, (e.output,), e.criterion_name, label, e.leaves, float(e.threshold), scale))
     used = {*(e.output for e in exits), *(e.of for e in exits)}
     rest = [n for n in graph.output_names if n not in used]
     program = replace(graph, outputs=(*outputs, *(found[n] for n in rest)), output_names=(*names, *rest))
     return Program(program, (*tests, ExitTest(rest[0], tuple(rest))))
+
+
+def _float_score(e: Exit, found: Mapping[str, Node], axis: int, state: dict[str, Node]) -> Node:
+    """The float32 scores of an exit among the outputs `found`."""
+    real = {n: criteria.as_float(found[n]) for n in (e.output, e.of) if isinstance(n, str)}
+    extra = real[e.of] if isinstance(e.of, str) else None
+    numbers = e.of if isinstance(e.of, tuple) else ()
+    point = criteria.Point(e.output, criteria.classes_last(real[e.output], axis), extra, numbers, state)
+    build = criteria.CRITERIA[e.criterion][0] if isinstance(e.criterion, str) else e.criterion
+    return criteria.as_float(build(point))
+
+
+def _integer_score(e: Exit, found: Mapping[str, Node], axis: int, state: dict[str, Node],
+                   formats: Mapping[str, Mapping[str, Any] | None]) -> tuple[Node, float]:
+    """The scores of an exit as i32, and the real number that a 1 stands for."""
+    node, form = found[e.output], formats[e.output]
+    assert form is not None and isinstance(e.criterion, str), "Changes.requested lets nothing else through"
+    scale, zero = float(form["scale"]), int(form["zero"])
+    if inner := integer_criteria.softmax_input(node, axis):
+        node, scale, zero = inner.inputs[0], float(inner.inputs[1].value.item()), int(inner.inputs[2].value.item())
+    extra = integer_criteria.integers(e.output, found[e.of], formats[e.of]) if isinstance(e.of, str) else None
+    numbers = e.of if isinstance(e.of, tuple) else ()
+    logits = criteria.classes_last(node, axis)
+    point = integer_criteria.IntegerPoint(e.output, logits, scale, zero, extra, numbers, state)
+    return integer_criteria.finished(integer_criteria.CRITERIA[e.criterion](point))
 
 
 def arranged(graph: Graph, exits: Sequence[Exit], source: Source) -> tuple[Graph, tuple[Exit, ...], Source]:
@@ -249,7 +273,7 @@ def unmarked(graph: Graph, asked: Collection[Any] = ()) -> Graph:
 def described(plan: Plan, exits: Sequence[Exit]) -> list[dict[str, Any]]:
     """The exits in the order in which they are reached, as manifest and report hold them. `macs` and `arena_bytes` are
     what a call needs at most that ends there, `macs_least` at least, where branches decide; `of` is that of the
-    request."""
+    request. Of integer scores `scale` is the real number that a 1 stands for, `code` the threshold among them."""
     beside = {e.output: e.of for e in exits}
     rows, macs = [], 0
     for e, stage in zip(plan.exits, plan.stages, strict=True):
@@ -266,6 +290,8 @@ def described(plan: Plan, exits: Sequence[Exit]) -> list[dict[str, Any]]:
             "macs_least": stage.least_macs,
             "arena_bytes": stage.arena_bytes,
         })
+        if e.scale is not None:
+            rows[-1] |= {"scale": e.scale, "code": e.code}
     return rows
 
 
@@ -276,7 +302,7 @@ def path(module: Module, values: Sequence[np.ndarray], thresholds: np.ndarray) -
     for k in reversed(range(last)):
         way = module.exits[k]
         assert way.score is not None and way.test is not None
-        leaves = exit_calls.COMPARE[way.test](values[way.score].reshape(-1), thresholds[k])
+        leaves = exit_calls.COMPARE[way.test](way.real(values[way.score]), thresholds[k])
         chosen = np.where(leaves, k, last if chosen is None else chosen)
     assert chosen is not None
     return chosen

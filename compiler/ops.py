@@ -251,6 +251,19 @@ def _cast(x: Array, to: DType) -> Array:
     return x.astype(to.numpy)
 
 
+def _log2_fixed(x: Array) -> Array:
+    x = np.maximum(x, 1).astype(np.uint64)
+    whole = np.zeros_like(x)
+    for k in (16, 8, 4, 2, 1):
+        whole += np.where(x >> whole >= np.uint64(2**k), np.uint64(k), np.uint64(0))
+    y, mantissa = whole, x << (np.uint64(31) - whole)
+    for _ in range(24):
+        mantissa = mantissa * mantissa >> np.uint64(31)
+        bit = mantissa >> np.uint64(32)
+        y, mantissa = 2 * y + bit, mantissa >> bit
+    return y.astype(np.int32)
+
+
 def _f32(x: float, like: Array) -> Any:
     return like.dtype.type(x)
 
@@ -290,6 +303,9 @@ _elementwise("round_even", 1, np.rint, doc="nearest integer, halves to even")
 _elementwise("abs", 1, np.abs, NUMBERS, cxx="abs_", doc="|x|")
 _elementwise("neg", 1, np.negative, NUMBERS, doc="-x")
 _elementwise("sign", 1, np.sign, NUMBERS, doc="-1, 0 or 1")
+_elementwise("log2_fixed", 1, _log2_fixed, frozenset({DType.i32}),
+             doc="log2(max(x, 1)) in units of 2^-24, rounded down, less 1 at most: repeated squaring of 31 fraction bits "
+                 "(Turner: A Fast Binary Logarithm Algorithm, 2010)")
 _elementwise("relu", 1, lambda x: np.maximum(x, _f32(0, x)), NUMBERS, doc="max(x, 0)")
 _elementwise("clip", 1, lambda x, lo, hi: np.minimum(np.maximum(x, _f32(lo, x)), _f32(hi, x)), NUMBERS,
              attrs={"lo": REQUIRED, "hi": REQUIRED}, doc="min(max(x, lo), hi)")
@@ -1168,7 +1184,8 @@ def _ref_rms_norm(x: Sequence[Array], a: FrozenDict) -> Array:
 
 def _infer_integer_softmax(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, table = types
-    if x.dtype not in (DType.u8, DType.i8) or table != TensorType((256,), DType.u32) or a["to"] not in QUANTIZED:
+    if x.dtype not in (DType.u8, DType.i8) or table != TensorType((256,), DType.u32) \
+            or a["to"] not in QUANTIZED | {DType.i32}:
         raise ShapeError(f"integer_softmax to {a['to'].value} of {x} with exponentials {table}")
     if not 1 <= a["levels"] < 2**31:
         raise ShapeError(f"integer_softmax with {a['levels']} levels")

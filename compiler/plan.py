@@ -130,7 +130,8 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Exit:
     """One result of a network with early exits: the numbers of its `outputs`; `score` is the number of the output
-    that is compared with the threshold, None of the last exit."""
+    that is compared with the threshold, None of the last exit. Where scores are integers, a 1 stands for `scale`, and
+    `code` is what they are compared with."""
 
     name: str
     outputs: tuple[int, ...]
@@ -138,6 +139,8 @@ class Exit:
     score: int | None = None
     test: str = ""
     threshold: float = 0.0
+    scale: float | None = None
+    code: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

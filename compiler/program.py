@@ -18,7 +18,8 @@ TESTS = (">", ">=", "<", "<=")
 @dataclass(frozen=True)
 class ExitTest:
     """One way out of a network: `outputs` are its results, by name. The call ends here if the first element of the
-    output called `score` compares with the threshold as `test` says; the last exit has no score and is always taken."""
+    output called `score` compares with the threshold as `test` says; the last exit has no score and is always taken.
+    `scale`: of a score that is integers, the real number that a 1 stands for; the threshold is real in any case."""
 
     name: str
     outputs: tuple[str, ...]
@@ -26,6 +27,7 @@ class ExitTest:
     score: str | None = None
     test: str = ">"
     threshold: float = 0.0
+    scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ class Module:
         self._call_exits: Any
         try:
             self.exits, self._thresholds = exit_calls.read(self.manifest, [p.name for p in self.outputs])
+            self._limits = exit_calls.given(self.exits, self._thresholds)
         except (KeyError, ValueError, TypeError) as e:
             raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: exits: {e}") from None
         missing = sorted(set(isa) - set(_native.cpu_features()))
@@ -102,7 +103,7 @@ class Module:
         try:
             self._call = _native.Artifact(str(library.resolve()), name, inputs, outputs, arena, batch, threads)
             if self.exits:  # thresholds are one more input, the exits taken one more output
-                given = [*inputs, ("thresholds", (len(self._thresholds),), "float32")]
+                given = [*inputs, ("thresholds", self._limits.shape, self._limits.dtype.name)]
                 got = [*outputs, ("exit_taken", (-1 if batch else 1,), "int32")]
                 self._call_exits = _native.Artifact(
                     str(library.resolve()), f"{name}_exits", given, got, arena, batch, threads
@@ -130,7 +131,7 @@ class Module:
         return self._careful(args, named, self._taken if self.exits else self._call)
 
     def _taken(self, *arrays: np.ndarray) -> Any:
-        *values, exits = self._call_exits(*arrays, self._thresholds)
+        *values, exits = self._call_exits(*arrays, self._limits)
         return exit_calls.taken(self.exits, values, exits)
 
     def run(self, *args: Any, **named: Any) -> exit_calls.Result:
@@ -146,7 +147,7 @@ class Module:
                 first = outputs[0] if isinstance(outputs, tuple) else outputs
                 exits = np.zeros(len(first) if self.manifest["batch_max"] else 1, np.int32)
                 return outputs
-            *values, exits = self._call_exits(*arrays, self._thresholds)
+            *values, exits = self._call_exits(*arrays, self._limits)
             return exit_calls.taken(self.exits, values, exits)
 
         outputs = self._careful(args, named, call)
@@ -160,12 +161,14 @@ class Module:
 
     @property
     def thresholds(self) -> dict[str, float]:
-        """The threshold of every exit but the last, by name. Assign a dict to change some."""
+        """The threshold of every exit but the last, by name, a real number also where scores are integers. Assign a
+        dict to change some."""
         return dict(zip((e.name for e in self.exits), self._thresholds.tolist(), strict=False))
 
     @thresholds.setter
     def thresholds(self, new: Mapping[str, float]) -> None:
         self._thresholds = exit_calls.changed(self.exits, self._thresholds, new)
+        self._limits = exit_calls.given(self.exits, self._thresholds)
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Runs on C-contiguous arrays of the declared types and writes the results into `outputs`:

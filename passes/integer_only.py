@@ -262,14 +262,19 @@ MOVING = [gather_integers, quantized_table, order_of_integers, product_of_intege
 # ---------------------------------------------------------------------- softmax and normalisation
 
 
+def exponentials(scale: float) -> np.ndarray:
+    """[256] u32: exp(-k scale) in units of 2^-30, for `integer_softmax` of bytes in steps of `scale`."""
+    return np.rint(np.exp(-np.arange(256.0) * np.float64(scale)) * 2.0**30).astype(np.uint32)
+
+
 @rule(op("quantize", op("softmax", op("dequantize", name="x", where=is_byte), name="f"), Var("s"), Var("z"),
          where=per_tensor))
 def softmax_of_integers(m: Match) -> Node | None:
     """The exponential of the distance to the largest value of a row is a table of 256 entries."""
     q, scale, _ = m["x"].inputs
-    table = np.rint(np.exp(-np.arange(256.0) * np.float64(scale.value.item())) * 2.0**30).astype(np.uint32)
     levels = int(np.clip(round(1 / float(m["s"].value.item())), 1, 2**31 - 1))
-    return ops.make("integer_softmax", q, constant(table), origin=m.root.origin, label=m.root.name,
+    table = constant(exponentials(scale.value.item()))
+    return ops.make("integer_softmax", q, table, origin=m.root.origin, label=m.root.name,
                     axis=m["f"].attrs["axis"], levels=levels, zero=int(m["z"].value.item()), to=m.root.dtype)
 
 

@@ -5,17 +5,36 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
-from skive.plan import Plan
+from skive.plan import Exit, Plan
 
 POINTERS = "const void* const* inputs, void* const* outputs, void* arena"
-_TAIL = "const float* thresholds, int32_t* exit_taken"
 
 
-def literal(value: float) -> str:
-    """`value` as a float literal."""
+def _type(plan: Plan) -> str:
+    """The C type of scores and thresholds."""
+    return "float" if all(e.code is None for e in plan.exits) else "int32_t"
+
+
+def _tail(plan: Plan) -> str:
+    return f"const {_type(plan)}* thresholds, int32_t* exit_taken"
+
+
+def literal(e: Exit) -> str:
+    """The threshold of `e` as a literal."""
+    if e.code is not None:
+        return str(e.code)
+    value = e.threshold
     if value in (float("inf"), float("-inf")):
         return f"{'-' if value < 0 else ''}__builtin_inff()"
     return f"{value!r}f"
+
+
+def _units(plan: Plan, upper: str) -> list[str]:
+    """What integer thresholds mean."""
+    if _type(plan) == "float":
+        return []
+    return [f"/* Scores and thresholds are integers, -2^24 to 2^24: real = {upper}_EXIT<i>_SCALE * integer. A real",
+            "   threshold becomes one by rounding down for > and <=, up for >= and <. */"]
 
 
 def header(plan: Plan, upper: str) -> list[str]:
@@ -23,6 +42,7 @@ def header(plan: Plan, upper: str) -> list[str]:
     n = plan.name
     lines = ["", "/* Early exits, in the order in which they are reached; the last is the whole network.",
              "   Thresholds: one for each exit but the last, null for those that the network was compiled with. */",
+             *_units(plan, upper),
              f"#define {upper}_EXIT_COUNT {len(plan.exits)}"]
     spent = 0
     for i, (e, s) in enumerate(zip(plan.exits, plan.stages, strict=True)):
@@ -32,23 +52,25 @@ def header(plan: Plan, upper: str) -> list[str]:
         lines.append(f"/* exit {i}: outputs {outputs}; taken {rule}; {spent} MACs and {s.arena_bytes} bytes of the "
                      "arena up to here */")
         if e.score is not None:
-            lines.append(f"#define {upper}_EXIT{i}_THRESHOLD {literal(e.threshold)}")
+            lines.append(f"#define {upper}_EXIT{i}_THRESHOLD {literal(e)}")
+            if e.scale is not None:
+                lines.append(f"#define {upper}_EXIT{i}_SCALE {e.scale!r}")
     lines += [
         "",
         "/* Runs the network until an exit is taken, whose number goes to *exit_taken. Outputs of that exit and of",
         "   those before it are written, those of later ones are not touched. */",
         f"{upper}_API int {n}_run_exits({POINTERS},",
-        f"    {_TAIL});",
+        f"    {_tail(plan)});",
         "/* Goes on behind exit *exit_taken, up to the next one that is taken. The arena, the inputs and the outputs",
         "   are as the call before left them. Does nothing behind the last exit. */",
         f"{upper}_API int {n}_resume({POINTERS},",
-        f"    {_TAIL});",
+        f"    {_tail(plan)});",
     ]
     if plan.batch_max:
         lines += [
             f"/* {n}_run_exits for `batch` samples that lie one after the other in every tensor; exit_taken[batch]. */",
             f"{upper}_API int {n}_run_exits_batch({POINTERS}, int batch,",
-            f"    {_TAIL});",
+            f"    {_tail(plan)});",
         ]
     lines += [
         "/* The same as one network: the thresholds are one more input, the exits one more output, int32[batch]. */",
@@ -90,11 +112,11 @@ def functions(
     """The host program, for the namespace of the model. `steps`: what `sequence` gave."""
     tests = [e for e in plan.exits if e.score is not None]
     out = [
-        f"const float default_thresholds[] = {{{', '.join(literal(e.threshold) for e in tests)}}};",
+        f"const {_type(plan)} default_thresholds[] = {{{', '.join(literal(e) for e in tests)}}};",
         "",
         "// The exit taken by a run that starts behind the first `from` stages.",
         f"__attribute__((noinline)) static int run_exits({POINTERS},",
-        "                                               const float* thresholds, int from) {",
+        f"                                               const {_type(plan)}* thresholds, int from) {{",
         "  const Memory m = memory(inputs, outputs, arena);",
         "  switch (from) {",
     ]
@@ -109,7 +131,7 @@ def functions(
             out += guarded(steps[s.first : s.end], "      ")
             started = True
         elif step.op == "leave":
-            score = f"*reinterpret_cast<const float*>(m.out[{e.score}])"
+            score = f"*reinterpret_cast<const {_type(plan)}*>(m.out[{e.score}])"
             out.append(f"      if ({score} {e.test} thresholds[{step.index}]) return {step.index};")
         elif step.op == "return":
             out.append(f"      return {step.index};")
@@ -119,7 +141,7 @@ def functions(
     if plan.batch_max:
         out += [
             f"__attribute__((noinline)) static void run_exits_batch({POINTERS}, int batch,",
-            "                                                      const float* thresholds, int32_t* exit_taken) {",
+            f"                                                      {_tail(plan)}) {{",
             "  for (int b = 0; b < batch; ++b) {",
             *pointers_of_sample(plan),
             "    exit_taken[b] = run_exits(in, out, arena, thresholds, 0);",
@@ -140,14 +162,14 @@ def entries(plan: Plan, upper: str) -> list[str]:
     defaults = "thresholds ? thresholds : default_thresholds"
     out = [
         f'extern "C" int {n}_run_exits({POINTERS},',
-        f"    {_TAIL}) {{",
+        f"    {_tail(plan)}) {{",
         resume,
         f"  *exit_taken = run_exits(inputs, outputs, arena, {defaults}, 0);",
         "  return 0;",
         "}",
         "",
         f'extern "C" int {n}_resume({POINTERS},',
-        f"    {_TAIL}) {{",
+        f"    {_tail(plan)}) {{",
         resume,
         f"  if (*exit_taken < 0 || *exit_taken >= {upper}_EXIT_COUNT) return {upper}_ERROR_EXIT;",
         f"  if (*exit_taken + 1 < {upper}_EXIT_COUNT)",
@@ -159,7 +181,7 @@ def entries(plan: Plan, upper: str) -> list[str]:
     if plan.batch_max:
         out += [
             f'extern "C" int {n}_run_exits_batch({POINTERS}, int batch,',
-            f"    {_TAIL}) {{",
+            f"    {_tail(plan)}) {{",
             resume,
             f"  if (batch < 1 || batch > {upper}_BATCH_MAX) return {upper}_ERROR_BATCH;",
             f"  run_exits_batch(inputs, outputs, arena, batch, {defaults}, exit_taken);",
@@ -169,7 +191,7 @@ def entries(plan: Plan, upper: str) -> list[str]:
         ]
     given = [
         f"  if (!inputs || !outputs) return {upper}_ERROR_NULL;",
-        f"  const float* const thresholds = static_cast<const float*>(inputs[{upper}_INPUT_COUNT]);",
+        f"  const {_type(plan)}* const thresholds = static_cast<const {_type(plan)}*>(inputs[{upper}_INPUT_COUNT]);",
         f"  int32_t* const exit_taken = static_cast<int32_t*>(outputs[{upper}_OUTPUT_COUNT]);",
     ]
     out += [

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from skive import exit_calls, ops
 from skive import expr as expressions
-from skive import ops
 from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node
 from skive.lower.abilities import is_integer_conv, is_integer_depthwise
@@ -184,7 +184,8 @@ class Lowering(Storage):
         )
         ways = tuple(
             Exit(e.name, tuple(number[n] for n in e.outputs), e.criterion,
-                 number[e.score] if e.score else None, e.test if e.score else "", e.threshold)
+                 number[e.score] if e.score else None, e.test if e.score else "", e.threshold, e.scale,
+                 exit_calls.code(e.test, e.threshold, e.scale) if e.scale is not None else None)
             for e in exits
         )
         steps = [

@@ -273,13 +273,13 @@ def test_what_cannot_be_is_refused(exits: list[Any], words: str) -> None:
         skive.compile(image_net(), exits=exits)
 
 
-def test_a_batch_needs_one_shape_and_scores_need_floats() -> None:
+def test_a_batch_needs_one_shape_and_a_criterion_its_integers() -> None:
     graph = image_net(4)
     wide = ops.make("concat", graph.outputs[1], graph.outputs[1], axis=1)
     with pytest.raises(ExitError, match="no one shape"):
         skive.compile(replace(graph, outputs=(graph.outputs[0], wide)), exits=["early:max-prob=1"], batch_max=4)
     with pytest.raises(ExitError, match="integer_only"):
-        skive.compile(graph, exits=["early:max-prob=1"], quantize=skive.Quantize(integer_only=True, calibration=[]))
+        skive.compile(graph, exits=["early:quality=1"], quantize=skive.Quantize(integer_only=True, calibration=[]))
 
 
 def test_a_fixed_batch_leaves_as_a_whole_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -507,11 +507,11 @@ def softmax(rng: Random) -> Subject:
     """integer_softmax over any axis."""
     outer, n, inner = int(rng.integers(1, 6)), choice(rng, 1, 2, 7, 10, 40, 100, 197, 1100), choice(rng, 1, 1, 1, 3, 8)
     dtype = [np.uint8, np.int8, np.int16][int(rng.integers(3))]
-    to = [np.uint8, np.int8, np.int16][int(rng.integers(3))]
+    to = [np.uint8, np.int8, np.int16, np.int32][int(rng.integers(4))]
     wide = dtype is np.int16
     entries = choice(rng, 512, 4096) if wide else 256
     scale = float(rng.uniform(0.002, 0.01) if wide else rng.uniform(0.01, 0.4))
-    levels, zero = {np.uint8: (256, 0), np.int8: (256, -128), np.int16: (32768, 0)}[to]
+    levels, zero = {np.uint8: (256, 0), np.int8: (256, -128), np.int16: (32768, 0), np.int32: (2**24, 0)}[to]
     table = exponentials(scale, entries, 24 if wide else 16)
     if wide:
         table[-1] = 0

@@ -34,6 +34,8 @@ SOFTMAX: list[tuple[tuple[int, int, int], type, type, float, int]] = [
     ((2, 7, 5), np.int8, np.uint8, 0.3, 256),
     ((2, 40, 1), np.int16, np.int16, 0.005, 4096),
     ((1, 1, 1), np.uint8, np.uint8, 1.0, 256),
+    ((3, 10, 1), np.uint8, np.int32, 0.05, 256),
+    ((1, 1100, 1), np.int8, np.int32, 0.02, 256),
 ]
 
 
@@ -44,13 +46,14 @@ def test_softmax(isa: str, tmp_path: Path) -> None:
     for shape, dtype, to, scale, entries in SOFTMAX:
         info = np.iinfo(dtype)
         x = np.clip(rng.normal(0, 40 if info.bits == 8 else 3000, shape), info.min, info.max).astype(dtype)
-        bits = 16 if info.bits == 8 else 24
+        bits = 30 if to is np.int32 else 16 if info.bits == 8 else 24
         table = exponentials(scale, entries, bits)
-        levels, zero = (256, 0) if to is np.uint8 else (256, -128) if to is np.int8 else (32768, 0)
+        levels, zero = {np.uint8: (256, 0), np.int8: (256, -128), np.int16: (32768, 0), np.int32: (2**24, 0)}[to]
         want = softmax(x, table, levels, zero, to)
         exact = np.exp(scale * (x.astype(float) - x.max(1, keepdims=True)))
         exact = np.clip(exact / exact.sum(1, keepdims=True) * levels + zero, np.iinfo(to).min, np.iinfo(to).max)
-        assert np.abs(want - exact).max() <= 0.5 + (shape[1] + 1) * 2.0**-bits * levels
+        cut = 2.0 ** (bits - 32)  # of the reciprocal
+        assert np.abs(want - exact).max() <= 0.5 + cut + (shape[1] + 1) * 2.0**-bits * levels
         kernel = angle("integer_softmax", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], *shape, entries)
         cases.append(Case(f"{kernel}::run(x0, x1, y0, part, {levels}, {zero})", [x, table], [want]))
     check(cases, ["softmax.h"], isa, tmp_path)

@@ -14,6 +14,9 @@ from batch import CTYPE, Case, check
 from driver import compile_library, cpu_isas, pointer
 from numpy.typing import NDArray
 
+from skive import ops
+from skive.ir import constant
+
 Floats = NDArray[np.float64]
 _erf = np.frompyfunc(math.erf, 1, 1)
 _erfc = np.frompyfunc(math.erfc, 1, 1)
@@ -217,6 +220,21 @@ def test_integers(isa: str, tmp_path: Path) -> None:
             loop = f"for (int i = 0; i < {a.size}; ++i) {{ {operands} y0[i] = {text}; }}"
             cases.append(Case(loop, [a, b], [wrapped(want)], parts=(1,)))
     check(cases, ["math.h"], isa, tmp_path)
+
+
+@pytest.mark.parametrize("isa", ["generic"])
+def test_log2_fixed(isa: str, tmp_path: Path) -> None:
+    """Against its meaning in ops.py, which stays below log2 by a unit of 2^-24 and a little."""
+    rng = np.random.default_rng(5)
+    powers = 2 ** np.arange(31, dtype=np.int64)
+    others = rng.integers(-(2**31), 2**31, 4000), 2 ** rng.uniform(0, 31, 4000)
+    x = np.concatenate([powers, powers - 1, powers + 1, *others])
+    x = np.clip(x, -(2**31), 2**31 - 1).astype(np.int32)
+    want = ops.evaluate(ops.make("log2_fixed", constant(x)), [x])
+    exact = np.log2(np.maximum(x, 1).astype(np.float64)) * 2**24
+    assert ((want <= exact) & (want > exact - 1.02)).all() and (want[:31] == np.arange(31) * 2**24).all()
+    check([Case(f"for (int i = 0; i < {x.size}; ++i) y0[i] = log2_fixed(x0[i]);", [x], [want], parts=(1,))],
+          ["math.h"], isa, tmp_path)
 
 
 @pytest.mark.parametrize("isa", ["generic"])

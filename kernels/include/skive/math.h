@@ -830,6 +830,22 @@ SKIVE_INLINE T requantize_fixed(int32_t x, int32_t multiplier, int32_t shift, in
   return static_cast<T>(y < low ? low : y > high ? high : y);
 }
 
+// log2(max(x, 1)) in units of 2^-24, by repeated squaring: each square is cut to 31 fraction bits, and whether it
+// reached 2 is the next bit of the logarithm.
+SKIVE_INLINE int32_t log2_fixed(int32_t x) {
+  const uint32_t v = x < 1 ? 1 : static_cast<uint32_t>(x);
+  const int zeros = __builtin_clz(v);
+  uint64_t mantissa = uint64_t{v} << zeros;
+  uint32_t y = static_cast<uint32_t>(31 - zeros);
+  for (int i = 0; i < 24; ++i) {
+    mantissa = mantissa * mantissa >> 31;
+    const uint32_t bit = static_cast<uint32_t>(mantissa >> 32);
+    mantissa >>= bit;
+    y = 2 * y + bit;
+  }
+  return static_cast<int32_t>(y);
+}
+
 // ---------------------------------------------------------------------------- scalar C library
 
 // One line per function: `f` for float, `d` for double, inlined into one `if constexpr`.
