@@ -32,6 +32,12 @@ class Batches:
         self._teacher = teacher
         self._answers: dict[tuple[int, int], Tensor] = {}
 
+    def halves(self) -> tuple[Batches, Batches]:
+        """The same of every second input, and of the others."""
+        first, second = (Batches(self.inputs[i::2].numpy(), self._teacher, self.shift, self.mirror, self.seed)
+                         for i in range(2))
+        return first, second
+
     def __len__(self) -> int:
         return len(self.inputs) // self.size
 

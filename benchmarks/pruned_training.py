@@ -9,9 +9,11 @@ the whole network (`distillation.py`); classes only judge.
 
 `whole`: as it is, trained on (what the others are to be compared with). A criterion of `skive.Prune`, or `taylor`:
 pruned at once, fitted (not l1 and random) and trained. `scratch`: the shape of `activation` with new weights and five
-times the rate. `torch-pruning`: Torch-Pruning, if installed, of ResNet-20 the channels inside blocks, as it
-cannot follow the shortcuts that append zeros. `blocks`: three quarters of the blocks of 4x16 weights of each layer
-zero, half of them at once with reconstruction, the others during the first half of the training. `--int8` adds the
+times the rate. `tas`: channels by `activation`, how many of each layer by a search (`skive.torch.search_widths`) for
+as many epochs on two halves of the data, which comes on top (`search_seconds`). `torch-pruning`: Torch-Pruning, if
+installed, of ResNet-20 the channels inside blocks, as it cannot follow the shortcuts that append zeros. `blocks`:
+three quarters of the blocks of 4x16 weights of each layer zero, half of them at once with reconstruction, the others
+during the first half of the training. `--int8` adds the
 top-1 of the result compiled in INT8. `--held-out` keeps the last tenth of the training part to judge instead
 of the test, for choosing settings. Keywords have no training part: 300 maps are trained on, 300 judge.
 Seconds are those of this process's processor time.
@@ -113,12 +115,15 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
         from torch_pruning_peer import resnet20
 
         return helpers.network(resnet20(t.path.with_suffix(".pt"), a.macs), t.example)
-    criterion: Any = "activation" if way == "scratch" else way
+    criterion: Any = "activation" if way in ("scratch", "tas") else way
     if way == "taylor":
         criterion = helpers.importance(t.whole, t.batches, followed)
         t.batches.rewind()
     asked = skive.Prune(macs=a.macs, criterion=criterion, refit=way not in ("l1", "random"), seed=a.seed,
                         multiple=a.multiple, calibration=t.calibration)
+    if way == "tas":
+        asked = helpers.search_widths(t.path, asked, *t.batches.halves(), a.epochs, a.rate, loss=followed,
+                                      bfloat16=a.bfloat16, example_inputs=t.example)
     return helpers.prune(t.path, asked, example_inputs=t.example)
 
 
@@ -126,11 +131,15 @@ def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
     """What the benchmark says about one way."""
     t.batches.rewind()
     torch.manual_seed(a.seed)
+    started = time.process_time()
     net = smaller(way, t, a)
+    searched = time.process_time() - started
     row: dict[str, Any] = {
         "model": t.model.name, "way": way, "epochs": a.epochs, "rate": a.rate, "seed": a.seed,
         "judged_on": "held out" if a.held_out else "test", "samples": len(t.classes),
         "macs_removed": 1 - total_macs(net.source) / total_macs(t.whole.source), "before": accuracy(net, t)["top1"]}
+    if way == "tas":
+        row["search_seconds"] = searched
     if way == "scratch":
         net.normalise(t.batches.inputs[:BATCH]).reset(a.seed)
     started = time.process_time()

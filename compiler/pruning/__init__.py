@@ -19,7 +19,7 @@ import numpy as np
 from skive.errors import PruningError
 from skive.ir import Graph
 from skive.passes.channel_groups import WINDOW, Groups, channel_groups, without
-from skive.pruning.choice import check_keep, chosen_groups, obstacles, per_cost
+from skive.pruning.choice import check_keep, chosen_groups, given_groups, obstacles, per_cost
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.erasing import erased
 from skive.pruning.fit import left_as_they_were, refitted, restored
@@ -38,7 +38,7 @@ from skive.samples import Samples
 from skive.targets.base import Target
 
 __all__ = ["CRITERIA", "DATA_DRIVEN", "SCOPES", "Cost", "Importance", "Prune", "apply", "check_keep",
-           "constant_keys", "refitted", "requested", "restored"]
+           "constant_keys", "ranking", "refitted", "requested", "restored"]
 
 log = logging.getLogger("skive.pruning")
 
@@ -76,16 +76,18 @@ def apply(
         raise PruningError(f"{graph.name}: no channel can be removed: {obstacles(found)}")
     gone = np.zeros(len(found.groups), bool)
     criterion = options.criterion_name
-    if options.fraction:
+    if options.fraction or options.widths:
         cost = _cost(found, options, target, threads, dtype, progress)
         if options.refit or options.criterion in DATA_DRIVEN:
             samples = samples or _samples(graph, options)
         scores, criterion = _scores(found, options, samples, cost)
-        for _ in range(TURNS):
+        for _ in range(TURNS if options.fraction else 0):
             gone = chosen_groups(found, scores, options, cost)
             cost.measure(gone)
             if cost(gone) <= (1 - options.fraction) * cost.whole:
                 break
+        if options.widths:
+            gone = given_groups(found, scores, options)
     whole_groups = found
     used = "calibration" if options.calibration is not None else "noise"
     fit: dict[str, Any] = {"data": used if samples else None, "samples": len(samples), "not_fitted": []}
@@ -115,6 +117,17 @@ def apply(
         report["latency_removed"] = 1 - cost(gone) / cost.whole
         report["forecast_us"] = {"whole": cost.whole, "pruned": cost(gone), "dtype": dtype}
     return without(found, np.flatnonzero(gone)), report
+
+
+def ranking(found: Groups, options: Prune) -> tuple[np.ndarray, Prune]:
+    """([groups] the scores by which `apply` chooses, `options` with the calibration data that were read for them)."""
+    samples: list[Sequence[np.ndarray]] = []
+    if options.calibration is not None:
+        samples = _samples(found.graph, options)
+        options = replace(options, calibration=samples)
+    elif options.criterion in DATA_DRIVEN:
+        samples = _samples(found.graph, options)
+    return _scores(found, options, samples, Cost(found, "macs"))[0], options
 
 
 def _cost(found: Groups, options: Prune, target: Target | None, threads: int, dtype: str,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from skive.errors import PruningError
-from skive.ir import Graph
+from skive.ir import Graph, Node
 from skive.passes.channel_groups import WINDOW, Groups
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.request import Prune
@@ -18,7 +18,7 @@ from skive.pruning.request import Prune
 WEIGHTED = frozenset({"conv2d", "conv_transpose2d", "linear"})
 
 
-def _vector_multiple(size: int) -> int:
+def vector_multiple(size: int) -> int:
     """Channels are kept in multiples of this where a layer has `size`: what reads them takes 4 bytes at a time, what
     makes them 16 integers or 8 to 16 floats, and of two half empty registers none is saved."""
     if size >= 128:
@@ -32,7 +32,7 @@ def chosen_groups(found: Groups, scores: np.ndarray, options: Prune, cost: Cost 
     if options.fraction == 0:
         return np.zeros(len(found.groups), bool)
     limit = (1 - options.fraction) * cost.whole
-    kept = _kept_by_name(found, options.keep)
+    kept = kept_by_name(found, options.keep)
     families = [sorted(f, key=lambda g: (scores[g], g)) for f in found.families if f not in kept]
     ranked = sorted((g for f in families for g in f), key=lambda g: (scores[g], g))
     place = {g: i for i, g in enumerate(ranked)}
@@ -43,7 +43,7 @@ def chosen_groups(found: Groups, scores: np.ndarray, options: Prune, cost: Cost 
         for f in families:
             going = (len(f) * level // max(1, len(ranked)) if options.scope == "layer"
                      else sum(place[g] < level for g in f))
-            multiple = options.multiple or _vector_multiple(len(f))
+            multiple = options.multiple or vector_multiple(len(f))
             left = max(1, math.ceil((len(f) - going) / multiple)) * multiple
             result[f[: max(0, len(f) - left)]] = True
         return result
@@ -71,7 +71,7 @@ def _given_back(gone: np.ndarray, families: Sequence[Sequence[int]], scores: np.
     gone = gone.copy()
     waiting = {i: int(gone[list(f)].sum()) for i, f in enumerate(families)}
     while waiting := {i: count for i, count in waiting.items() if count}:
-        steps = {i: list(families[i])[max(0, count - (options.multiple or _vector_multiple(len(families[i])))) : count]
+        steps = {i: list(families[i])[max(0, count - (options.multiple or vector_multiple(len(families[i])))) : count]
                  for i, count in waiting.items()}
         i = max(steps, key=lambda i: (float(scores[steps[i]].mean()), -i))
         gone[steps[i]] = False
@@ -93,9 +93,14 @@ def per_cost(found: Groups, scores: np.ndarray, cost: Cost | Latency) -> np.ndar
     return result
 
 
-def _kept_by_name(found: Groups, patterns: Sequence[str]) -> set[tuple[int, ...]]:
+def read_axes(found: Groups) -> set[tuple[Node, int]]:
+    """The axes of weights along which layers read channels."""
+    return {(n.inputs[1], n.inputs[1].type.rank - 1) for n in found.graph.nodes if n.op in WEIGHTED}
+
+
+def kept_by_name(found: Groups, patterns: Sequence[str]) -> set[tuple[int, ...]]:
     """The families of channels that layers of these names make."""
-    read = {(n.inputs[1], n.inputs[1].type.rank - 1) for n in found.graph.nodes if n.op in WEIGHTED}
+    read = read_axes(found)
     kept = set()
     for f in found.families:
         made = {n for n, axes in found.groups[f[0]].places.items() if any((n, axis) not in read for axis in axes)}
@@ -103,6 +108,39 @@ def _kept_by_name(found: Groups, patterns: Sequence[str]) -> set[tuple[int, ...]
         if any(fnmatch.fnmatchcase(name, p) for p in patterns for name in names):
             kept.add(f)
     return kept
+
+
+def named_families(found: Groups) -> dict[str, tuple[int, ...]]:
+    """The families of channels by the first layer that makes them, `#2` and so on behind further ones of a layer."""
+    read = read_axes(found)
+    result: dict[str, tuple[int, ...]] = {}
+    seen: dict[str, int] = {}
+    for f in found.families:
+        places = found.groups[f[0]].places
+        made = [n.label() for n, axes in places.items() if any((n, axis) not in read for axis in axes)]
+        name = (made or [n.label() for n in places])[0]
+        seen[name] = seen.get(name, 0) + 1
+        result[f"{name}#{seen[name]}" if seen[name] > 1 else name] = f
+    return result
+
+
+def given_groups(found: Groups, scores: np.ndarray, options: Prune) -> np.ndarray:
+    """[groups] bool, the least important ones, so that the widths of `options` are left. PruningError for what the
+    network does not have."""
+    families = named_families(found)
+    kept = kept_by_name(found, options.keep)
+    gone = np.zeros(len(found.groups), bool)
+    for name, width in options.widths.items():
+        if name not in families:
+            near = difflib.get_close_matches(name, families, 3, 0.3) or sorted(families)[:3]
+            raise PruningError(f"{found.graph.name}: a width is given for {name!r}, which makes no channels that can "
+                               f"be removed; there are {', '.join(near) or 'none'}: {obstacles(found)}")
+        f = families[name]
+        if width > len(f) or (width < len(f) and f in kept):
+            raise PruningError(f"{found.graph.name}: {name} has {len(f)} channels"
+                               f"{' that keep names' if f in kept else ''}, {width} cannot be left of them")
+        gone[sorted(f, key=lambda g: (scores[g], g))[: len(f) - width]] = True
+    return gone
 
 
 def check_keep(graph: Graph, patterns: Sequence[str]) -> None:

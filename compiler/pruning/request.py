@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from skive.errors import PruningError
+from skive.ir import FrozenDict
 from skive.pruning.scores import Importance
 from skive.samples import fingerprint
 
@@ -37,8 +38,10 @@ class Prune:
     vectors like them; None: of 16 where a layer has 128 or more, of 8 from 24 on, of 4 or
     less below. `keep`: patterns of layer names
     that keep all their channels. `zeros`: before that, channels that are zero already (masks and zero groups of
-    other tools) go, exactly. `erase`: before all, so many residual branches go whole, those that change their
-    input least. `calibration`: as for `skive.Quantize`; without it, noise stands in.
+    other tools) go, exactly. `widths`: instead of a fraction, how many channels stay, by the layer
+    that makes them, as `skive.torch.search_widths` finds them; what is not named stays whole. `erase`: before all, so
+    many residual branches go whole, those that change their input least. `calibration`: as for `skive.Quantize`;
+    without it, noise stands in.
     """
 
     macs: float | None = None
@@ -52,14 +55,19 @@ class Prune:
     keep: tuple[str, ...] = ()
     zeros: bool = False
     erase: int = 0
+    widths: Mapping[str, int] = field(default_factory=FrozenDict, hash=False)
     calibration: Any = field(default=None, compare=False, repr=False)
     samples: int = 128
     seed: int = 0
 
     def __post_init__(self) -> None:
         given = [m for m in MEASURES if getattr(self, m) is not None]
-        if len(given) > 1 or not (given or self.zeros or self.erase):
-            raise PruningError(f"give one of {', '.join(MEASURES)}: the fraction to remove; or zeros, or erase")
+        if len(given) + bool(self.widths) > 1 or not (given or self.zeros or self.erase or self.widths):
+            raise PruningError(f"give one of {', '.join(MEASURES)}: the fraction to remove; or widths, zeros, or erase")
+        for name, width in self.widths.items():
+            if not isinstance(width, (int, np.integer)) or width < 1:
+                raise PruningError(f"the width of {name} is {width!r}, not a number of channels")
+        object.__setattr__(self, "widths", FrozenDict({name: int(width) for name, width in self.widths.items()}))
         if not 0 <= self.fraction < 1:
             raise PruningError(f"{self.measure} is {getattr(self, self.measure)!r}, not a fraction from 0 to below 1")
         if not isinstance(self.criterion, Importance) and self.criterion not in CRITERIA:
@@ -77,7 +85,7 @@ class Prune:
 
     def options(self) -> dict[str, Any]:
         """All but the data, as plain values."""
-        values = {k: v for k, v in self.__dict__.items() if k != "calibration"}
+        values = {k: v for k, v in self.__dict__.items() if k != "calibration"} | {"widths": dict(self.widths)}
         if isinstance(self.criterion, Importance):
             h = hashlib.sha256()
             for key, value in sorted(self.criterion.values.items()):

@@ -15,6 +15,7 @@ from skive.torch.gates import fit_gates, train_gates
 from skive.torch.hesso import hesso
 from skive.torch.network import Network, network
 from skive.torch.training import finetune, importance, prune, sparsify
+from skive.torch.widths import search_widths
 
 __all__ = ["Network", "WithExits", "add_exits", "exit_point", "finetune", "fit_gates", "hesso", "importance", "network",
-           "prune", "sparsify", "suggest_exits", "train_exits", "train_gates"]
+           "prune", "search_widths", "sparsify", "suggest_exits", "train_exits", "train_gates"]

@@ -74,7 +74,7 @@ class Network(nn.Module):
     @property
     def masks(self) -> dict[Node, np.ndarray]:
         """By constant, which of its weights stay (bool of its shape); the others are zero in every result."""
-        return {n: m.numpy() > 0 for n, m in self._masks.items()}
+        return {n: m.detach().numpy() > 0 for n, m in self._masks.items()}
 
     @masks.setter
     def masks(self, masks: Mapping[Node, np.ndarray]) -> None:
@@ -84,20 +84,21 @@ class Network(nn.Module):
                                    "fits: take the nodes of `constants`")
         self._masks = {n: torch.from_numpy(m.astype(np.float32)) for n, m in masks.items()}
 
-    def fade(self, factors: Mapping[Node, Mapping[int, np.ndarray]]) -> None:
-        """Multiplies constants from now on: by constant and axis, a factor per index. Where batch normalisation would
-        undo it, behind a convolution, its result is multiplied instead."""
+    def fade(self, factors: Mapping[Node, Mapping[int, np.ndarray | torch.Tensor]]) -> None:
+        """Multiplies constants from now on: by constant and axis, a factor per index; gradients reach factors that are
+        tensors. Where batch normalisation would undo it, behind a convolution, its result is multiplied instead."""
         for node, by_axis in factors.items():
             user = self._graph.users[node][0]
-            total = np.ones(node.shape, np.float32)
-            for axis, factor in by_axis.items():
+            total = torch.ones(node.shape)
+            for axis, given in by_axis.items():
+                factor = torch.as_tensor(given, dtype=torch.float32)
                 if user in self._norm_of and axis == 0:
                     if node is user.inputs[1]:
-                        self._fades[user] = torch.from_numpy(factor.astype(np.float32))
+                        self._fades[user] = factor
                 else:
-                    total *= factor.reshape([-1 if a == axis else 1 for a in range(total.ndim)]).astype(np.float32)
+                    total = total * factor.reshape([-1 if a == axis else 1 for a in range(total.dim())])
             if node in self._place:
-                self._masks[node] = torch.from_numpy(total)
+                self._masks[node] = total
 
     def weight(self, node: Node) -> torch.Tensor:
         """The parameter of a constant, zero where its mask says so."""
@@ -163,7 +164,7 @@ class Network(nn.Module):
         self._run(inputs, watched)
         for node, y in watched.items():
             flat = y.reshape(-1, y.shape[-1])
-            norm = nn.BatchNorm2d(y.shape[-1])
+            norm = nn.BatchNorm2d(y.shape[-1]).train(self.training)
             variance, mean = torch.var_mean(flat, 0, unbiased=False)
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
@@ -183,7 +184,7 @@ class Network(nn.Module):
             scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).double().numpy()
             shift = norm.bias.double().numpy() - norm.running_mean.double().numpy() * scale
             if node in self._fades:
-                scale, shift = (v * self._fades[node].double().numpy() for v in (scale, shift))
+                scale, shift = (v * self._fades[node].detach().double().numpy() for v in (scale, shift))
             w, *bias = node.inputs[1:3]
             values[w] = values[w] * scale[:, None, None, None]
             if bias:
