@@ -1,7 +1,7 @@
 """What training gives back after channels or blocks of weights were removed: real networks on their training data.
 
     python benchmarks/pruned_training.py DATA [--models resnet20_cifar10,kws_dscnn] [--macs 0.5] [--epochs 20]
-                     [--rate 0.02] [--ways whole,activation,l1,random,scratch,torch-pruning,blocks] [--int8]
+                     [--rate 0.01] [--ways whole,activation,l1,random,scratch,torch-pruning,blocks] [--int8]
                      [--held-out] [--seed 0] [--limit N] [--json FILE]
 
 DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps, and follows the answers of
@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--rate", type=float, default=0.02)
+    parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--ways", default="whole,activation,l1,random,scratch,torch-pruning,blocks")
     parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, where the processor has them")
     parser.add_argument("--int8", action="store_true")
