@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to one line of at most 300 characters."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
 class SkiveError(Exception):
     """Base of every error skive raises on purpose: the input or the request is at fault."""
 

@@ -63,16 +63,20 @@ def open_model(
         if path.suffix == ".skive" or path.suffix == ".txt":
             from skive.text import load_text
 
+            if shapes or fixed:
+                raise InvalidModelError(f"{path}: skive's text form has its shapes and constants; edit the file")
             return Source(path.stem, str(path), "", request, lambda: load_text(path))
         if path.suffix == ".pt2":
             from skive.frontend import torch as torch_frontend
 
-            return torch_frontend.open_exported(path, request=request, batch_max=batch_max)
+            return torch_frontend.open_exported(
+                path, example_inputs, request=request, batch_max=batch_max, shapes=shapes, fixed=fixed
+            )
         if ":" in path.name and not path.exists():
             from skive.frontend import torch as torch_frontend
 
             return torch_frontend.open_callable(
-                str(model), example_inputs, shapes, request=request, batch_max=batch_max
+                str(model), example_inputs, request=request, batch_max=batch_max, shapes=shapes, fixed=fixed
             )
         return _open_onnx(path, path.stem, str(path), shapes, fixed, example_inputs, batch_max, request)
     torch = sys.modules.get("torch")
@@ -81,7 +85,9 @@ def open_model(
     ):
         from skive.frontend import torch as torch_frontend
 
-        return torch_frontend.open_module(model, example_inputs, request=request, batch_max=batch_max)
+        return torch_frontend.open_module(
+            model, example_inputs, request=request, batch_max=batch_max, shapes=shapes, fixed=fixed
+        )
     if type(model).__name__ == "ModelProto":
         return _open_onnx(
             model, model.graph.name or "model", None, shapes, fixed, example_inputs, batch_max, request
@@ -95,6 +101,8 @@ def open_model(
 def _shapes_of(example: tuple[Any, ...] | Mapping[str, Any] | None) -> Any:
     if example is None:
         return None
+    if not isinstance(example, (Mapping, tuple, list)):
+        raise InvalidModelError(f"example_inputs is {type(example).__name__}; give a tuple of arrays or a dict")
     items = example.items() if isinstance(example, Mapping) else enumerate(example)
     return [[str(k), list(np.shape(v)), str(getattr(v, "dtype", type(v).__name__))] for k, v in items]
 

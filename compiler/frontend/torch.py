@@ -15,14 +15,11 @@ import hashlib
 import importlib
 import inspect
 import io
-import json
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from skive.errors import ExitError, InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+from skive.errors import ExitError, InvalidModelError, ShapeError, SkiveError, UnsupportedOpError, first_line
 from skive.frontend import Source
+from skive.frontend.archive import refuse_code
 from skive.ir import Graph
 
 if TYPE_CHECKING:
@@ -52,40 +50,47 @@ def _torch() -> Any:
     return torch
 
 
-def open_module(model: Any, example_inputs: Any, *, request: str, batch_max: int | None) -> Source:
+def open_module(model: Any, example_inputs: Any, *, request: str, batch_max: int | None,
+                shapes: Mapping[str, tuple[int, ...]] = {}, fixed: Mapping[str, np.ndarray] = {}) -> Source:  # noqa: B006
     """The Source of a `torch.nn.Module` in evaluation mode, or of an `ExportedProgram`.
 
-    `example_inputs` (a tuple, or a dict by the names of `forward`) fixes shapes and element types.
+    `example_inputs` (a tuple, or a dict by the names of `forward`) fixes shapes and element types; `shapes` those of
+    symbolic dimensions of a program. Inputs named in `fixed` become constants.
     InvalidModelError if the module is in training mode, is a TorchScript module, has weights of
     another type than float32, or if `forward` fails; UnsupportedOpError if it branches on values.
     """
     torch = _torch()
     if isinstance(model, torch.export.ExportedProgram):
         args, kwargs = model.example_inputs or ((), {})
-        shapes = _shapes(model, example_inputs)
-        return _source(model, "model", None, request, batch_max, lambda: _runner(model, args, kwargs), shapes)
+        return _source(model, "model", None, request, batch_max, lambda: _runner(model, args, kwargs),
+                       {**_shapes(model, example_inputs), **shapes}, fixed)
     name = type(model).__name__
     if isinstance(model, torch.jit.ScriptModule):
         raise InvalidModelError(f"{name} is a TorchScript module; give the torch.nn.Module it was made from")
-    for path, part in model.named_modules():
-        if part.training:
-            raise InvalidModelError(f"{path or name} is in training mode; call .eval() on the model first")
+    from skive.frontend import modules
+
+    model = modules.prepared(model)
+    name = type(model).__name__
     for path, weight in model.named_parameters():
         _check_type(f"parameter {path}", weight)
     if example_inputs is None:
         raise InvalidModelError(f"{name}: example_inputs is missing; give a tuple of tensors, "
                                 "or a dict by the names of forward's parameters")
+    if shapes:
+        raise InvalidModelError(f"{name}: input_shapes is for files and programs; the shapes of example_inputs hold")
     args, kwargs = _arguments(model, example_inputs)
     try:
-        program = _export(model, args, kwargs, batch_max)
+        program = modules.exported(model, args, kwargs, lambda: _export(model, args, kwargs, batch_max))
     except _Undecided:
-        program = _with_decisions(model, args, kwargs, batch_max)
-        source = _source(program, name, None, request, None, lambda: _eager(model, args, kwargs, numbers=True))
+        program = modules.exported(model, args, kwargs, lambda: _with_decisions(model, args, kwargs, batch_max))
+        source = _source(program, name, None, request, None, lambda: _eager(model, args, kwargs, numbers=True),
+                         {}, fixed)
         return source if batch_max is None else replace(source, graph=lambda: _per_sample(source.graph(), batch_max))
-    return _source(program, name, None, request, batch_max, lambda: _eager(model, args, kwargs))
+    return _source(program, name, None, request, batch_max, lambda: _eager(model, args, kwargs), {}, fixed)
 
 
-def open_exported(path: Path, *, request: str, batch_max: int | None) -> Source:
+def open_exported(path: Path, example_inputs: Any, *, request: str, batch_max: int | None,
+                  shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, np.ndarray]) -> Source:
     """The Source of a `.pt2` file; InvalidModelError if it is damaged or carries anything executable."""
     torch = _torch()
     refuse_code(path)
@@ -95,13 +100,14 @@ def open_exported(path: Path, *, request: str, batch_max: int | None) -> Source:
         try:
             program = torch.export.load(path)
         except Exception as e:  # noqa: BLE001 - torch raises what it likes for a damaged archive
-            raise InvalidModelError(f"{path}: this PyTorch cannot read the program: {_first_line(e)}") from None
+            raise InvalidModelError(f"{path}: this PyTorch cannot read the program: {first_line(e)}") from None
     args, kwargs = program.example_inputs or ((), {})
-    return _source(program, path.stem, str(path), request, batch_max, lambda: _runner(program, args, kwargs))
+    return _source(program, path.stem, str(path), request, batch_max, lambda: _runner(program, args, kwargs),
+                   {**_shapes(program, example_inputs), **shapes}, fixed)
 
 
-def open_callable(spec: str, example_inputs: Any, shapes: Mapping[str, Sequence[int]], *, request: str,
-                  batch_max: int | None) -> Source:
+def open_callable(spec: str, example_inputs: Any, *, request: str, batch_max: int | None,
+                  shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, np.ndarray]) -> Source:
     """The Source of the module that `package.module:callable` returns.
 
     Without `example_inputs`, float32 inputs of the given `shapes` (by the names of `forward`).
@@ -115,14 +121,15 @@ def open_callable(spec: str, example_inputs: Any, shapes: Mapping[str, Sequence[
         for part in attribute.split("."):
             target = getattr(target, part)
         model: Any = target if isinstance(target, torch.nn.Module) else target()
-    except Exception as e:  # noqa: BLE001 - the user's code
-        raise InvalidModelError(f"{spec}: {type(e).__name__}: {_first_line(e)}") from None
+    except (Exception, SystemExit) as e:  # the user's code
+        raise InvalidModelError(f"{spec}: {type(e).__name__}: {first_line(e)}") from None
     if not isinstance(model, torch.nn.Module):
         raise InvalidModelError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
     if example_inputs is None and shapes:
         generator = torch.Generator().manual_seed(0)
-        example_inputs = {k: torch.randn(tuple(v), generator=generator) for k, v in shapes.items()}
-    source = open_module(model, example_inputs, request=request, batch_max=batch_max)
+        example_inputs = {k: torch.randn([abs(d) for d in v], generator=generator) for k, v in shapes.items()}
+        shapes = {}
+    source = open_module(model, example_inputs, request=request, batch_max=batch_max, shapes=shapes, fixed=fixed)
     return replace(source, name=attribute.rpartition(".")[2])
 
 
@@ -132,6 +139,10 @@ def open_callable(spec: str, example_inputs: Any, shapes: Mapping[str, Sequence[
 def _arguments(model: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`example_inputs` as the arguments of `forward`: tensors on the CPU, of element types skive has."""
     torch = _torch()
+    from torch.utils import _pytree as pytree
+
+    def tensors(name: str, value: Any) -> Any:  # in lists and dicts, too
+        return pytree.tree_map(lambda v: tensor(name, v), value)
 
     def tensor(name: str, value: Any) -> Any:
         if isinstance(value, (np.ndarray, np.generic)):
@@ -146,11 +157,15 @@ def _arguments(model: Any, example: Any) -> tuple[tuple[Any, ...], dict[str, Any
             bound = inspect.signature(model.forward).bind(**example)
         except TypeError as e:
             raise InvalidModelError(f"{type(model).__name__}: example_inputs: {e}") from None
-        args = tuple(tensor(f"input {i}", v) for i, v in enumerate(bound.args))
-        return args, {k: tensor(f"input {k}", v) for k, v in bound.kwargs.items()}
+        args = tuple(tensors(f"input {i}", v) for i, v in enumerate(bound.args))
+        return args, {k: tensors(f"input {k}", v) for k, v in bound.kwargs.items()}
     if not isinstance(example, (tuple, list)):
         raise InvalidModelError(f"example_inputs is {type(example).__name__}; give a tuple of tensors or a dict")
-    return tuple(tensor(f"input {i}", v) for i, v in enumerate(example)), {}
+    try:
+        inspect.signature(model.forward).bind(*example)
+    except TypeError as e:
+        raise InvalidModelError(f"{type(model).__name__}: example_inputs: {e}") from None
+    return tuple(tensors(f"input {i}", v) for i, v in enumerate(example)), {}
 
 
 def _check_type(name: str, value: Any) -> None:
@@ -266,9 +281,10 @@ def _per_sample(graph: Graph, batch_max: int) -> Graph:
 
 def _export_error(error: Exception, name: str) -> SkiveError:
     """What went wrong in `forward`, at which line of the user's source."""
-    torch_folder = os.path.dirname(_torch().__file__) + os.sep
-    frames = [f for f in traceback.extract_tb(error.__traceback__)
-              if not f.filename.startswith((torch_folder, "<")) and f.filename != __file__]
+    not_theirs = (os.path.dirname(_torch().__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+    python = os.path.dirname(contextlib.__file__) + os.sep
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)
+              and not (f.filename.startswith(python) and "-packages" not in f.filename)]
     where, text = name, str(error)
     if frames:
         last = frames[-1]
@@ -277,26 +293,30 @@ def _export_error(error: Exception, name: str) -> SkiveError:
             or "Boolean value of Tensor" in text or "cannot be converted to Scalar" in text:
         return _Undecided([(where, "forward decides on the values of a tensor",
                             "use torch.where, or compute both branches and give each as an output")])
-    return InvalidModelError(f"{where}: {type(error).__name__}: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    if "Constraints violated" in text:
+        why = next((line.strip(" -") for line in text.splitlines() if "batch" in line and "violated" not in line), "")
+        return InvalidModelError(f"{where}: forward takes one size of batch only ({why[:200]}); compile without "
+                                 "batch_max")
+    return InvalidModelError(f"{where}: {type(error).__name__}: {first_line(error)}")
 
 
 # ----------------------------------------------------------------------------------------- to graph
 
 
 def _source(program: ExportedProgram, name: str, path: str | None, request: str, batch_max: int | None,
-            make_run: Callable[[], Run], shapes: Mapping[str, tuple[int, ...]] = {}) -> Source:  # noqa: B006
+            make_run: Callable[[], Run], shapes: Mapping[str, tuple[int, ...]],
+            fixed: Mapping[str, np.ndarray]) -> Source:
     def graph() -> Graph:
         from skive.frontend.onnx import import_onnx
 
         model = to_onnx(program)
         marked = _exit_outputs(model)
-        return replace(import_onnx(model, input_shapes=dict(shapes), batch_max=batch_max), exit_points=marked)
+        imported = import_onnx(model, input_shapes=shapes, fixed_inputs=fixed, batch_max=batch_max)
+        return replace(imported, exit_points=marked)
 
     def oracle(inputs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+        if fixed:
+            return None
         try:
             return make_run()(inputs)
         except Exception:  # noqa: BLE001 - random inputs may be none that the model takes: an index too large
@@ -345,10 +365,16 @@ def _may_write(program: ExportedProgram) -> bool:
 def _refuse_state(program: ExportedProgram) -> None:
     """UnsupportedOpError, with every buffer and input that `forward` writes to."""
     signature = program.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise UnsupportedOpError([(str(c), "forward writes to this tensor",
-                                   "pass state in as an input and return its new value as an output") for c in changed])
+    problems = []
+    for name in signature.buffers_to_mutate.values():
+        statistics = name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
+        problems.append((name, "forward writes to this tensor", "call .eval() on the model before it is exported"
+                         if statistics else "pass state in as an input and return its new value as an output"))
+    problems += [(str(name), "forward writes to its input (an operation in place, such as ReLU(inplace=True))",
+                  f"begin with {name} = {name}.clone(), or, if it is a state, return its new value as an output")
+                 for name in signature.user_inputs_to_mutate.values()]
+    if problems:
+        raise UnsupportedOpError(problems)
 
 
 def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
@@ -364,9 +390,14 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     except ImportError:
         raise SkiveError("a PyTorch model needs onnxscript; pip install 'skive-compiler[torch]'") from None
     names = _output_names(program)
+    if not names:
+        raise InvalidModelError("forward returns no tensor; return what the compiled network is to compute")
+    from skive.frontend import modules
+
     with _quiet():
         if _may_write(program):
             _refuse_state(program.run_decompositions({}))
+            program = modules.where_masked(program)
         try:
             translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=names,
                                            optimize=True, verbose=False,
@@ -529,77 +560,4 @@ def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
-    return UnsupportedOpError([("model", f"PyTorch cannot translate it to ONNX: {_first_line(cause)}", "")])
-
-
-# ----------------------------------------------------------------------------------------- security
-
-# Operators that a file may call: those of ATen, torch's control flow and Python's arithmetic.
-_TARGET = re.compile(
-    r"torch\.ops\.skive\.exit_point\.default|torch\.ops\.(aten|prims|higher_order)(\.(_?[A-Za-z]\w*|__i?(and|or|xor|lshift|rshift)__)){1,2}"
-    r"|_operator\.(add|sub|mul|truediv|floordiv|mod|neg|pos|pow|getitem|eq|ne|ge|gt|le|lt|and_|or_|not_)"
-    r"|math\.(ceil|floor|trunc|sqrt)|torch\.sym_[a-z]+|#\w*")
-# Size expressions: symbols, numbers, arithmetic, and the functions of sympy that export writes.
-_EXPRESSION = re.compile(
-    r"(Symbol\('[a-z]+\d+'(, (positive|integer)=True)*\)|[a-z]{1,3}\d+|Integer|Rational|Add|Mul|Pow|Max|Min|Mod"
-    r"|PythonMod|FloorDiv|CeilDiv|ModularIndexing|IntTrueDiv|oo|int_oo|True|False|And|Or|Not|Eq|Ne|Ge|Le|Gt|Lt"
-    r"|\d+|[-+*/%<>=&|~,() ])*")
-
-
-def refuse_code(path: Path) -> None:
-    """InvalidModelError unless reading the `.pt2` archive with torch runs nothing that the file brings.
-
-    `torch.export.load` unpickles tensors and objects, evaluates size expressions as Python and calls
-    whatever function of torch the graph names; a model from elsewhere may use each to run commands.
-    """
-    def refuse(why: str) -> InvalidModelError:
-        return InvalidModelError(f"{path}: {why}; export the model again with torch.export.save")
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {n.partition("/")[2]: n for n in archive.namelist()}
-            documents = {n: json.loads(archive.read(full)) for n, full in members.items() if n.endswith(".json")}
-            samples = {n: archive.read(full) for n, full in members.items() if n.startswith("data/sample_inputs/")}
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError) as e:
-        raise InvalidModelError(f"{path}: not a .pt2 archive, or a damaged one: {_first_line(e)}") from None
-    if not any(n.startswith("models/") for n in members):
-        raise refuse("an archive without an exported program")
-    for n in members:
-        if n.startswith("data/aotinductor/") or n in ("version", "serialized_state_dict.pt"):
-            raise refuse(f"the archive holds {n}, which is compiled code or an old format")
-        if n.startswith(("data/weights/", "data/constants/")) and n.endswith((".pt", ".pkl")):
-            raise refuse(f"{n} is a pickle")
-    for n, document in documents.items():
-        for key, value in _pairs(document):
-            if key == "use_pickle" and value:
-                raise refuse(f"{n} stores tensors as pickles")
-            if key == "path_name" and str(value).startswith(("custom_obj_", "opaque_obj_")):
-                raise refuse(f"{n} stores objects as pickles")
-            if key == "target" and isinstance(value, str) and not _TARGET.fullmatch(value):
-                raise refuse(f"{n} calls {value[:80]!r}")
-            if key == "expr_str" and not _EXPRESSION.fullmatch(str(value)):
-                raise refuse(f"{n} holds the expression {str(value)[:80]!r}")
-            if key == "__enum__":
-                raise refuse(f"{n} names a Python class")
-    torch = _torch()
-    for n, data in samples.items():
-        try:
-            torch.load(io.BytesIO(data), weights_only=True)
-        except Exception:  # noqa: BLE001 - the restricted unpickler's refusals
-            raise refuse(f"{n} holds more than tensors") from None
-
-
-def _pairs(document: Any) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) of a JSON document, at any depth; JSON inside strings is opened too."""
-    stack = [document]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            for key, value in item.items():
-                yield key, value
-                stack.append(value)
-        elif isinstance(item, list):
-            stack.extend(item)
-        elif isinstance(item, str) and item.startswith(("[", "{")):
-            with contextlib.suppress(ValueError):
-                stack.append(json.loads(item))
+    return UnsupportedOpError([("model", f"PyTorch cannot translate it to ONNX: {first_line(cause)}", "")])

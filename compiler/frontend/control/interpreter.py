@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from skive.errors import first_line
 from skive.frontend.control import source, state
 from skive.frontend.control.state import Frame, State
 from skive.frontend.control.values import (
@@ -92,7 +93,7 @@ class Machine:
         except Exception as e:  # noqa: BLE001 - what the user's code and torch raise
             inner = source.codes_on(e.__traceback__)
             where = source.line_of(inner[-1][0].co_filename, inner[-1][1]) if inner else self.where()
-            raise Failed(where, f"{type(e).__name__}: {source.first_line(e)}", raised=True) from None
+            raise Failed(where, f"{type(e).__name__}: {first_line(e)}", raised=True) from None
         finally:
             self.position = before
 

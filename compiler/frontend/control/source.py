@@ -74,7 +74,3 @@ def codes_on(traceback: TracebackType | None) -> list[tuple[CodeType, int]]:
             found.append((traceback.tb_frame.f_code, traceback.tb_lineno))
         traceback = traceback.tb_next
     return found
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -305,6 +306,10 @@ def merged(c: Truth, a: Any, b: Any, note: Note, deep: bool = False) -> Any:
         return items if isinstance(a, list) else rebuilt(a, items)
     if deep and type(a) is dict and type(b) is dict and list(a) == list(b):
         return {k: merged(c, a[k], b[k], note, deep) for k in a}
+    if deep and type(a) is type(b) and dataclasses.is_dataclass(a) and all(f.init for f in dataclasses.fields(a)):
+        names = [f.name for f in dataclasses.fields(a)]
+        made: Callable[..., Any] = type(a)
+        return made(**{k: merged(c, getattr(a, k), getattr(b, k), note, deep) for k in names})
     cases: list[tuple[Truth, Any]] = []
     for side in (a, b):
         here = c if side is a else ~c

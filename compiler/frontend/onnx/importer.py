@@ -13,7 +13,7 @@ import onnx
 from onnx import AttributeProto, FunctionProto, GraphProto, ModelProto, NodeProto, TypeProto, ValueInfoProto
 
 from skive import ops
-from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError, first_line
 from skive.frontend.onnx import rows as _rows  # noqa: F401 - fills the table
 from skive.frontend.onnx.batch import check_separable
 from skive.frontend.onnx.load import (
@@ -128,7 +128,14 @@ class Importer:
         known = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
         unknown = set(self.fixed) - {i.name for i in graph.input}
         if unknown:
-            raise ShapeError(f"the model has no input {sorted(unknown)[0]!r} that could be fixed")
+            raise ShapeError(f"the model has no input {sorted(unknown)[0]!r} that could be fixed; it has "
+                             + ", ".join(i.name for i in graph.input if i.name not in known))
+        symbols = [d.dim_param for i in graph.input for d in i.type.tensor_type.shape.dim if d.dim_param]
+        unknown = set(self.shapes) - {i.name for i in graph.input} - set(symbols)
+        if unknown:
+            raise ShapeError(f"a shape is given for {sorted(unknown)[0]!r}, which is no input and no dimension of the "
+                             "model; it has " + ", ".join(dict.fromkeys([i.name for i in graph.input
+                                                                         if i.name not in known] + symbols)))
         for info in graph.input:
             if info.name in self.fixed:
                 scope[info.name] = self.fixed_input(info.name, self.fixed[info.name], info.type)
@@ -381,10 +388,6 @@ def located(error: SkiveError, origin: str, op_type: str) -> SkiveError:
     result = type(error)(f"{origin} ({op_type}): {error}")
     result.located = True  # type: ignore[attr-defined]
     return result
-
-
-def first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [""])[0]
 
 
 def not_supported(op_type: str, domain: str, opset: int) -> Unsupported:

@@ -17,7 +17,7 @@ import numpy as np
 from google.protobuf.message import DecodeError, EncodeError  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, SparseTensorProto, TensorProto
 
-from skive.errors import InvalidModelError, ShapeError
+from skive.errors import InvalidModelError, ShapeError, first_line
 from skive.types import MAX_ELEMENTS, DType
 
 IR_VERSIONS = range(3, 15)  # 14 is that of onnx 1.23
@@ -76,7 +76,7 @@ def load_model(model: str | Path | ModelProto | Loaded) -> Loaded:
     except (InvalidModelError, ShapeError) as e:
         raise type(e)(f"{what}: {e}") from None
     except (UnicodeDecodeError, ValueError) as e:  # a string in the file that is not text
-        raise InvalidModelError(f"{what}: damaged: {str(e).splitlines()[0]}") from None
+        raise InvalidModelError(f"{what}: damaged: {first_line(e)}") from None
     return loaded
 
 
@@ -332,7 +332,7 @@ def model_sha256(model: str | Path | ModelProto | Loaded) -> str:
         try:
             digest = hashlib.sha256(proto.SerializeToString(deterministic=True))
         except (EncodeError, ValueError) as e:
-            raise InvalidModelError(f"the model: {str(e).splitlines()[0]}") from None
+            raise InvalidModelError(f"the model: {first_line(e)}") from None
     external = False
     for tensor in (*proto.graph.initializer, *attribute_tensors(proto)):
         known = tensor.data_type in DTYPES or tensor.data_type in NIBBLES
