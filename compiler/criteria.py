@@ -23,9 +23,9 @@ from skive.types import DType
 class Point:
     """An exit as a criterion sees it.
 
-    `logits`: float32, the classes along the last axis. `extra`: the float32 tensor that the request names beside
-    the exit (`q-exit@lambda0`). `numbers`: the numbers it gives instead (`gate@...`). `state`: what exits
-    before this one with the same criterion left there.
+    `logits`: float32, the classes along the last axis; `normalised`: they are probabilities already. `extra`: the
+    float32 tensor that the request names beside the exit (`q-exit@lambda0`). `numbers`: the numbers it gives instead
+    (`gate@...`). `state`: what exits before this one with the same criterion left there.
     """
 
     name: str
@@ -33,16 +33,17 @@ class Point:
     extra: Node | None = None
     numbers: tuple[float, ...] = ()
     state: dict[str, Node] = field(default_factory=dict)
+    normalised: bool = False
 
     @cached_property
     def probabilities(self) -> Node:
         """The logits' softmax; the logits themselves where the model ends in one."""
-        return self.logits if self.logits.op == "softmax" else ops.make("softmax", self.logits, axis=-1)
+        return self.logits if self.normalised else ops.make("softmax", self.logits, axis=-1)
 
     @cached_property
     def log_probabilities(self) -> Node:
         """log of `probabilities`, at least -100, so that p log p of a class that is impossible is 0."""
-        if self.logits.op == "softmax":
+        if self.normalised:
             floor = np.float32(1e-37)
             return ops.make("log", ops.make("max", self.logits, constant(np.asarray(floor))))
         return ops.make("max", ops.make("log_softmax", self.logits, axis=-1), number(-100.0))
@@ -210,6 +211,20 @@ def quality(at: Point) -> Node:
 def score(at: Point) -> Node:
     """A tensor of the model, named behind @: whatever `forward` computes to judge its own answer."""
     return at.needs_extra()
+
+
+def before_moves(value: Node, axis: int, moves: tuple[str, ...] = ("transpose",)) -> tuple[Node, int]:
+    """What `value` is a transposition of, and the axis there that became `axis`."""
+    axis %= max(1, value.type.rank)
+    while value.op in moves:
+        axis = value.attrs["perm"][axis] if value.op == "transpose" else axis
+        value = value.inputs[0]
+    return value, axis
+
+
+def is_softmax(value: Node, axis: int) -> bool:
+    """True for a softmax along `axis`."""
+    return value.op == "softmax" and value.attrs["axis"] % value.type.rank == axis
 
 
 def classes_last(value: Node, axis: int) -> Node:

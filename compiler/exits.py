@@ -215,7 +215,8 @@ def _float_score(e: Exit, found: Mapping[str, Node], axis: int, state: dict[str,
     real = {n: criteria.as_float(found[n]) for n in (e.output, e.of) if isinstance(n, str)}
     extra = real[e.of] if isinstance(e.of, str) else None
     numbers = e.of if isinstance(e.of, tuple) else ()
-    point = criteria.Point(e.output, criteria.classes_last(real[e.output], axis), extra, numbers, state)
+    point = criteria.Point(e.output, criteria.classes_last(real[e.output], axis), extra, numbers, state,
+                           criteria.is_softmax(*criteria.before_moves(real[e.output], axis)))
     build = criteria.CRITERIA[e.criterion][0] if isinstance(e.criterion, str) else e.criterion
     return criteria.as_float(build(point))
 
@@ -226,8 +227,8 @@ def _integer_score(e: Exit, found: Mapping[str, Node], axis: int, state: dict[st
     node, form = found[e.output], formats[e.output]
     assert form is not None and isinstance(e.criterion, str), "Changes.requested lets nothing else through"
     scale, zero = float(form["scale"]), int(form["zero"])
-    if inner := integer_criteria.softmax_input(node, axis):
-        node, scale, zero = inner.inputs[0], float(inner.inputs[1].value.item()), int(inner.inputs[2].value.item())
+    if inner := integer_criteria.softmax_input(e.output, node, axis):
+        node, scale, zero, axis = inner
     extra = integer_criteria.integers(e.output, found[e.of], formats[e.of]) if isinstance(e.of, str) else None
     numbers = e.of if isinstance(e.of, tuple) else ()
     logits = criteria.classes_last(node, axis)

@@ -145,18 +145,20 @@ def bounded(x: Node, low: int, high: int) -> Node:
     return ops.make("clip", x, lo=low, hi=high)
 
 
-def softmax_input(output: Node, axis: int) -> Node | None:
-    """The bytes, with their scale and zero point, whose softmax along `axis` the quantized `output` is; None if it is
-    something else. Its own bytes would tell 256 probabilities apart."""
-    while output.op == "clip":
-        output = output.inputs[0]
-    if output.op != "quantize" or output.inputs[0].op != "softmax":
+def softmax_input(name: str, output: Node, axis: int) -> tuple[Node, float, int, int] | None:
+    """(bytes, scale, zero point, axis of the classes) whose softmax the quantized `output` of exit `name` is; None if
+    it is something else. Its own bytes would tell 256 probabilities apart. ExitError if there are no such bytes."""
+    rounded, axis = criteria.before_moves(output, axis, ("transpose", "clip"))
+    if rounded.op != "quantize":
         return None
-    f = output.inputs[0]
-    real = f.inputs[0]
-    same = f.attrs["axis"] % f.type.rank == axis % f.type.rank
-    plain = real.op == "dequantize" and real.inputs[0].dtype in (DType.u8, DType.i8) and real.inputs[1].type.size == 1
-    return real if same and plain else None
+    normal, axis = criteria.before_moves(rounded.inputs[0], axis)
+    if not criteria.is_softmax(normal, axis):
+        return None
+    real, axis = criteria.before_moves(normal.inputs[0], axis)
+    if real.op != "dequantize" or real.inputs[0].dtype not in (DType.u8, DType.i8) or real.inputs[1].type.size != 1:
+        raise ExitError(f"exit {name} ends in a softmax of values that are not stored as bytes; name what goes into it")
+    q, scale, zero = real.inputs
+    return q, float(scale.value.item()), int(zero.value.item()), axis
 
 
 def integers(name: str, value: Node, port: Mapping[str, Any] | None) -> Score:

@@ -41,7 +41,8 @@ def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) ->
     """One array per port, of its type and, but for the number of samples, its shape [n, ...].
 
     Arrays go by name, or by position if they are called `arr_0`, `arr_1`, ... or there is one input
-    and one array. ShapeError if one is missing or does not fit.
+    and one array. Where integers stand for real numbers, these are taken too and stay as they are
+    (`as_integers`). ShapeError if one is missing or does not fit.
     """
     chosen = []
     for i, port in enumerate(ports):
@@ -54,10 +55,13 @@ def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) ->
         else:
             hint = "; choose one as FILE.npz:KEY" if len(ports) == 1 and arrays else ""
             raise ShapeError(f"input {port.name!r} is missing; the file has {', '.join(arrays) or 'nothing'}{hint}")
-        want = np.dtype(port.dtype)
+        want = np.dtype(port.dtype if port.scale is None or a.dtype.kind != "f" else np.float32)
         if a.dtype != want:
             if not np.can_cast(a.dtype, want, "same_kind"):
                 raise ShapeError(f"input {port.name!r} is {a.dtype}, not {want}; convert it")
+            if want.kind in "iu" and a.size and not np.iinfo(want).min <= a.min() <= a.max() <= np.iinfo(want).max:
+                raise ShapeError(f"input {port.name!r} is {a.dtype} with values from {a.min()} to {a.max()}, which "
+                                 f"{want} does not hold" + ("; give real numbers" if port.scale is not None else ""))
             a = a.astype(want)
         shape = tuple(port.shape)
         if a.shape != shape:
@@ -70,6 +74,11 @@ def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) ->
                 raise ShapeError(f"input {port.name!r} is {list(a.shape)}, not {list(shape)}")
         chosen.append(a)
     return chosen
+
+
+def as_integers(arrays: Sequence[np.ndarray], ports: Sequence[TensorInfo]) -> list[np.ndarray]:
+    """`arrays` as an artefact takes them: real numbers in the integers of their port."""
+    return [p.quantize(a) if a.dtype.kind == "f" else a for p, a in zip(ports, arrays, strict=True)]
 
 
 def in_calls(arrays: Sequence[np.ndarray], ports: Sequence[TensorInfo],

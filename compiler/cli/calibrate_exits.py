@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 import skive
-from skive.cli.arrays import fit_arrays, in_calls, read_arrays, read_labels
+from skive.cli.arrays import as_integers, fit_arrays, in_calls, read_arrays, read_labels
 from skive.cli.opened import load_artefact, open_source
 from skive.cli.options import CONFIG, JSON, requested_shapes, shape_options
 from skive.console import count_text, print_json, print_table, printable, write_file
@@ -60,7 +60,7 @@ def command(subject: str, data: str, labels: str | None, goal: str, exits: tuple
         if not asked:
             raise ExitError(f"{subject} has one output; name a tensor with --exit, or give a model with several")
         module = skive.compile(subject, exits=asked, verify=False, **request)
-    arrays = fit_arrays(read_arrays(data), module.inputs)
+    arrays = as_integers(fit_arrays(read_arrays(data), module.inputs), module.inputs)
     classes = read_labels(labels, data, len(arrays[0]), None) if labels is not None else None
     evidence = exit_calibration.collect(module, in_calls(arrays, module.inputs, module.manifest["batch_max"]), classes,
                                         wanted.kind == "latency")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from skive.cli.arrays import fit_arrays, in_calls, read_arrays
+from skive.cli.arrays import as_integers, fit_arrays, in_calls, read_arrays
 from skive.cli.opened import load_artefact
 from skive.cli.options import CONFIG, JSON
 from skive.console import count_text, print_json, print_table, printable, write_file
@@ -39,7 +39,7 @@ def command(artefact: str, input_file: str, output: str | None, as_json: bool) -
       skive run kws/ --input test.npz:x --json
     """
     module = load_artefact(artefact)
-    arrays = fit_arrays(read_arrays(input_file), module.inputs)
+    arrays = as_integers(fit_arrays(read_arrays(input_file), module.inputs), module.inputs)
     ports = [module.outputs[i] for i in module.exits[-1].outputs] if module.exits else module.outputs
     results: list[list[np.ndarray]] = [[] for _ in ports]
     seconds = []

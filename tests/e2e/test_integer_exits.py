@@ -7,6 +7,7 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +16,11 @@ from test_integer_only import RUNNABLE, require_no_float
 
 import skive
 from skive import exit_calibration, exit_calls, ops
+from skive.cli import cli
 from skive.errors import ExitError
+from skive.exits import attach
 from skive.ir import Graph, Node, constant
+from skive.reference import evaluate_graph
 from skive.types import DType
 
 CLASSES, SAMPLES = 5, 64
@@ -70,7 +74,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], skive.
 
     @cache
     def on(target: str) -> skive.Module:
-        quantize = skive.Quantize("int8", calibration=inputs(), integer_only=True)
+        quantize = skive.Quantize("int8", calibration=inputs(), integer_only=True, rounding="nearest", equalise=False)
         return skive.compile(network(), exits=EXITS, batch_max=SAMPLES, target=target, output=folder / target,
                              quantize=quantize)
 
@@ -177,6 +181,16 @@ def test_thresholds_in_c(compiled: Callable[[str], skive.Module]) -> None:
     assert taken.value == module.run(x).exit[0]
 
 
+def test_the_command_line_takes_real_numbers(compiled: Callable[[str], skive.Module], tmp_path: Path) -> None:
+    module = compiled("generic")
+    np.savez(tmp_path / "x.npz", x=inputs())
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["run", str(module.folder), "--input", str(tmp_path / "x.npz"), "-o", str(tmp_path / "y.npz")])
+    written, result = np.load(tmp_path / "y.npz"), module.run(module.inputs[0].quantize(inputs()))
+    np.testing.assert_array_equal(written["exit"], result.exit)
+    np.testing.assert_array_equal(written["y"], result.outputs)
+
+
 @pytest.mark.parametrize("test", [">", ">=", "<", "<="])
 def test_an_integer_threshold_decides_as_the_real_one(test: str) -> None:
     rng = np.random.default_rng(0)
@@ -192,21 +206,41 @@ def test_an_integer_threshold_decides_as_the_real_one(test: str) -> None:
             np.testing.assert_array_equal(compare(scores, code), want, err_msg=f"{scale} {real}")
 
 
-def test_the_least_sure_pixel_decides(tmp_path: Path) -> None:
-    rng = np.random.default_rng(4)
-    x = ops.make("input", shape=(1, 4, 4, 3), dtype=DType.f32, label="x")
-    w = constant(rng.standard_normal((6, 1, 1, 3)).astype(np.float32))
-    pixels = ops.make("transpose", ops.make("conv2d", x, w, origin="pixels"), perm=(0, 3, 1, 2))
-    late = ops.make("linear", ops.make("reshape", pixels, shape=(1, 96)),
-                    constant(rng.standard_normal((3, 96)).astype(np.float32)))
-    data = rng.standard_normal((16, 4, 4, 3)).astype(np.float32)
-    module = skive.compile(Graph("net", (x,), (pixels, late), ("pixels", "late")), exits=["pixels:entropy=0.1"],
-                           target=RUNNABLE[0], output=tmp_path / "net",
-                           quantize=skive.Quantize("int8", calibration=data, integer_only=True))
-    values = module.all_outputs(module.inputs[0].quantize(data[:1]))
-    p = softmax(np.moveaxis(module.outputs[0].dequantize(values[0]).astype(np.float64), 1, -1))
-    want = entropy(np.maximum(p, 1e-300)).max()
-    assert module.outputs[1].dequantize(values[1])[0] == pytest.approx(want, abs=1e-5)
+def pixel_scores(graph: Graph, x: np.ndarray, exits: list[skive.Exit], ports: list[Any] | None) -> list[np.ndarray]:
+    """The scores of exits whose network is `graph`, by their meaning in numpy."""
+    program = attach(graph, exits, ports)
+    values = dict(zip(program.graph.output_names, evaluate_graph(program.graph, [x]), strict=True))
+    return [values[e.score] * (1 if e.scale is None else e.scale) for e in program.exits if e.score is not None]
+
+
+def test_the_least_sure_pixel_decides() -> None:
+    x = ops.make("input", shape=(1, 3, 4, 4), dtype=DType.u8, label="x")
+    late = ops.make("reshape", x, shape=(48,))
+    bytes_ = np.random.default_rng(4).integers(0, 256, x.shape).astype(np.uint8)
+    port = {"scale": 0.02, "zero": 100}
+    (got,) = pixel_scores(Graph("net", (x,), (x, late), ("pixels", "late")), bytes_, [skive.Exit("pixels", "entropy")],
+                          [port, port])
+    assert got.shape == (1,) and got[0] == pytest.approx(entropy(softmax(np.moveaxis(bytes_ * 0.02, 1, -1))).max(),
+                                                         abs=1e-5)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_probabilities_behind_a_transposition_are_no_logits(classes_first: bool, fixed: bool) -> None:
+    x = real = ops.make("input", shape=(1, 4, 4, 3), dtype=DType.u8 if fixed else DType.f32, label="x")
+    if fixed:
+        real = ops.make("dequantize", x, constant(np.float32(0.02)), constant(np.uint8(100)))
+    output = ops.make("softmax", real, axis=-1)
+    port = {"scale": 1 / 255, "zero": 0}
+    if fixed:
+        output = ops.make("quantize", output, constant(np.float32(1 / 255)), constant(np.uint8(0)), to=DType.u8)
+    if classes_first:
+        output = ops.make("transpose", output, perm=(0, 3, 1, 2))
+    given = np.random.default_rng(4).integers(0, 256, x.shape).astype(x.dtype.numpy)
+    graph = Graph("net", (x,), (output, ops.make("reshape", output, shape=(48,))), ("pixels", "late"))
+    exits = [skive.Exit("pixels", "max-prob", axis=1 if classes_first else -1)]
+    (got,) = pixel_scores(graph, given, exits, [port, port] if fixed else None)
+    assert got[0] == pytest.approx(softmax(given * (0.02 if fixed else 1.0)).max(-1).min(), abs=1e-6)
 
 
 def test_what_needs_floats_is_refused() -> None:
