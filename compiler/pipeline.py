@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import fnmatch
 import logging
 import math
 import re
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from skive import ops
-from skive.errors import InvalidModelError, VerificationError
+from skive.errors import InvalidModelError, SkiveError, VerificationError
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.verify import verify
 
@@ -151,6 +152,15 @@ class Record:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def require_matches(graph: Graph, keep: Sequence[str], error: type[SkiveError]) -> None:
+    """`error` if a pattern of `keep` names nothing of the network: a layer that was to stay would go."""
+    names = sorted({name for n in graph.nodes for name in (n.origin, n.name) if name})
+    for pattern in keep:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, 3, 0.3) or names[:3]
+            raise error(f"{graph.name}: keep names {pattern!r}, which no layer matches; there are {', '.join(near)}")
 
 
 def total_macs(graph: Graph) -> int:

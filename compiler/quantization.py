@@ -19,7 +19,7 @@ import numpy as np
 from skive import explanation
 from skive.errors import QuantizationError, UnsupportedOpError
 from skive.ir import Graph, Node
-from skive.pipeline import total_macs
+from skive.pipeline import require_matches, total_macs
 from skive.samples import Sample, Samples, fingerprint
 
 if TYPE_CHECKING:
@@ -111,7 +111,6 @@ class Quantize:
     def keeps(self, node: Node) -> bool:
         """True if the layer of `node` is to stay float32."""
         return any(fnmatch.fnmatchcase(name, p) for p in self.keep for name in (node.origin, node.name) if name)
-
 
     def storage(self, graph: Graph) -> Storage:
         """What of the float `graph` is stored as integers."""
@@ -278,6 +277,7 @@ def apply(
     network runs beside the float one on MEASURED samples. QuantizationError if there is no data or nothing
     to quantize.
     """
+    require_matches(graph, options.keep, QuantizationError)
     if options.dtype == "auto":
         from skive import mixed_precision
 

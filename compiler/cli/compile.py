@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 import skive
 from skive.cli.arrays import fit_arrays, read_arrays, samples
@@ -16,6 +17,11 @@ from skive.cli.options import CONFIG, JSON, THREADS, Bytes, requested_shapes, sh
 from skive.cli.summary import print_lines, summary_lines
 from skive.console import print_json, printable, progress_bar
 from skive.errors import SkiveError
+
+# Options that mean nothing without another one.
+BELONGS_TO = {"ranges": "quantize", "rounding": "quantize", "integer_only": "quantize", "keep": "quantize",
+              "budget_sqnr": "quantize", "budget_us": "quantize", "block": "quantize", "activations": "quantize",
+              "prune_criterion": "prune", "sparsify_criterion": "sparsify"}
 
 
 @click.command("compile")
@@ -118,6 +124,10 @@ def command(model: str, output: str, name: str | None, target: str, threads: int
     started = time.perf_counter()
     request = requested_shapes(inputs, batch_max, example)
     data, wanted, cut = None, None, None
+    context = click.get_current_context()
+    for option, other in BELONGS_TO.items():
+        if context.params[other] is None and context.get_parameter_source(option) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--{option.replace('_', '-')} goes with --{other}, which is not given")
     if quantize != "auto" and (budget_sqnr or budget_us):
         raise click.UsageError("--budget-sqnr and --budget-us go with --quantize auto")
     if quantize is not None and calibrate is None and not quantize.startswith("weights"):

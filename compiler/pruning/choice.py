@@ -12,6 +12,7 @@ import numpy as np
 from skive.errors import PruningError
 from skive.ir import Graph, Node
 from skive.passes.channel_groups import WINDOW, Groups
+from skive.pipeline import require_matches
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.request import Prune
 
@@ -145,12 +146,7 @@ def given_groups(found: Groups, scores: np.ndarray, options: Prune) -> np.ndarra
 
 def check_keep(graph: Graph, patterns: Sequence[str]) -> None:
     """PruningError if one of `patterns` names nothing of the network: a layer that was to stay would go."""
-    names = {name for n in graph.nodes for name in (n.origin, n.name) if name}
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, sorted(names), 3, 0.3) or sorted(names)[:3]
-            raise PruningError(f"{graph.name}: keep names {pattern!r}, which no layer matches; "
-                               f"there are {', '.join(near)}")
+    require_matches(graph, patterns, PruningError)
 
 
 def obstacles(found: Groups) -> str:

@@ -144,7 +144,8 @@ FAULTS = [
 MISUSE = ["nonsense", "compile", "compile good.onnx", "compile good.onnx -o out --no-such-flag",
           "compile good.onnx -o out --threads 0", "compile good.onnx -o out --threads many",
           "compile good.onnx -o out --input x", "compile good.onnx -o out --input x=Nx4",
-          "compile good.onnx -o out --max-ram lots",
+          "compile good.onnx -o out --max-ram lots", "compile good.onnx -o out --integer-only",
+          "compile good.onnx -o out --sparsify-criterion random", "compile good.onnx -o out --prune-criterion l1",
           "compile good.onnx -o out --config range.toml", "compile good.onnx -o out --quantize int8",
           "run art", "verify art", "opt good.onnx", "bench", "bench art --against tvm", "bench art --against skive",
           "inspect", "profile art --rounds 0", "targets extra"]

@@ -375,6 +375,11 @@ def test_arrays_are_fitted_to_the_inputs() -> None:
                            ({"image": images, "mask": np.zeros((5, 3))}, "float64")]:
         with pytest.raises(ShapeError, match=message):
             fit_arrays(wrong, ports)
+    codes = [TensorInfo("codes", (1, 2), "int8", 0.5, 0)]
+    (fitting,) = fit_arrays({"codes": np.array([[-128, 127]])}, codes)
+    assert fitting.dtype == np.int8
+    with pytest.raises(ShapeError, match="values from 3 to 200, which int8 does not hold; give real numbers"):
+        fit_arrays({"codes": np.array([[3, 200]], np.uint8)}, codes)
 
 
 def test_what_is_printed_stays_on_one_line() -> None:

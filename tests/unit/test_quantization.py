@@ -206,6 +206,12 @@ def test_a_quantized_network_stays_close(dtype: str, least: float) -> None:
     np.testing.assert_array_equal(evaluate_graph(again, [x[:1]])[0], evaluate_graph(quantized, [x[:1]])[0])
 
 
+@pytest.mark.parametrize("dtype", ["int8", "auto", "weights8"])
+def test_keep_that_names_nothing_is_an_error(dtype: str) -> None:
+    with pytest.raises(QuantizationError, match="keep names 'oen', which no layer matches; there are "):
+        apply(network(), Quantize(dtype, calibration=data(2), keep=("oen",)))
+
+
 def test_nothing_to_quantize_is_an_error() -> None:
     with pytest.raises(QuantizationError, match="no layer"):
         apply(network(), Quantize(calibration=data(2), keep=("*",)))
