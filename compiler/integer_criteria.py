@@ -162,7 +162,7 @@ def softmax_input(name: str, output: Node, axis: int) -> tuple[Node, float, int,
 
 
 def integers(name: str, value: Node, port: Mapping[str, Any] | None) -> Score:
-    """A tensor beside an exit, i32 within 24 bits, and its scale: 1 for what is not quantized."""
+    """A tensor beside an exit, i32 saturated to 24 bits, and its scale: 1 for what is not quantized."""
     if port is None and value.dtype.is_float:
         raise ExitError(f"exit {name}: the tensor beside it is {value.type}, not integers")
     value = ops.make("cast", bounded(wide(value), -LARGEST // 2, LARGEST // 2), to=DType.i32)

@@ -43,7 +43,7 @@ BELONGS_TO = {"ranges": "quantize", "rounding": "quantize", "integer_only": "qua
               help="How weights are rounded; adaround searches, with the calibration data.")
 @click.option("--integer-only", is_flag=True,
               help="With --quantize int8: no float instruction; inputs and outputs are bytes with a scale and a zero "
-                   "point.")
+                   "point, early exits are decided on integers.")
 @click.option("--keep", multiple=True, metavar="PATTERN",
               help="Layers that stay float32, by name (repeatable; * and ? match).")
 @click.option("--budget-sqnr", type=click.FloatRange(0, 300, min_open=True), metavar="DB",
