@@ -30,7 +30,7 @@ class Batches:
         self.inputs, self.shift, self.mirror = torch.from_numpy(inputs), shift, mirror
         self.seed, self.epoch, self.size = seed, 0, min(BATCH, len(inputs) // 8)
         self._teacher = teacher
-        self._answers: dict[tuple[int, int], Tensor] = {}
+        self._answers: dict[int, Tensor] = {}  # by epoch; NaN where the teacher was not asked
 
     def halves(self) -> tuple[Batches, Batches]:
         """The same of every second input, and of the others."""
@@ -50,9 +50,13 @@ class Batches:
         order = torch.randperm(len(self.inputs), generator=generator)
         for i in range(len(self)):
             x = self._varied(self.inputs[order[i * self.size:(i + 1) * self.size]], generator)
-            if (epoch, i) not in self._answers:
-                self._answers[epoch, i] = torch.from_numpy(np.array(self._teacher(x.numpy())))
-            yield x, self._answers[epoch, i]
+            said = self._answers.get(epoch)
+            if said is None or said[i].isnan().any():
+                answer = torch.from_numpy(np.asarray(self._teacher(x.numpy())))
+                if said is None:
+                    said = self._answers[epoch] = torch.full((len(self), *answer.shape), torch.nan)
+                said[i] = answer
+            yield x, said[i]
 
     def _varied(self, x: Tensor, generator: torch.Generator) -> Tensor:
         count, (rows, columns) = len(x), self.shift
