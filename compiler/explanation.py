@@ -67,14 +67,11 @@ def layers(
 
     storage = quantizer.storage
     root_of, members_of = storage._root, storage._members
-    found: list[dict[str, Any]] = []
     described: dict[Node, dict[str, Any]] = {}
     for node in graph.nodes:
         root = root_of.get(node, node)
         if node.is_const or root in described or storage.is_moved(node) and node.op != "concat":
             continue
-        if storage.integer_only and node is not root:
-            continue  # its other operands may come later
         members = members_of.get(root, [node])
         core = next((n for n in members if ops.macs(n)), node if ops.macs(node) else root)
         stored = root in quantizer.integers
@@ -116,7 +113,11 @@ def layers(
         if entry["dtype"] == "float32":
             entry["reason"] = why_float(core, stored or bool(read), kept)
         described[root] = entry
-        found.append(entry)
+    # A layer stands behind all it reads: other operands of what runs in its kernel may come after its contraction.
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    described = {r: described[r] for r in sorted(described, key=lambda r: max(
+        place.get(n, -1) for n in members_of.get(r, [r])))}
+    found = list(described.values())
     index = {id(entry): i for i, entry in enumerate(found)}
     reads: list[list[int]] = []
     for root in described:

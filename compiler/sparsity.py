@@ -106,7 +106,8 @@ class Sparsify:
                 raise PruningError(f"pattern {self.pattern} makes {implied:.0%} of every layer zero, "
                                    f"not {self.fraction:.0%} by {self.scope}")
         if not isinstance(self.fraction, (int, float)) or not 0 <= self.fraction < 1:
-            raise PruningError(f"fraction is {self.fraction!r}, not a fraction from 0 to below 1")
+            raise PruningError(f"fraction is {self.fraction!r}, not a fraction from 0 to below 1; "
+                               f"{self.pattern}@0.75 makes three quarters of the blocks zero")
         if self.criterion is None:
             object.__setattr__(self, "criterion", "magnitude" if self.calibration is None else "reconstruction")
         for name, allowed in (("criterion", CRITERIA), ("scope", SCOPES)):

@@ -104,7 +104,8 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
     if as_json:
         print_json(facts)
         return
-    click.echo(f"{printable(model)}: {facts['model']['nodes']} operations, "
+    click.echo(f"{printable(model)}: {facts['model']['nodes']} operation"
+               f"{'s' * (facts['model']['nodes'] != 1)}, "
                f"{count_text(facts['model']['macs'])} MACs, {bytes_text(facts['model']['weight_bytes'])} of weights")
     _print_ports(sides)
     print_table(["operation", ">count", ">MACs"],

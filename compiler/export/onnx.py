@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 
 from skive import expr as expressions
 from skive import ops
-from skive.errors import InvalidModelError, ShapeError, UnsupportedOpError
+from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
 from skive.frontend.onnx.batch import check_separable
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.sink_transposes import composed, inverse, is_free, through_reshape
@@ -79,7 +79,11 @@ def export_onnx(graph: Graph, path: str | Path | None = None, *, opset: int | No
     model = Writer(plain_graph, opset, graph.batch_max is not None and takes_any_batch(plain_graph)).model()
     if path is not None:
         big = model.ByteSize() > LARGEST
-        onnx.save(model, str(path), save_as_external_data=big, location=f"{Path(path).name}.data" if big else None)
+        data = f"{Path(path).name}.data" if big else None
+        try:
+            onnx.save(model, str(path), save_as_external_data=big, location=data)
+        except OSError as e:
+            raise SkiveError(f"cannot write {path}: {e.strerror or e}") from None
     return model
 
 

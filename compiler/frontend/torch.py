@@ -116,6 +116,9 @@ def open_callable(spec: str, example_inputs: Any, *, request: str, batch_max: in
     where, _, attribute = spec.partition(":")
     if str(Path.cwd()) not in sys.path:  # what `python -m` does
         sys.path.insert(0, str(Path.cwd()))
+    if where.endswith(".py") or "/" in where:
+        raise InvalidModelError(f"{spec}: give package.module:callable, such as {Path(where).stem}:{attribute}, in "
+                                "the folder of the package")
     try:
         target: Any = importlib.import_module(where)
         for part in attribute.split("."):
@@ -125,7 +128,12 @@ def open_callable(spec: str, example_inputs: Any, *, request: str, batch_max: in
         raise InvalidModelError(f"{spec}: {type(e).__name__}: {first_line(e)}") from None
     if not isinstance(model, torch.nn.Module):
         raise InvalidModelError(f"{spec} returned {type(model).__name__}, not a torch.nn.Module")
-    if example_inputs is None and shapes:
+    if example_inputs is None and not shapes:
+        names = list(inspect.signature(model.forward).parameters)
+        raise InvalidModelError(f"{spec}: the shapes of the inputs ({', '.join(names)}) are missing; give "
+                                f"--input {names[0] if names else 'NAME'}=1x3x224x224 for float32 ones, or --example "
+                                "FILE.npz")
+    if example_inputs is None:
         generator = torch.Generator().manual_seed(0)
         example_inputs = {k: torch.randn([abs(d) for d in v], generator=generator) for k, v in shapes.items()}
         shapes = {}

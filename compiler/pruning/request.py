@@ -137,5 +137,6 @@ def spelled(text: str) -> Mapping[str, Any]:
         try:
             options[name] = True if name == "zeros" else int(number) if name == "erase" else float(number)
         except ValueError:
-            raise PruningError(f"{part.strip()!r}: {number!r} is not a number") from None
+            raise PruningError(f"{part.strip()!r}: {number!r} is not a number; 0.4 removes 40 % of the "
+                               "multiply-accumulates") from None
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,3 +184,27 @@ def test_inputs_can_be_fixed() -> None:
 def test_shapes_that_would_not_count_are_refused() -> None:
     with pytest.raises(InvalidModelError, match="shapes of example_inputs hold"):
         open_model(nn.Linear(3, 3).eval(), example_inputs=(noise(1, 3),), input_shapes={"input": (5, 3)})
+
+
+@pytest.mark.parametrize(("spec", "says"), [
+    ("mine.py:build", "such as mine:build"),
+    ("mine_for_skive:build", r"the inputs \(x, y\) are missing; give --input x="),
+    ("mine_for_skive:leave", "SystemExit: 3"),
+])
+def test_a_callable_that_gives_no_network_is_named(spec: str, says: str, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_for_skive.py").write_text("""
+import sys
+from torch import nn
+class Sum(nn.Module):
+    def forward(self, x, y):
+        return x + y
+def build():
+    return Sum().eval()
+def leave():
+    sys.exit(3)
+""")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InvalidModelError, match=says):
+        open_model(spec)

@@ -77,6 +77,24 @@ def test_islands_and_boundaries_are_those_of_the_final_graph() -> None:
     assert any(to == "f32" and reason == "the network's output is float32" for (_, to), reason in told.items())
 
 
+def test_a_layer_stands_behind_what_the_rest_of_its_kernel_reads() -> None:
+    """The cosine of two projections: one is divided in the kernel of its convolution by what comes after that."""
+    inputs = [ops.make("input", shape=(1, 4, 4, 8), dtype=DType.f32, label=name) for name in "ab"]
+    parts = []
+    for x in inputs:
+        p = ops.make("relu", ops.make("conv2d", x, weights(8, 1, 1, 8), weights(8), origin=f"project {x.name}"))
+        square = ops.make("reduce_sum", ops.make("mul", p, p), axes=(3,), keep=True)
+        parts.append(ops.make("div", p, ops.make("sqrt", square)))
+    y = ops.make("reduce_sum", ops.make("mul", *parts), axes=(3,), keep=False, origin="cosine")
+    canonical, _ = passes.canonical(Graph("cosine", tuple(inputs), (y,), ("y",)), check="never")
+    data = {x.name: RNG.standard_normal((4, 4, 4, 8)).astype(np.float32) for x in inputs}
+    wanted = skive.Quantize("int8", calibration=data, rounding="nearest")
+    _, details = quantization.apply(canonical, wanted, target="generic", measure=False)
+    names = [layer["name"] for layer in details["layers"]]
+    for i, layer in enumerate(details["layers"]):
+        assert all(name in names[i + 1:] for name in layer["read_by"])
+
+
 def test_a_float_network_has_neither() -> None:
     fused, _ = passes.optimize(network(), check="never")
     assert explanation.conversions(fused) == {"islands": [], "boundaries": []}
