@@ -136,12 +136,12 @@ def _conv(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
 def _conv_transpose(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
     w, g = x[1], a["groups"]
     outputs, kh, kw, ins = w.shape
-    w = w.reshape(g, outputs // g, kh, kw, ins).permute(0, 4, 1, 2, 3).reshape(g * ins, kh, kw, outputs // g)
-    bias = x[2] if len(x) > 2 else None
-    y = F.conv_transpose2d(x[0].permute(0, 3, 1, 2), w.permute(0, 3, 1, 2), bias, a["stride"], 0, 0, g, a["dilation"])
+    w = w.reshape(g, outputs // g, kh, kw, ins).permute(0, 4, 1, 2, 3).reshape(g * ins, outputs // g, kh, kw)
+    y = F.conv_transpose2d(x[0].permute(0, 3, 1, 2), w, None, a["stride"], 0, 0, g, a["dilation"])
     y = F.pad(y, (0, a["out_pad"][1], 0, a["out_pad"][0]))
     t, left, b, r = a["pad"]
-    return y[:, :, t:y.shape[2] - b, left:y.shape[3] - r].permute(0, 2, 3, 1)
+    y = y[:, :, t:y.shape[2] - b, left:y.shape[3] - r].permute(0, 2, 3, 1)
+    return y + x[2] if len(x) > 2 else y  # behind out_pad, which has the bias, too
 
 
 @_function("max_pool2d")

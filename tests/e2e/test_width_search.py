@@ -138,9 +138,11 @@ def test_layers_read_a_mixture_of_two_widths_and_gradients_reach_the_distributio
     net = helpers.network(residual())
     found = channel_groups(net.source)
     asked = Prune(macs=0.5, criterion="l2", multiple=4)
-    widths = Widths(found, ranking(found, asked)[0], asked)
+    scores, _ = ranking(found, asked)
+    widths = Widths(found, scores, asked)
     shares = widths.sampled(1.0)
     for order in widths._orders:
+        assert (np.diff(scores[order]) <= 0).all()
         kept = shares.detach()[order].numpy()
         assert (np.diff(kept) <= 0).all() and kept[0] == pytest.approx(1) and len(set(kept[kept > 0])) == 2
     by_constant = widths.factors(shares)
