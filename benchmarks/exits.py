@@ -130,7 +130,7 @@ class Plan:
 
 
 MODELS = {
-    "resnet20": Plan(resnet20, ("layer2.0", "layer2.1", "layer3.0"), 32, 2, (4, 4), True, 1.5e-3),
+    "resnet20": Plan(resnet20, ("layer2.0", "layer3.0"), 32, 2, (4, 4), True, 1.5e-3),
     "dscnn": Plan(dscnn, ("blocks.1", "blocks.2"), 0, 1, (3, 0), False, 2e-4),
 }
 
