@@ -4,6 +4,7 @@ bytes, decisions the same on every instruction set, thresholds in real numbers f
 from __future__ import annotations
 
 import ctypes
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -189,6 +190,15 @@ def test_the_command_line_takes_real_numbers(compiled: Callable[[str], skive.Mod
     written, result = np.load(tmp_path / "y.npz"), module.run(module.inputs[0].quantize(inputs()))
     np.testing.assert_array_equal(written["exit"], result.exit)
     np.testing.assert_array_equal(written["y"], result.outputs)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["calibrate-exits", str(module.folder), "--data", str(tmp_path / "x.npz"), "--goal", "macs=0.6", "-o",
+                  str(tmp_path / "exits.toml")])
+    found = [skive.Exit.parse(t) for t in tomllib.loads((tmp_path / "exits.toml").read_text())["exit"]]
+    own = module.thresholds
+    module.thresholds = {e.output: e.threshold for e in found}
+    spent = module.run(module.inputs[0].quantize(inputs())).macs
+    module.thresholds = own
+    assert 0 < spent.mean() <= 0.6 * module.exits[-1].macs
 
 
 @pytest.mark.parametrize("test", [">", ">=", "<", "<="])
