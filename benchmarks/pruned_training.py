@@ -109,7 +109,7 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
     if way == "whole":
         return helpers.network(t.path, t.example)
     if way == "blocks":
-        half = skive.Sparsify(SPARSE, 0.5, calibration=t.calibration)
+        half = skive.Sparsify(SPARSE, 0.5, scope=a.scope, calibration=t.calibration)
         return helpers.sparsify(t.path, half, example_inputs=t.example)
     if way == "torch-pruning":
         from torch_pruning_peer import resnet20
@@ -143,8 +143,9 @@ def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
     if way == "scratch":
         net.normalise(t.batches.inputs[:BATCH]).reset(a.seed)
     started = time.process_time()
+    most = skive.Sparsify(SPARSE, 0.75, scope=a.scope)
     helpers.finetune(net, t.batches, a.epochs, 5 * a.rate if way == "scratch" else a.rate, loss=followed,
-                     gradual=f"{SPARSE}@0.75" if way == "blocks" else None, bfloat16=a.bfloat16,
+                     gradual=most if way == "blocks" else None, bfloat16=a.bfloat16,
                      progress=lambda epoch, loss: print(f"    {way} epoch {epoch + 1}: {loss:.3f}, "
                                                         f"{time.process_time() - started:.0f} s", flush=True))
     row |= {"seconds": time.process_time() - started, **accuracy(net, t)}
@@ -167,6 +168,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--ways", default="whole,activation,l1,random,scratch,torch-pruning,blocks")
+    parser.add_argument("--scope", default="layer", help="of blocks: each layer loses the fraction, or all together "
+                        "(global)")
     parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, where the processor has them")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--held-out", action="store_true")
