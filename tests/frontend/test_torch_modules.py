@@ -208,3 +208,12 @@ def leave():
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InvalidModelError, match=says):
         open_model(spec)
+
+
+def test_attention_takes_an_open_batch() -> None:
+    torch.manual_seed(0)
+    module, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), noise(3, 5, 8)
+    graph = open_model(module, example_inputs=(x[:1],), batch_max=4).graph()
+    got = np.concatenate([evaluate_graph(graph, [x[i:i + 1].numpy()])[0] for i in range(3)])
+    with torch.no_grad():
+        np.testing.assert_allclose(got, module(x).numpy(), rtol=1e-4, atol=1e-5)

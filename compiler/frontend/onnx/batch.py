@@ -69,11 +69,49 @@ def follow(one: Node, two: Node, known: dict[tuple[Node, Node], Axis]) -> Axis:
 
 def operand_pairs(a: Node, b: Node) -> list[tuple[Node, Node]]:
     """The operands to compare. With one sample some reshapes and expands of `b` do nothing and are absent."""
+    if by_rows(a, b):
+        return [(source_of_rows(a), source_of_rows(b))]  # type: ignore[list-item]
     if a.op == b.op and len(a.inputs) == len(b.inputs):
         return list(zip(a.inputs, b.inputs))
     if b.op in ("reshape", "expand"):
         return [(a, b.inputs[0])]
     raise _Mixed(f"the model is another one for a batch of 2 ({a.op} becomes {b.op})")
+
+
+def source_of_rows(node: Node) -> Node | None:
+    """The value that `node` takes as a matrix of rows, computes each row by itself, and reshapes to [..., C] again."""
+    if node.op != "reshape":
+        return None
+    n = node.inputs[0]
+    while n.type.rank == 2 and n.op != "reshape":
+        if n.op == "linear" and all(i.is_const for i in n.inputs[1:]):
+            n = n.inputs[0]
+        elif ops.op_of(n.op).kind == "elementwise":
+            varying = [i for i in n.inputs if not i.is_const]
+            if len(varying) != 1 or any(i.type.rank == 2 and i.shape[0] != 1 for i in n.inputs if i.is_const):
+                return None
+            n = varying[0]
+        else:
+            return None
+    if n is node.inputs[0] or n.op != "reshape" or n.type.rank != 2:
+        return None
+    return n.inputs[0] if node.inputs[0].shape[-1:] == node.shape[-1:] else None
+
+
+def by_rows(a: Node, b: Node) -> bool:
+    """Whether both nodes compute the rows of a value in the same way, so that the order of rows is of no account."""
+    x, y, end_a, end_b = a, b, source_of_rows(a), source_of_rows(b)
+    if end_a is None or end_b is None:
+        return False
+    while x is not end_a and y is not end_b:
+        if x.op != y.op or len(x.inputs) != len(y.inputs) or x.op != "reshape" and not same(x, y):
+            return False
+        ways = [(i, j) for i, j in zip(x.inputs, y.inputs) if not (i.is_const and j.is_const)]
+        shared = [(i, j) for i, j in zip(x.inputs, y.inputs) if i.is_const and j.is_const]
+        if len(ways) != 1 or not all(i.dtype is j.dtype and np.array_equal(i.value, j.value) for i, j in shared):
+            return False
+        ((x, y),) = ways
+    return x is end_a and y is end_b
 
 
 def doubled(one: tuple[int, ...], two: tuple[int, ...]) -> Axis:
@@ -95,6 +133,11 @@ def axis_of(a: Node, b: Node, axes: list[Axis]) -> Axis:
         expected = a.value if result is None else np.concatenate([a.value, a.value], result)
         if a.dtype is not b.dtype or not np.array_equal(expected, b.value, equal_nan=a.dtype.is_float):
             raise _Mixed("a constant depends on the size of the batch")
+        return result
+    if axes[0] is not None and by_rows(a, b):
+        before = source_of_rows(a).shape[:axes[0]]  # type: ignore[union-attr]
+        need(result is not None and result < b.type.rank - 1 and math.prod(before) == math.prod(a.shape[:result]),
+             "rows of several samples meet")
         return result
     if a.op != b.op:  # `b` is a reshape or expand that one sample does not need
         found = RULES[b.op](a, b, [a.shape], axes)
@@ -232,7 +275,20 @@ def _gather_nd(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]
     if data is None:
         need(b.attrs["batch_dims"] == 0 and index != len(shapes[1]) - 1, "gather_nd mixes samples")
         return index
+    if index is None:  # the same slices of every sample
+        picked = shapes[1][-1] + b.attrs["batch_dims"]  # axes that the tuples tell
+        need(b.attrs["batch_dims"] == 0 and data >= picked, "gather_nd picks samples")
+        return data - picked + len(shapes[1]) - 1
     need(data == index and data < b.attrs["batch_dims"], "gather_nd picks samples")
+    return data
+
+
+@rule("scatter_nd")
+def _scatter_nd(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
+    data, index, updates = axes
+    picked = shapes[1][-1]
+    need(same(a, b) and index is None and data is not None and updates is not None and data >= picked
+         and updates == data - picked + len(shapes[1]) - 1, "scatter_nd picks samples")
     return data
 
 
