@@ -110,6 +110,7 @@ def test_copies(isa: str, tmp_path: Path) -> None:
     ]
     paddings = [((1, 0, 2), (0, 3, 1)), ((0, 0, 0), (1, 1, 1)), ((3, 4, 5), (3, 4, 5))]
     paddings += [((1, 2, 0), (0, 3, 0)), ((2, 0, 0), (1, 0, 0)), ((0, 0, 0), (0, 0, 0))]  # whole rows
+    paddings += [((0, 0, 2), (0, 0, 3)), ((1, 0, 2), (0, 0, 1)), ((0, 2, 0), (0, 1, 0))]  # dimensions that join
     for before, after in paddings:
         out = tuple(d + p + q for d, p, q in zip(x.shape, before, after, strict=True))
         for mode in ("constant", "edge", "reflect", "wrap"):
@@ -119,6 +120,9 @@ def test_copies(isa: str, tmp_path: Path) -> None:
                 "pad", "int16_t", f"PadMode::{mode}", "Shape<4, 5, 6>", angle("Shape", *out), angle("Strides", *before)
             )
             cases.append(Case(f"{kernel}::run(y0, x0, int16_t{{42}}, part)", [x], [y]))
+            if mode == "constant":
+                byte = kernel.replace("int16_t", "int8_t")
+                cases.append(Case(f"{byte}::run(y0, x0, int8_t{{42}}, part)", [x.astype(np.int8)], [y.astype(np.int8)]))
     cut = "pad<int16_t, PadMode::constant, Shape<4, 5, 6>, Shape<3, 6, 2>, Strides<-1, 1, -2>>"
     want = np.pad(x, [(0, 0), (1, 0), (0, 0)], constant_values=42)[1:, :, 2:4]
     cases.append(Case(f"{cut}::run(y0, x0, int16_t{{42}}, part)", [x], [np.ascontiguousarray(want)]))

@@ -74,8 +74,8 @@ constexpr ptrdiff_t pad_source(ptrdiff_t i, ptrdiff_t n) {
 template <class T, PadMode Mode, class In, class Out, class Before>
 struct pad {
   static void run(T* out, const T* in, T value, Part part) {
-    if constexpr (merges()) {
-      merged(Indices<In::rank - 1>{}, out, in, value, part);
+    if constexpr (kJoined > 0) {
+      joined(Indices<In::rank - 1>{}, out, in, value, part);
     } else if constexpr (Out::size > 0) {
       constexpr ptrdiff_t rows = row_count<Out>(),
                           inner = Out::rank == 0 ? 1 : Out::dim(Out::rank - 1);
@@ -85,22 +85,31 @@ struct pad {
   }
 
  private:
-  // A last dimension that stays as it is joins the one before it: rows become longer.
-  static constexpr bool merges() {
-    if (Mode != PadMode::constant || In::rank < 2) return false;
-    constexpr int last = In::rank - 1;
-    return In::dim(last) == Out::dim(last) && Before::stride(last) == 0;
-  }
-  static constexpr ptrdiff_t joined(int d, ptrdiff_t extent) {
-    return d == In::rank - 2 ? extent * In::dim(In::rank - 1) : extent;
+  // The last dimension, not the first, that stays as it is, 0 if none does: it joins the one before
+  // it, which leaves longer or fewer rows.
+  static constexpr int kJoined = [] {
+    int d = Mode == PadMode::constant ? In::rank - 1 : 0;
+    while (d > 0 && (In::dim(d) != Out::dim(d) || Before::stride(d) != 0)) --d;
+    return d;
+  }();
+  // What dimension `d` has then, of `here` in it and `next` in the one behind.
+  static constexpr ptrdiff_t extent(int d, ptrdiff_t here, ptrdiff_t next) {
+    return d < kJoined - 1 ? here : d == kJoined - 1 ? here * In::dim(kJoined) : next;
   }
   template <int... D>
-  static SKIVE_INLINE void merged(Index<D...>, T* out, const T* in, T value, Part part) {
-    pad<T, Mode, Shape<joined(D, In::dim(D))...>, Shape<joined(D, Out::dim(D))...>,
-        Strides<joined(D, Before::stride(D))...>>::run(out, in, value, part);
+  static SKIVE_INLINE void joined(Index<D...>, T* out, const T* in, T value, Part part) {
+    pad<T, Mode, Shape<extent(D, In::dim(D), In::dim(D + 1))...>,
+        Shape<extent(D, Out::dim(D), Out::dim(D + 1))...>,
+        Strides<extent(D, Before::stride(D), Before::stride(D + 1))...>>::run(out, in, value, part);
+  }
+  static SKIVE_INLINE void filled(T* out, ptrdiff_t n, T value) {
+    if constexpr (sizeof(T) == 1)
+      __builtin_memset(out, static_cast<unsigned char>(value), static_cast<size_t>(n));
+    else
+      for (ptrdiff_t i = 0; i < n; ++i) out[i] = value;
   }
 
-  static SKIVE_INLINE void row(T* out, const T* in, T value, ptrdiff_t r) {
+  static SKIVE_INLINE void row(T* out, const T* in, [[maybe_unused]] T value, ptrdiff_t r) {
     constexpr int last = In::rank - 1;
     if constexpr (In::rank == 0) {
       *out = *in;
@@ -118,10 +127,7 @@ struct pad {
         offset += i * In::stride(d);
       }
       if constexpr (Mode == PadMode::constant) {
-        if (!inside) {
-          for (ptrdiff_t i = 0; i < width; ++i) out[i] = value;
-          return;
-        }
+        if (!inside) return filled(out, width, value);
       }
       // [left, right) of the result row lies inside the input.
       constexpr ptrdiff_t clipped_left = before > 0 ? before : 0,
@@ -129,17 +135,16 @@ struct pad {
       constexpr ptrdiff_t left = clipped_left < width ? clipped_left : width;
       constexpr ptrdiff_t right = clipped_right > left ? clipped_right : left;
       const T* from = in + offset;
-      for (ptrdiff_t i = 0; i < left; ++i) out[i] = border(from, i - before, n, value);
       if constexpr (right > left)
         __builtin_memcpy(out + left, from + (left - before), (right - left) * sizeof(T));
-      for (ptrdiff_t i = right; i < width; ++i) out[i] = border(from, i - before, n, value);
+      if constexpr (Mode == PadMode::constant) {
+        filled(out, left, value);
+        filled(out + right, width - right, value);
+      } else {
+        for (ptrdiff_t i = 0; i < left; ++i) out[i] = from[pad_source<Mode>(i - before, n)];
+        for (ptrdiff_t i = right; i < width; ++i) out[i] = from[pad_source<Mode>(i - before, n)];
+      }
     }
-  }
-  static SKIVE_INLINE T border(const T* from, ptrdiff_t i, ptrdiff_t n, T value) {
-    if constexpr (Mode == PadMode::constant)
-      return static_cast<void>(from), static_cast<void>(i), static_cast<void>(n), value;
-    else
-      return static_cast<void>(value), from[pad_source<Mode>(i, n)];
   }
 };
 
