@@ -63,9 +63,11 @@ def open_model(
         if path.suffix == ".skive" or path.suffix == ".txt":
             from skive.text import load_text
 
-            if shapes or fixed:
+            written = load_text(path)
+            own = {n.name: (-1, *n.shape[1:]) if written.batch_max else n.shape for n in written.inputs}
+            if fixed or any(own.get(name) != shape for name, shape in shapes.items()):
                 raise InvalidModelError(f"{path}: skive's text form has its shapes and constants; edit the file")
-            return Source(path.stem, str(path), "", request, lambda: load_text(path))
+            return Source(path.stem, str(path), "", request, lambda: written)
         if path.suffix == ".pt2":
             from skive.frontend import torch as torch_frontend
 
