@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,17 @@ def command(artefact: str, input_file: str, output: str | None, as_json: bool) -
               for p, r in zip(ports, results, strict=True)}
     taken = _exits_taken(module, spent)
     if taken:
-        joined |= {k: np.concatenate([getattr(r, k) for r in spent]) for k in ("exit", "macs")}
+        for kind in ("exit", "macs"):
+            key = kind
+            while key in joined:  # an output has this name
+                key += "_"
+            joined[key] = np.concatenate([getattr(r, kind) for r in spent])
     if output is not None:
         def write(path: Path) -> None:
-            with path.open("wb") as f:  # a file object: savez would add .npz to the name
-                np.savez(f, **joined)  # type: ignore[arg-type]  # its stub takes every name for an option
+            with zipfile.ZipFile(path, "w") as archive:  # as savez, which takes an output called `file` for its own
+                for name, value in joined.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as f:
+                        np.lib.format.write_array(f, np.asarray(value), allow_pickle=False)
 
         write_file(output, write)
     statistics = [_statistics(k, v) for k, v in joined.items()]

@@ -302,6 +302,24 @@ def test_an_unknown_threshold_is_refused(batched: skive.Module) -> None:
         batched.thresholds = {"y": 1.0}
 
 
+def test_outputs_may_have_the_names_of_what_stands_beside_them(tmp_path: Path) -> None:
+    from skive import text
+
+    x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x")
+    y = ops.make("linear", x, constant(np.eye(4, dtype=np.float32)))
+    graph = Graph("names", (x,), (y, ops.make("neg", y), ops.make("tanh", y)), ("first", "file", "exit"), 8)
+    text.save_text(graph, tmp_path / "names.skive")
+    np.savez(tmp_path / "x.npz", x=np.eye(4, dtype=np.float32)[:3])
+    for words in (["compile", tmp_path / "names.skive", "-o", tmp_path / "net", "--exit", "first:max-prob=0.9"],
+                  ["run", tmp_path / "net", "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([str(w) for w in words])
+    written = np.load(tmp_path / "y.npz")
+    assert sorted(written) == ["exit", "exit_", "file", "macs"]
+    np.testing.assert_array_equal(written["file"], -np.eye(4, dtype=np.float32)[:3])
+    assert written["exit"].shape == (3, 4) and written["exit_"].tolist() == [1, 1, 1]
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from skive import text
 
