@@ -307,17 +307,20 @@ def test_outputs_may_have_the_names_of_what_stands_beside_them(tmp_path: Path) -
 
     x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x")
     y = ops.make("linear", x, constant(np.eye(4, dtype=np.float32)))
-    graph = Graph("names", (x,), (y, ops.make("neg", y), ops.make("tanh", y)), ("first", "file", "exit"), 8)
-    text.save_text(graph, tmp_path / "names.skive")
     np.savez(tmp_path / "x.npz", x=np.eye(4, dtype=np.float32)[:3])
-    for words in (["compile", tmp_path / "names.skive", "-o", tmp_path / "net", "--exit", "first:max-prob=0.9"],
-                  ["run", tmp_path / "net", "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz"]):
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([str(w) for w in words])
-    written = np.load(tmp_path / "y.npz")
-    assert sorted(written) == ["exit", "exit_", "file", "macs"]
-    np.testing.assert_array_equal(written["file"], -np.eye(4, dtype=np.float32)[:3])
-    assert written["exit"].shape == (3, 4) and written["exit_"].tolist() == [1, 1, 1]
+
+    def written(outputs: tuple[Node, ...], names: tuple[str, ...], *options: str) -> dict[str, np.ndarray]:
+        text.save_text(Graph("names", (x,), outputs, names, 8), tmp_path / "names.skive")
+        for words in (["compile", tmp_path / "names.skive", "-o", tmp_path / "net", *options],
+                      ["run", tmp_path / "net", "--input", tmp_path / "x.npz", "-o", tmp_path / "y.npz"]):
+            with pytest.raises(SystemExit, match="0"):
+                cli.main([str(w) for w in words])
+        return dict(np.load(tmp_path / "y.npz"))
+
+    np.testing.assert_array_equal(written((y,), ("file",))["file"], np.eye(4)[:3])
+    found = written((y, ops.make("tanh", y)), ("first", "exit"), "--exit", "first:max-prob=0.9")
+    assert sorted(found) == ["exit", "exit_", "macs"]
+    assert found["exit"].shape == (3, 4) and found["exit_"].tolist() == [1, 1, 1]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
