@@ -136,6 +136,18 @@ class Arenas {
   std::atomic<void*> slots_[8] = {};  // idle arenas kept; more concurrent calls than that allocate
 };
 
+// A name of the file that no call had before, by separators that mean nothing: dlopen gives the
+// library that was loaded under a name before, even if the file is another one by now. With a
+// slash in it, it is not looked up in the system's library folders.
+std::string unused_name(const std::string& path) {
+  static std::atomic<uint32_t> count{0};
+  const size_t slash = path.rfind('/');
+  const bool plain = slash == std::string::npos;
+  std::string name = plain ? "./" : path.substr(0, slash + 1);
+  for (uint32_t n = ++count; n != 0; n /= 2) name += n % 2 != 0 ? "./" : "/";
+  return name + (plain ? path : path.substr(slash + 1));
+}
+
 // The loaded library and what the caller declared about it. Immutable after construction.
 class Library {
  public:
@@ -152,9 +164,7 @@ class Library {
         batch_max(batch_max_),
         threads(threads_),
         arenas(arena_bytes_) {
-    // dlopen looks a name without a slash up in the system's library folders.
-    const std::string file = path.find('/') == std::string::npos ? "./" + path : path;
-    handle_ = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
+    handle_ = dlopen(unused_name(path).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle_ == nullptr) raise("OSError", dlerror());
     try {
       resolve();

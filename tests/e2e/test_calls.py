@@ -13,9 +13,10 @@ import pytest
 from small_networks import KEYWORDS, NETWORKS
 
 import skive
-from skive import check
+from skive import check, ops
 from skive.errors import ShapeError
-from skive.ir import Graph
+from skive.ir import Graph, constant
+from skive.types import DType
 
 Compile = Callable[..., skive.Module]
 
@@ -205,3 +206,15 @@ def test_an_unchanged_model_comes_from_the_cache(tmp_path: Path, monkeypatch: py
     assert warm < 1.0 and warm < cold / 2
     other, _ = timed("other", target="generic", verify=False)
     assert other["kws_dscnn.cpp"] != first["kws_dscnn.cpp"]  # other options, another artefact
+
+
+def test_another_model_in_the_same_folder_is_the_one_that_runs(tmp_path: Path) -> None:
+    x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x")
+    modules = []
+    for factor in (2.0, 3.0, 4.0):
+        y = ops.make("mul", x, constant(np.full(4, factor, np.float32)))
+        graph = Graph("scaled", (x,), (y,), ("y",), None)
+        modules.append(skive.compile(graph, output=tmp_path / "net", verify=False))
+    modules.append(skive.load(tmp_path / "net"))
+    found = [float(m(np.ones((1, 4), np.float32))[0, 0]) for m in modules]
+    assert found == [2.0, 3.0, 4.0, 4.0]
