@@ -120,7 +120,7 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
         criterion = helpers.importance(t.whole, t.batches, followed)
         t.batches.rewind()
     asked = skive.Prune(macs=a.macs, criterion=criterion, refit=way not in ("l1", "random"), seed=a.seed,
-                        multiple=a.multiple, calibration=t.calibration)
+                        multiple=a.multiple, keep=tuple(a.keep.split(",")) if a.keep else (), calibration=t.calibration)
     if way == "tas":
         asked = helpers.search_widths(t.path, asked, *t.batches.halves(), a.epochs, a.rate, loss=followed,
                                       bfloat16=a.bfloat16, example_inputs=t.example)
@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.01)
     parser.add_argument("--ways", default="whole,activation,l1,random,scratch,torch-pruning,blocks")
+    parser.add_argument("--keep", metavar="NAMES", help="patterns of layers that keep their channels, with commas")
     parser.add_argument("--scope", default="layer", help="of blocks: each layer loses the fraction, or all together "
                         "(global)")
     parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, where the processor has them")
