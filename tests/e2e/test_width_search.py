@@ -57,7 +57,7 @@ def halves(needed: str = "left") -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(x.split(32), y.split(32), strict=True))
 
 
-@pytest.mark.parametrize("needed", ["left", "right"])
+@pytest.mark.parametrize("needed", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_what_is_needed_stays_and_what_is_not_goes(needed: str) -> None:
     """Both branches cost the same, and `l1` counts the channels of each family relative to their mean."""
     data = halves(needed)
