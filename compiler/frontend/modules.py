@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 PLAIN = (bool, int, float, str, type(None))
+OWN = frozenset(vars(nn.Module()))  # attributes that every module has
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -70,7 +71,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     """`export()`, which runs `model.forward` on tensors without values and may do so more than once.
 
     Dataclasses that `forward` returns are made known to PyTorch, and tensors without values that it leaves in
-    attributes are removed. UnsupportedOpError if it changes an attribute and gives another result at the next call.
+    attributes are removed. UnsupportedOpError if a second call gives another result than the first, or if `forward`
+    sets attributes and no copy of the model can be made to see that.
     """
     results: list[Any] = []
     changed: list[str] = []
@@ -79,7 +81,7 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         results.append(result)
         changed.extend(".".join(filter(None, [path, key])) for path, m in model.named_modules()
                        for key, value in vars(m).items()
-                       if isinstance(value, PLAIN) and before[m].get(key, value) != value)
+                       if key not in OWN and (key not in before[m] or before[m][key] is not value))
 
     before = {m: dict(vars(m)) for m in model.modules()}
     hook = model.register_forward_hook(look)
@@ -101,10 +103,12 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                         vars(module)[key] = old[key]
                     else:
                         del vars(module)[key]
-    if changed and not _same_again(model, args, kwargs):
-        raise UnsupportedOpError([(c, "forward changes this attribute, and gives another result at the next call",
-                                   "pass it in as an input and return its new value as an output")
-                                  for c in dict.fromkeys(changed)])
+    same = _same_again(model, args, kwargs)
+    if same is False or (changed and same is None):
+        why = "gives another result at the next call" if same is False else "cannot be copied to call it twice"
+        raise UnsupportedOpError([(c, f"forward keeps something from call to call: the model {why}",
+                                   "pass state in as an input and return its new value as an output")
+                                  for c in dict.fromkeys(changed) or [type(model).__name__]])
     return program
 
 
@@ -113,18 +117,23 @@ def _said_to_be_causal(_mask: Any, is_causal: bool | None = None, _size: int | N
     return is_causal is True
 
 
-def _same_again(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a second call gives what the first gave; True if there is no copy of the model to find it out with."""
+def _same_again(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool | None:
+    """Whether a second call gives what the first gave, but for buffers, of whose writing the program itself tells; None
+    if there is no copy of the model to find it out with."""
+    results = {id(v): v.detach().clone() for m in model.modules() for v in vars(m).values()
+               if isinstance(v, Tensor) and not v.is_leaf}  # of earlier calls, which are not copied otherwise
     try:
-        model = copy.deepcopy(model)
+        twin = copy.deepcopy(model, results)
     except Exception:  # noqa: BLE001 - what the user's parts raise
-        return True
+        return None
     calls = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for _ in range(2):
             torch.manual_seed(0)
-            result = model(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+            result = twin(*copy.deepcopy(args), **copy.deepcopy(kwargs))
             calls.append([v.clone() for v in pytree.tree_leaves(result) if isinstance(v, Tensor)])
+    if not all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True)):
+        return True
     return len(calls[0]) == len(calls[1]) and all(
         a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(*calls, strict=True))
 

@@ -116,6 +116,21 @@ def steps(m: Any, x: Any) -> Any:
     return x * m.calls
 
 
+def added(m: Any, x: Any) -> Any:
+    m.state = x if m.state is None else m.state + x
+    return m.state
+
+
+def collected(m: Any, x: Any) -> Any:
+    m.seen.append(0)
+    return x * len(m.seen)
+
+
+def remembered(m: Any, x: Any) -> Any:
+    m.features = x * 2  # for whoever looks
+    return m.features + 1
+
+
 def meta() -> nn.Module:
     with torch.device("meta"):
         return nn.Linear(3, 3)
@@ -128,7 +143,10 @@ def quantized() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[SkiveError], str]] = {
     "class": (lambda: Function(lambda m, x: Opaque(x)), InvalidModelError, "forward returns Opaque.*dataclasses"),
     "nothing": (lambda: Function(lambda m, x: None), InvalidModelError, "returns no tensor"),
-    "memory": (lambda: Function(steps, calls=0), UnsupportedOpError, "calls: forward changes this attribute"),
+    "number": (lambda: Function(steps, calls=0), UnsupportedOpError, "calls: forward keeps.*another result"),
+    "tensor": (lambda: Function(added, state=None), UnsupportedOpError, "state: forward keeps.*another result"),
+    "list": (lambda: Function(collected, seen=[]), UnsupportedOpError, "Function: forward keeps.*another result"),
+    "no copy": (lambda: Function(steps, calls=0, held=(i for i in ())), UnsupportedOpError, "cannot be copied"),
     "input in place": (lambda: nn.Sequential(nn.ReLU(inplace=True)), UnsupportedOpError, r"input = input.clone\(\)"),
     "lazy": (lambda: nn.LazyLinear(3), InvalidModelError, "weight has no shape yet; call the model once"),
     "meta": (meta, InvalidModelError, "weight has no values"),
@@ -143,6 +161,14 @@ def test_what_cannot_be_taken_is_refused_with_a_way_out(name: str) -> None:
     make, error, says = REFUSED[name]
     with pytest.raises(error, match=says):
         open_model(make().eval(), example_inputs=(noise(2, 3),)).graph()
+
+
+def test_features_that_are_kept_for_others_are_no_state() -> None:
+    module = Function(remembered, features=None).eval()
+    x = noise(2, 3).requires_grad_()
+    module(x)  # leaves a tensor that has a history
+    (got,) = evaluate_graph(open_model(module, example_inputs=(noise(2, 3),)).graph(), [noise(2, 3).numpy()])
+    np.testing.assert_allclose(got, noise(2, 3).numpy() * 2 + 1, rtol=1e-6)
 
 
 def test_a_program_exported_in_training_mode_says_so() -> None:
