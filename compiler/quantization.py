@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skive import explanation
+from skive.check import has_roundings
 from skive.errors import QuantizationError, UnsupportedOpError
 from skive.ir import Graph, Node
 from skive.pipeline import require_matches, total_macs
@@ -244,7 +245,7 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
 
     storage = options.storage(graph)
     if not storage.products:
-        raise QuantizationError(f"{graph.name}: no layer can be computed in integers")
+        raise QuantizationError(f"{graph.name}: no layer can be computed in integers: {_why_nothing(graph, options)}")
     samples = options.data(graph)
     total = len(samples) or options.samples
 
@@ -260,6 +261,16 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
     if options.equalise or options.smooth != 0:
         graph, observed, room = _equalised(graph, storage, observed, options)
     return Calibrated(graph, samples, observed, room, statistics.samples, target)
+
+
+def _why_nothing(graph: Graph, options: Quantize) -> str:
+    """The reason that `graph` has no layer to quantize, and what to do."""
+    if has_roundings(graph):
+        return "the model comes quantized; leave quantize out, it computes in integers as it is"
+    if options.keep:
+        return "keep names every one of them; narrow its patterns"
+    return ("these are convolutions and fully connected layers with constant weights, outside of recurrent layers; "
+            "leave quantize out")
 
 
 def apply(

@@ -221,6 +221,8 @@ def _reason(graph: Graph, node: Node, options: Sparsify, first: bool, last: bool
         return "a transposed convolution has no sparse kernel"
     if node.attrs.get("groups", 1) > 1:
         return "each output channel reads few input channels: depthwise or grouped"
+    if node.inputs[1].op == "dequantize":
+        return "its weights are integers: give the float model, and quantize it in the same compile"
     if not (node.inputs[1].is_const and node.inputs[1].dtype.is_float):
         return "its weights are not constants"
     if len(graph.users[node.inputs[1]]) > 1:

@@ -248,10 +248,11 @@ def compress(graph: Graph, scheme: Scheme) -> tuple[Graph, dict[Node, Compressed
             rows, scales = (ops.make("gather", v, inputs[1], axis=0, origin=node.origin) for v in (q, scale))
             zero = constant(np.asarray(128, np.uint8))
             return ops.make("dequantize", rows, scales, zero, origin=node.origin, label=node.name)
-        w, c, bias = matrix_of(node), scheme.weights.get(node) or stored(node), _bias(node)
+        w, c = matrix_of(node), scheme.weights.get(node) or stored(node)
         if c is None and w is not None:
             bits = 8 if node in last else scheme.bits
             c = compressed(w, bits, group_of(w.shape[1], bits, scheme.group))
+        bias = None if c is None else _bias(node)
         if c is None or bias is None:
             return rebuilt(node, inputs)
         found[node] = c

@@ -88,8 +88,12 @@ ACTIVATIONS: list[Rule] = [
     becomes("sqrt", op("pow", X, scalar(0.5))),
     becomes("rsqrt", op("pow", X, scalar(-0.5))),
     becomes("reciprocal", op("pow", X, scalar(-1))),
-    becomes("log_softmax", op("log", op("softmax", X))),
 ]
+
+
+@rule(op("log", op("softmax", X, name="p")))
+def log_softmax(m: Match) -> Node | None:
+    return _make(m, "log_softmax", m["x"], axis=m["p"].attrs["axis"])
 
 
 @rule(op("pow", X, scalar(2)))
@@ -347,7 +351,7 @@ def _orders(n: int) -> list[tuple[int, ...]]:
     return [(0,)] if n == 1 else [(0, 1), (1, 0)] if n == 2 else []
 
 
-RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *ACTIVATIONS, square, positive_axis, matmul_by_constant,
+RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *ACTIVATIONS, log_softmax, square, positive_axis, matmul_by_constant,
                      scaled_dot_product, space_to_depth]
 
 

@@ -297,6 +297,13 @@ def test_options_that_cannot_be(options: dict[str, object], text: str) -> None:
         skive.Quantize(**options)  # type: ignore[arg-type]
 
 
+def test_scalars_beside_a_layer() -> None:
+    x, s = value("x", 3, 96), value("s")
+    y = ops.make("mul", ops.make("linear", x, weights(130, 96), label="fc"), ops.make("sqrt", s))
+    result, found = compress(Graph("g", (x, s), (y,), ("y",)), Scheme())
+    assert len(found) == 1 and result.outputs[0].shape == (3, 130)
+
+
 def test_nothing_to_compress() -> None:
     x = value("x", 4)
     graph = Graph("g", (x,), (ops.make("relu", x),), ("y",))

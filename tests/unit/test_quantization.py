@@ -213,5 +213,12 @@ def test_keep_that_names_nothing_is_an_error(dtype: str) -> None:
 
 
 def test_nothing_to_quantize_is_an_error() -> None:
-    with pytest.raises(QuantizationError, match="no layer"):
+    with pytest.raises(QuantizationError, match="no layer .* keep names every one"):
         apply(network(), Quantize(calibration=data(2), keep=("*",)))
+    x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x")
+    softmax = Graph("g", (x,), (ops.make("softmax", x, axis=-1),), ("y",))
+    with pytest.raises(QuantizationError, match="convolutions and fully connected layers"):
+        apply(softmax, Quantize(calibration=np.ones((2, 1, 4), np.float32)))
+    quantized, _ = apply(network(), Quantize(calibration=data(2)), measure=False)
+    with pytest.raises(QuantizationError, match="comes quantized; leave quantize out"):
+        apply(quantized, Quantize(calibration=data(2)))
