@@ -8,13 +8,16 @@ Classes are not needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+import skive
 
 BATCH = 100
 TEMPERATURE = 4.0
@@ -70,6 +73,17 @@ class Batches:
         share = torch.rand(count, 1, 1, 1, generator=generator)
         share[torch.rand(count, generator=generator) >= MIXED] = 1.0
         return share * x + (1 - share) * other
+
+
+def answers(module: skive.Module, inputs: np.ndarray) -> np.ndarray:
+    """[N, classes] what a compiled network of one sample gives."""
+    return np.concatenate([module(inputs[i:i + 1]) for i in range(len(inputs))])
+
+
+def mean_answer(models: Sequence[Path], one: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What these networks, of one sample, say on average of each of a batch of inputs like `one`."""
+    compiled = [skive.compile(m, example_inputs=(one,), verify=False) for m in models]
+    return lambda x: np.mean([answers(module, x) for module in compiled], 0)
 
 
 def followed(got: Tensor, wanted: Tensor) -> Tensor:

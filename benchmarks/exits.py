@@ -1,6 +1,7 @@
 """Early exits on real data: heads trained on frozen networks, thresholds calibrated, accuracy, cost and time.
 
     python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs 12] [--joint]
+                               [--teachers resnet20_cifar10,resnet56_cifar10]
                                [--criteria max-prob,entropy,margin,patience,gate] [--drop 0.5] [--int8]
                                [--json FILE]
 
@@ -16,14 +17,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from distillation import BATCH, TEMPERATURE, Batches
+from distillation import BATCH, TEMPERATURE, Batches, mean_answer
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
@@ -141,17 +142,24 @@ def teacher(network: nn.Module, one: np.ndarray) -> Callable[[np.ndarray], np.nd
     return lambda x: np.asarray(module(x))
 
 
-def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool) -> WithExits:
-    """`network` with heads from WORK, or trained now."""
+def teachers(a: argparse.Namespace) -> list[Path]:
+    """The files that `--teachers` names."""
+    return [a.data / "models" / f"{name}.onnx" for name in a.teachers.split(",")] if a.teachers else []
+
+
+def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool,
+            teachers: Sequence[Path]) -> WithExits:
+    """`network` with heads from WORK, or trained now on the mean answer of `teachers` (none: its own)."""
     plan = MODELS[name]
     torch.manual_seed(seed)
     example = (torch.from_numpy(fold[0][:1]),)
     model = add_exits(network.eval(), example, plan.at, channels=plan.channels, grid=plan.grid)
-    file = work / f"{name}-{seed}-{epochs}{'-joint' if joint else ''}.pt"
+    file = work / f"{'-'.join([name, str(seed), str(epochs), *['joint'] * joint, *(t.stem for t in teachers)])}.pt"
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
-    batches = Batches(fold[0], teacher(network, fold[0][:1]), plan.shift, plan.images, seed)
+    answer = mean_answer(teachers, fold[0][:1]) if teachers else teacher(network, fold[0][:1])
+    batches = Batches(fold[0], answer, plan.shift, plan.images, seed)
     unused = torch.zeros(batches.size, dtype=torch.long)  # classes
     said = [unused]  # what the teacher says of the batch
 
@@ -256,6 +264,8 @@ def main() -> int:
     parser.add_argument("--models", default="resnet20,dscnn")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--teachers", metavar="NAMES", help="networks of DATA whose mean answer is followed, with "
+                        "commas (default: the network itself)")
     parser.add_argument("--joint", action="store_true", help="the network learns along")
     parser.add_argument("--criteria", default="max-prob,entropy,margin,patience,gate")
     parser.add_argument("--drop", type=float, default=0.5, help="points that thresholds may lose")
@@ -269,7 +279,7 @@ def main() -> int:
             network, fold, test = MODELS[name].load(a.data)
             classes = teacher(network.eval(), test[0][:1])
             before = np.concatenate([classes(x).argmax(-1) for x in np.array_split(test[0], len(test[0]) // BATCH)])
-            model = trained(name, network, fold, a.work, seed, a.epochs, a.joint)
+            model = trained(name, network, fold, a.work, seed, a.epochs, a.joint, teachers(a))
             if a.int8:
                 int8_and_batch(model, fold, test)
             for criterion in a.criteria.split(","):

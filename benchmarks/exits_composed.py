@@ -1,10 +1,11 @@
 """Early exits, half of the multiply-accumulates removed with whole channels, and INT8 in one artefact of ResNet-20.
 
-    taskset -c 1 python benchmarks/exits_composed.py DATA WORK [--epochs 12] [--joint] [--prune macs=0.5]
+    taskset -c 1 python benchmarks/exits_composed.py DATA WORK [--epochs 12] [--joint] [--teachers NAMES]
+                                                     [--prune macs=0.5] [--prune-scope measured]
                                                      [--tuning-epochs 10] [--drop 1.5] [--limit 200] [--json FILE]
 
 DATA as for `accuracy.py`. Exits are trained as in `exits.py` (kept in WORK), the network with its exits is pruned and
-trained again on what the network said as it came, then compiled in INT8 with exits. With its thresholds it loses
+trained again on the same answers, then compiled in INT8 with exits. With its thresholds it loses
 `--drop` points of the network as it came on one half of the test images; every accuracy is that of the other half.
 `us` is the mean over images of the smallest time of a call, of ONNX Runtime (one thread) the smallest time of a call,
 all in turns.
@@ -25,7 +26,7 @@ import numpy as np
 import peers
 import results
 import torch
-from distillation import Batches, followed
+from distillation import Batches, followed, mean_answer
 from torch import Tensor, nn
 
 import skive
@@ -46,11 +47,13 @@ def pruned(a: argparse.Namespace, original: nn.Module, model: WithExits, fold: e
     file = a.work / "resnet20-pruned.skive"
     if file.exists():
         return text.load_text(file)
-    cut = replace(pruning.requested(a.prune), calibration=fold[0][:200])
+    cut = replace(pruning.requested(a.prune), scope=a.prune_scope, calibration=fold[0][:200])
     example = (torch.from_numpy(fold[0][:1]),)
     net = helpers.prune(model, cut, example_inputs=example)
     print(f"  pruned: {net.sparsity['macs_removed']:.1%} of the MACs", flush=True)
-    loader = Batches(fold[0], exits.teacher(original, fold[0][:1]), exits.MODELS["resnet20"].shift, True, 0)
+    files, one = exits.teachers(a), fold[0][:1]
+    answer = mean_answer(files, one) if files else exits.teacher(original, one)
+    loader = Batches(fold[0], answer, exits.MODELS["resnet20"].shift, True, 0)
     helpers.finetune(net, loader, a.tuning_epochs, a.rate, loss=error, bfloat16=True,
                      progress=lambda e, loss: print(f"  pruned, epoch {e}: loss {loss:.3f}", flush=True))
     graph = net.graph()
@@ -74,8 +77,11 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--teachers", metavar="NAMES", help="networks of DATA whose mean answer is followed, with "
+                        "commas (default: the network itself)")
     parser.add_argument("--joint", action="store_true", help="the network learns along with its exits")
     parser.add_argument("--prune", default="macs=0.5", help="as in `skive compile --prune`")
+    parser.add_argument("--prune-scope", choices=pruning.SCOPES, default="global")
     parser.add_argument("--tuning-epochs", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.005)
     parser.add_argument("--drop", type=float, default=1.5, help="points that all of it together may lose")
@@ -84,7 +90,7 @@ def main() -> int:
     a = parser.parse_args()
     network, fold, (x, y) = exits.MODELS["resnet20"].load(a.data)
     network.eval()
-    model = exits.trained("resnet20", network, fold, a.work, 0, a.epochs, a.joint)
+    model = exits.trained("resnet20", network, fold, a.work, 0, a.epochs, a.joint, exits.teachers(a))
     graph = pruned(a, exits.MODELS["resnet20"].load(a.data)[0].eval(), model, fold)
     original = a.data / "models" / "resnet20_cifar10.onnx"
     int8 = a.work / "resnet20-onnxruntime-int8.onnx"

@@ -4,8 +4,8 @@
                                 [--ways activation,obspa,l1,random] [--limit 1000] [--json FILE]
 
 DATA as for `accuracy.py`. A way is a criterion of `skive.Prune`; `-noise` behind it fits to noise instead of
-the calibration samples, `-plain` does not fit at all. Top-1 stands with its 95 % interval (Wilson, 1927); `us`
-is the smallest time of one call of the float32 network.
+the calibration samples, `-plain` does not fit at all, `-layer`, `-global` and `-measured` are scopes. Top-1 stands
+with its 95 % interval (Wilson, 1927); `us` is the smallest time of one call of the float32 network.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from accuracy import wilson
 from real_models import REAL_MODELS, Fold, RealModel
 
 import skive
+from skive.pruning import SCOPES
 
 
 def measured(module: skive.Module, fold: Fold, limit: int | None) -> dict[str, Any]:
@@ -38,9 +39,10 @@ def measured(module: skive.Module, fold: Fold, limit: int | None) -> dict[str, A
 
 def pruned(model: RealModel, data: Path, fold: Fold, way: str, fraction: float) -> skive.Module:
     """The float32 network of `model` with `fraction` of its multiply-accumulates removed."""
-    criterion, _, how = way.partition("-")
-    prune = skive.Prune(macs=fraction, criterion=criterion, refit=how != "plain",
-                        calibration=None if how == "noise" else fold.calibration)
+    criterion, *how = way.split("-")
+    prune = skive.Prune(macs=fraction, criterion=criterion, refit="plain" not in how,
+                        scope=next((s for s in SCOPES if s in how), SCOPES[0]),
+                        calibration=None if "noise" in how else fold.calibration)
     return skive.compile(model.path(data), example_inputs=(fold.calibration[:1],), prune=prune, verify=False)
 
 
@@ -49,7 +51,7 @@ def main() -> int:
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default="kws_dscnn,ic_resnet8,resnet20_cifar10,mnist_cnn")
     parser.add_argument("--fractions", default="0.2,0.4,0.5")
-    parser.add_argument("--ways", default="activation,obspa,l1,l1-plain,random-plain")
+    parser.add_argument("--ways", default="activation-measured,activation,obspa,l1,l1-plain,random-plain")
     parser.add_argument("--limit", type=int, help="samples of a data set at most")
     parser.add_argument("--json", metavar="FILE")
     a = parser.parse_args()

@@ -1,14 +1,15 @@
 """What training gives back after channels or blocks of weights were removed: real networks on their training data.
 
     python benchmarks/pruned_training.py DATA [--models resnet20_cifar10,kws_dscnn] [--macs 0.5] [--epochs 20]
-                     [--rate 0.01] [--ways whole,activation,l1,random,scratch,torch-pruning,blocks] [--int8]
+                     [--rate 0.01] [--ways whole,activation,l1,random,scratch,torch-pruning,blocks]
+                     [--teachers resnet20_cifar10,resnet56_cifar10] [--int8]
                      [--held-out] [--seed 0] [--limit N] [--json FILE]
 
 DATA as for `accuracy.py`. Every way gets the same batches, rate and number of steps, and follows the answers of
-the whole network (`distillation.py`); classes only judge.
+the whole network, or the mean of those of `--teachers` (`distillation.py`); classes only judge.
 
-`whole`: as it is, trained on (what the others are to be compared with). A criterion of `skive.Prune`, or `taylor`:
-pruned at once, fitted (not l1 and random) and trained. `scratch`: the shape of `activation` with new weights and five
+`whole`: as it is, trained on (what the others are to be compared with). A criterion of `skive.Prune`, or `taylor`, a
+scope behind it if wanted (`activation-measured`): pruned at once, fitted (not l1 and random) and trained. `scratch`: the shape of `activation` with new weights and five
 times the rate. `tas`: channels by `activation`, how many of each layer by a search (`skive.torch.search_widths`) for
 as many epochs on two halves of the data, which comes on top (`search_seconds`). `torch-pruning`: Torch-Pruning, if
 installed, of ResNet-20 the channels inside blocks, as it cannot follow the shortcuts that append zeros. `blocks`:
@@ -35,7 +36,7 @@ import numpy as np
 import results
 import torch
 from accuracy import wilson
-from distillation import BATCH, Batches, followed
+from distillation import BATCH, Batches, answers, followed, mean_answer
 from real_models import REAL_MODELS, RealModel
 
 import skive
@@ -43,11 +44,6 @@ from skive import torch as helpers
 from skive.pipeline import total_macs
 
 SPARSE = "block4x16"
-
-
-def answers(module: skive.Module, inputs: np.ndarray) -> np.ndarray:
-    """[N, classes] what a compiled network of one sample gives."""
-    return np.concatenate([module(inputs[i:i + 1]) for i in range(len(inputs))])
 
 
 @dataclass
@@ -86,8 +82,8 @@ def task(model: RealModel, data: Path, a: argparse.Namespace) -> Task:
         kept = len(x) - len(x) // 10
         x, inputs, classes = x[:kept], x[kept:], y[kept:]
     path = model.path(data)
-    teacher = skive.compile(path, example_inputs=(x[:1],), verify=False)
-    batches = Batches(x, lambda v: answers(teacher, v), (4, 4) if images else (2, 0), images, a.seed)
+    teachers = [data / "models" / f"{name}.onnx" for name in (a.teachers or model.name).split(",")]
+    batches = Batches(x, mean_answer(teachers, x[:1]), (4, 4) if images else (2, 0), images, a.seed)
     return Task(model, path, batches, x[:: len(x) // 128][:128], inputs, classes,
                 helpers.network(path, (x[:1],)).eval())
 
@@ -115,12 +111,13 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
         from torch_pruning_peer import resnet20
 
         return helpers.network(resnet20(t.path.with_suffix(".pt"), a.macs), t.example)
-    criterion: Any = "activation" if way in ("scratch", "tas") else way
-    if way == "taylor":
+    criterion: Any
+    criterion, _, scope = ("activation" if way in ("scratch", "tas") else way).partition("-")
+    if criterion == "taylor":
         criterion = helpers.importance(t.whole, t.batches, followed)
         t.batches.rewind()
     asked = skive.Prune(macs=a.macs, criterion=criterion, refit=way not in ("l1", "random"), seed=a.seed,
-                        multiple=a.multiple, keep=tuple(a.keep.split(",")) if a.keep else (), calibration=t.calibration)
+                        scope=scope or "global", multiple=a.multiple, keep=tuple(a.keep.split(",")) if a.keep else (), calibration=t.calibration)
     if way == "tas":
         asked = helpers.search_widths(t.path, asked, *t.batches.halves(), a.epochs, a.rate, loss=followed,
                                       bfloat16=a.bfloat16, example_inputs=t.example)
@@ -167,6 +164,8 @@ def main() -> int:
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.01)
+    parser.add_argument("--teachers", metavar="NAMES", help="networks whose mean answer is followed, with commas "
+                        "(default: the network itself)")
     parser.add_argument("--ways", default="whole,activation,l1,random,scratch,torch-pruning,blocks")
     parser.add_argument("--keep", metavar="NAMES", help="patterns of layers that keep their channels, with commas")
     parser.add_argument("--scope", default="layer", help="of blocks: each layer loses the fraction, or all together "

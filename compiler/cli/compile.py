@@ -21,7 +21,7 @@ from skive.errors import SkiveError
 # Options that mean nothing without another one.
 BELONGS_TO = {"ranges": "quantize", "rounding": "quantize", "integer_only": "quantize", "keep": "quantize",
               "budget_sqnr": "quantize", "budget_us": "quantize", "block": "quantize", "activations": "quantize",
-              "prune_criterion": "prune", "sparsify_criterion": "sparsify"}
+              "prune_criterion": "prune", "prune_scope": "prune", "sparsify_criterion": "sparsify"}
 
 
 @click.command("compile")
@@ -64,6 +64,9 @@ BELONGS_TO = {"ranges": "quantize", "rounding": "quantize", "integer_only": "qua
                    "What is left is fitted to --calibrate, or to noise without it.")
 @click.option("--prune-criterion", type=click.Choice(["l1", "l2", "activation", "obspa", "random"]),
               default="activation", show_default=True, help="Which channels count least.")
+@click.option("--prune-scope", type=click.Choice(["global", "layer", "measured"]), default="global", show_default=True,
+              help="How many go from each layer: by comparing all of them, the same fraction, or by what the outputs "
+                   "lose when a layer alone is cut, which takes longer and loses least.")
 @click.option("--sparsify", metavar="PATTERN@FRACTION",
               help="Make this fraction of the blocks of weights zero: block4x16@0.75, of 4 input by 16 output "
                    "channels; 2:4 (n of m input channels stay); 1x1@0.9 (single weights). With --calibrate what is "
@@ -96,7 +99,7 @@ def command(model: str, output: str, name: str | None, target: str, threads: int
                     example: str | None, quantize: str | None, calibrate: str | None, ranges: str,
                     rounding: str, integer_only: bool, keep: tuple[str, ...], budget_sqnr: float | None,
                     budget_us: float | None, block: int | None, activations: str, prune: str | None,
-                    prune_criterion: str, sparsify: str | None, sparsify_criterion: str | None,
+                    prune_criterion: str, prune_scope: str, sparsify: str | None, sparsify_criterion: str | None,
                     exits: tuple[str, ...], export_onnx: str | None, tune: float | None, max_ram: int | None,
                     max_flash: int | None, backend: str, emit_only: bool, no_verify: bool, strict: bool,
                     dump_ir: str | None, as_json: bool) -> None:
@@ -136,7 +139,8 @@ def command(model: str, output: str, name: str | None, target: str, threads: int
     if prune is not None:
         from skive import pruning
 
-        cut = replace(pruning.requested(prune), criterion=prune_criterion, calibration=samples(calibrate, ports))
+        cut = replace(pruning.requested(prune), criterion=prune_criterion, scope=prune_scope,
+                      calibration=samples(calibrate, ports))
     if quantize is not None:
         wanted = skive.Quantize(quantize, calibration=samples(calibrate, ports), method=ranges, rounding=rounding,
                                 keep=keep, integer_only=integer_only, budget_sqnr_db=budget_sqnr,

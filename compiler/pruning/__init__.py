@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from skive.errors import PruningError
-from skive.ir import Graph
+from skive.ir import Graph, Node
 from skive.passes.channel_groups import WINDOW, Groups, channel_groups, without
-from skive.pruning.choice import check_keep, chosen_groups, given_groups, obstacles, per_cost
+from skive.pruning.choice import check_keep, chosen_groups, given_groups, obstacles, per_cost, places_by_loss
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.erasing import erased
 from skive.pruning.fit import left_as_they_were, refitted, restored
@@ -33,6 +33,7 @@ from skive.pruning.scores import (
     moments,
     summed,
 )
+from skive.pruning.sensitivity import damages, marginal
 from skive.pruning.zeros import zero_groups
 from skive.samples import Samples
 from skive.targets.base import Target
@@ -76,11 +77,18 @@ def apply(
         raise PruningError(f"{graph.name}: no channel can be removed: {obstacles(found)}")
     gone = np.zeros(len(found.groups), bool)
     criterion = options.criterion_name
+    curves: list[list[tuple[int, float]]] = []
     if options.fraction or options.widths:
         cost = _cost(found, options, target, threads, dtype, progress)
-        if options.refit or options.criterion in DATA_DRIVEN:
+        if options.refit or options.criterion in DATA_DRIVEN or options.scope == "measured":
             samples = samples or _samples(graph, options)
-        scores, criterion = _scores(found, options, samples, cost)
+        measured = options.fraction > 0 and options.scope == "measured"
+        observed = options.criterion in DATA_DRIVEN or (measured and options.refit)
+        seen = moments(found, samples) if observed else {}
+        scores, criterion = _scores(found, options, seen, cost)
+        if measured:
+            curves = damages(found, scores, seen, samples, progress)
+            scores = places_by_loss(found, marginal(found, scores, curves), options, _counted(found, cost))
         for _ in range(TURNS if options.fraction else 0):
             gone = chosen_groups(found, scores, options, cost)
             cost.measure(gone)
@@ -98,7 +106,7 @@ def apply(
     if samples and used == "noise":
         log.warning("%s: no calibration data was given; noise stands in, to which the network's accuracy does not "
                     "matter: give Prune(calibration=...) or --calibrate", graph.name)
-    report = _reported(found, gone, options)
+    report = _reported(found, gone, options, curves)
     report["criterion"] = criterion
     if options.fraction and options.multiple is None and options.measure != "latency":
         exact = chosen_groups(whole_groups, scores, replace(options, multiple=1), cost)
@@ -127,7 +135,8 @@ def ranking(found: Groups, options: Prune) -> tuple[np.ndarray, Prune]:
         options = replace(options, calibration=samples)
     elif options.criterion in DATA_DRIVEN:
         samples = _samples(found.graph, options)
-    return _scores(found, options, samples, Cost(found, "macs"))[0], options
+    seen = moments(found, samples) if options.criterion in DATA_DRIVEN else {}
+    return _scores(found, options, seen, Cost(found, "macs"))[0], options
 
 
 def _cost(found: Groups, options: Prune, target: Target | None, threads: int, dtype: str,
@@ -140,9 +149,15 @@ def _cost(found: Groups, options: Prune, target: Target | None, threads: int, dt
     return Latency(found, target or resolve("host", _native.cpu_features()), threads, progress, dtype)
 
 
-def _scores(found: Groups, options: Prune, samples: Sequence[Sequence[np.ndarray]], cost: Cost | Latency
+def _counted(found: Groups, cost: Cost | Latency) -> Cost:
+    """`cost`, or multiply-accumulates in the place of times, each of which is a compilation."""
+    return Cost(found, "macs") if isinstance(cost, Latency) else cost
+
+
+def _scores(found: Groups, options: Prune, seen: Mapping[Node, np.ndarray], cost: Cost | Latency
             ) -> tuple[np.ndarray, str]:
-    """(the score of each group, the criterion that it is of: magnitudes where no layer can be observed)."""
+    """(the score of each group, the criterion that it is of: magnitudes where no layer can be observed). `seen`: the
+    moments of criteria that are driven by data."""
     if isinstance(options.criterion, Importance):
         if options.erase or options.zeros:
             raise PruningError("measured importances are those of the whole network: remove zeros and branches first")
@@ -150,11 +165,10 @@ def _scores(found: Groups, options: Prune, samples: Sequence[Sequence[np.ndarray
     if options.criterion == "random":
         return np.random.default_rng(options.seed).random(len(found.groups)), "random"
     if options.criterion in DATA_DRIVEN:
-        if seen := moments(found, samples):
+        if seen:
             if options.criterion == "activation":
                 return activations(found, seen), "activation"
-            saved = Cost(found, "macs") if isinstance(cost, Latency) else cost
-            return per_cost(found, losses(found, seen), saved), "obspa"
+            return per_cost(found, losses(found, seen), _counted(found, cost)), "obspa"
         log.warning("%s: no layer with float32 weights reads what can be removed: magnitudes (l1) decide instead of %s",
                     found.graph.name, options.criterion)
     return (magnitudes(found, 2), "l2") if options.criterion == "l2" else (magnitudes(found, 1), "l1")
@@ -178,12 +192,15 @@ def _samples(graph: Graph, options: Prune) -> list[Sequence[np.ndarray]]:
     return list(itertools.islice(iter(Samples(graph, options.calibration, options.samples)), FIT_SAMPLES))
 
 
-def _reported(found: Groups, gone: np.ndarray, options: Prune) -> dict[str, Any]:
-    """Families with their channels before and after, and what had to stay with its reason."""
+def _reported(found: Groups, gone: np.ndarray, options: Prune, curves: Sequence[Sequence[tuple[int, float]]]
+              ) -> dict[str, Any]:
+    """Families with their channels before and after and their measured curves, and what had to stay with its
+    reason."""
     families = []
-    for f in found.families:
+    for f, curve in itertools.zip_longest(found.families, curves):
         places = sorted({n.label() for n in found.groups[f[0]].places})
-        families.append({"layers": places, "channels": len(f), "kept": int((~gone[list(f)]).sum())})
+        family = {"layers": places, "channels": len(f), "kept": int((~gone[list(f)]).sum())}
+        families.append(family | ({"lost_alone": {str(count): loss for count, loss in curve}} if curve else {}))
     reasons: dict[str, int] = {}
     for g in found.groups:
         if g.reason and g.places and not g.reason.startswith(WINDOW):

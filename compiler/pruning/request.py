@@ -16,7 +16,7 @@ from skive.pruning.scores import Importance
 from skive.samples import fingerprint
 
 CRITERIA = ("l1", "l2", "activation", "obspa", "random")
-SCOPES = ("global", "layer")
+SCOPES = ("global", "layer", "measured")
 MEASURES = ("macs", "parameters", "bytes", "latency")
 DATA_DRIVEN = frozenset({"activation", "obspa"})
 
@@ -34,8 +34,9 @@ class Prune:
     layers lose if their other weights make up for it: Wang et al., Structurally Prune Anything, 2024),
     "random" (the baseline, by `seed`), or what `skive.torch.importance` measured on the same model. `refit`: the
     layers that read what is left are fitted to what they gave before. `scope`: "global" compares all layers,
-    "layer" takes the same fraction of each. `multiple`: channels of a layer are kept in multiples of this, as
-    vectors like them; None: of 16 where a layer has 128 or more, of 8 from 24 on, of 4 or
+    "layer" takes the same fraction of each, "measured" from each what the outputs do without best, which takes longer
+    and loses less (Li et al., Pruning Filters for Efficient ConvNets, 2017). `multiple`: channels of a layer are kept
+    in multiples of this, as vectors like them; None: of 16 where a layer has 128 or more, of 8 from 24 on, of 4 or
     less below. `keep`: patterns of layer names
     that keep all their channels. `zeros`: before that, channels that are zero already (masks and zero groups of
     other tools) go, exactly. `widths`: instead of a fraction, how many channels stay, by the layer

@@ -21,6 +21,6 @@ from __future__ import annotations
 
 from skive.passes.channel_groups.groups import Group, Groups, channel_groups
 from skive.passes.channel_groups.labels import WINDOW
-from skive.passes.channel_groups.removal import without, zeroed
+from skive.passes.channel_groups.removal import emptied, without, zeroed
 
-__all__ = ["WINDOW", "Group", "Groups", "channel_groups", "without", "zeroed"]
+__all__ = ["WINDOW", "Group", "Groups", "channel_groups", "emptied", "without", "zeroed"]

@@ -82,12 +82,18 @@ def zeroed(found: Groups, removed: Iterable[int]) -> Graph:
         if not node.is_const:
             return node if all(a is b for a, b in zip(inputs, node.inputs, strict=True)) else ops.make(
                 node.op, *inputs, origin=node.origin, label=node.name, **node.attrs)
-        masks = [gone[a] for a in found.axes[node]]
-        if node.dtype in (DType.i64, DType.bool) or not any(m.any() for m in masks):
-            return node
-        value = node.value.copy()
-        for axis, m in enumerate(masks):
-            value[(slice(None),) * axis + (m,)] = 0
-        return constant(value, name=node.name, origin=node.origin)
+        value = emptied(found, node, gone)
+        return node if value is None else constant(value, name=node.name, origin=node.origin)
 
     return found.graph.map_nodes(one)
+
+
+def emptied(found: Groups, node: Node, gone: np.ndarray) -> np.ndarray | None:
+    """The values of a constant with the groups `gone` [groups] bool zero; None if it holds none of them."""
+    masks = [gone[a] for a in found.axes[node]]
+    if node.dtype in (DType.i64, DType.bool) or not any(m.any() for m in masks):
+        return None
+    value = node.value.copy()
+    for axis, m in enumerate(masks):
+        value[(slice(None),) * axis + (m,)] = 0
+    return value

@@ -11,9 +11,10 @@ from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.channel_groups import channel_groups, zeroed
 from skive.pipeline import total_macs
 from skive.pruning import Cost, Importance, Prune
-from skive.pruning.choice import chosen_groups
+from skive.pruning.choice import chosen_groups, places_by_loss
 from skive.pruning.fit import restored_wide
 from skive.pruning.scores import magnitudes
+from skive.pruning.sensitivity import marginal
 from skive.reference import evaluate_graph
 from skive.sparsity import Sparsify
 from skive.types import DType
@@ -350,6 +351,55 @@ def test_no_more_goes_than_the_multiples_make_necessary(scope: str) -> None:
             more = gone.copy()
             more[removed[:8]] = False
             assert cost(more) > 0.7 * cost.whole
+
+
+def test_what_the_outputs_do_not_see_goes_first() -> None:
+    """A branch that adds a thousandth to its stream loses its channels before the stream loses one."""
+    graph = network()
+    loud = next(n for n in graph.nodes if n.name == "two.w")
+    quiet = graph.map_nodes(lambda n, inputs: constant(n.value / 1000, name=n.name, origin=n.origin) if n is loud
+                            else rebuilt(n, inputs))
+    kept = {}
+    for scope in ("measured", "layer"):
+        _, report = pruning.apply(quiet, Prune(macs=0.3, scope=scope, multiple=4, calibration=data()))
+        inner, stream = sorted(report["groups"], key=lambda g: "stem" in g["layers"])
+        kept[scope] = inner["kept"], stream["kept"]
+        assert ("lost_alone" in inner) == (scope == "measured")
+    assert kept["measured"][0] < 12 and kept["measured"][1] == 16 and kept["layer"][1] < 16
+
+
+def test_marginal_losses_follow_the_hull_of_a_curve() -> None:
+    found = channel_groups(network())
+    scores = magnitudes(found, 1)
+    curves = [[(4, 0.5), (8, 0.4), (12, 0.8), (15, 2.0)]] * len(found.families)
+    slopes = marginal(found, scores, curves)
+    for f in found.families:
+        family = sorted(f, key=lambda g: (scores[g], g))
+        assert slopes[family] == pytest.approx([0.05] * 8 + [0.1] * 4 + [0.4] * 4, rel=1e-6)
+        assert sorted(f, key=lambda g: (slopes[g], g)) == family
+    assert np.isinf(slopes[[i for i, g in enumerate(found.groups) if g.reason is not None]]).all()
+
+
+def test_greedy_places_are_those_of_trying_every_family_each_time() -> None:
+    found = channel_groups(network(width=24))
+    cost = Cost(found, "macs")
+    losses = np.full(len(found.groups), np.inf)
+    rng = np.random.default_rng(3)
+    for f in found.families:
+        losses[list(f)] = np.sort(rng.random(len(f)))
+    options = Prune(macs=0.3, multiple=4, refit=False)
+    places = places_by_loss(found, losses, options, cost)
+    gone = np.zeros(len(found.groups), bool)
+    for place in range(0, int(np.isfinite(losses).sum()), 4):
+        rates = []
+        for f in found.families:
+            waiting = sorted((g for g in f if not gone[g]), key=lambda g: losses[g])[:4]
+            more = gone.copy()
+            more[waiting] = True
+            if waiting:
+                rates.append((losses[waiting].sum() / max(1, cost(gone) - cost(more)), waiting))
+        gone[min(rates)[1]] = True
+        assert set(np.flatnonzero(places < place + 4)) == set(np.flatnonzero(gone))
 
 
 def test_keep_that_names_nothing_is_an_error() -> None:
