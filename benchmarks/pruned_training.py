@@ -117,7 +117,8 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
         criterion = helpers.importance(t.whole, t.batches, followed)
         t.batches.rewind()
     asked = skive.Prune(macs=a.macs, criterion=criterion, refit=way not in ("l1", "random"), seed=a.seed,
-                        scope=scope or "global", multiple=a.multiple, keep=tuple(a.keep.split(",")) if a.keep else (), calibration=t.calibration)
+                        scope=scope or "global", multiple=a.multiple, calibration=t.calibration,
+                        keep=tuple(a.keep.split(",")) if a.keep else ())
     if way == "tas":
         asked = helpers.search_widths(t.path, asked, *t.batches.halves(), a.epochs, a.rate, loss=followed,
                                       bfloat16=a.bfloat16, example_inputs=t.example)
