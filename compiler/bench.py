@@ -90,7 +90,8 @@ def _onnxruntime(job: Job) -> Loaded:
     options.log_severity_level = 4
     session = ort.InferenceSession(job.source, options, providers=["CPUExecutionProvider"])
     names = [i.name for i in session.get_inputs()]
-    arrays = job.inputs()
+    half = {i.name for i in session.get_inputs() if i.type == "tensor(float16)"}
+    arrays = [a.astype(np.float16) if n in half else a for n, a in zip(names, job.inputs(), strict=True)]
     # Shapes may be symbolic in the model: one ordinary call gives those of the outputs.
     first = session.run(None, dict(zip(names, arrays, strict=True)))
     kept = [ort.OrtValue.ortvalue_from_numpy(a) for a in arrays]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import numpy as np
 
 from skive.errors import InvalidModelError
 from skive.ir import Graph
+
+log = logging.getLogger("skive.frontend")
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,22 @@ def _open_onnx(
 ) -> Source:
     from skive.frontend.onnx import import_onnx, model_sha256
     from skive.frontend.onnx.load import load_model
+    from skive.frontend.onnx.widen import widened
 
-    loaded = load_model(model)
+    as_given = load_model(model)
+    loaded = widened(as_given)
     proto = loaded.proto
+    own, ports = ([*p.graph.input, *p.graph.output] for p in (as_given.proto, proto))
+    if changed := [a.name for a, b in zip(own, ports, strict=True) if a != b]:
+        log.warning("%s: 16-bit floats are computed in float32, so these inputs and outputs are float32: %s", name,
+                    ", ".join(changed))
     if example is not None:
         names = [i.name for i in proto.graph.input if i.name not in {t.name for t in proto.graph.initializer}]
         given = dict(example) if isinstance(example, Mapping) else dict(zip(names, example, strict=False))
         shapes = {**{k: tuple(np.shape(v)) for k, v in given.items()}, **shapes}
 
     def oracle(inputs: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-        if fixed or path is None and proto.ByteSize() > 1 << 30:
+        if fixed or (path is None or loaded is not as_given) and proto.ByteSize() > 1 << 30:
             return None
         try:
             import onnxruntime as ort
@@ -150,7 +159,9 @@ def _open_onnx(
             return None
         try:
             session = ort.InferenceSession(
-                path or proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                (loaded is as_given and path) or proto.SerializeToString(),
+                options,
+                providers=["CPUExecutionProvider"],
             )
             names = [i.name for i in session.get_inputs()]
             return [np.asarray(v) for v in session.run(None, dict(zip(names, inputs, strict=True)))]
@@ -160,7 +171,7 @@ def _open_onnx(
     return Source(
         name,
         path,
-        model_sha256(loaded),
+        model_sha256(as_given),
         request,
         lambda: import_onnx(loaded, fixed_inputs=fixed, input_shapes=shapes, batch_max=batch_max),
         oracle,

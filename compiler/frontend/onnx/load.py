@@ -33,6 +33,8 @@ DTYPES: dict[int, DType] = {
 ELEM_TYPES = {d: e for e, d in DTYPES.items()}
 # Two elements to a byte, the first in the low half; read into the integers of 8 bits that hold their values.
 NIBBLES: dict[int, DType] = {TensorProto.INT4: DType.i8, TensorProto.UINT4: DType.u8}
+# 16-bit floats, as bit patterns in `int32_data` or raw bytes; `widen` reads them as float32.
+HALVES = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 # The field that holds the elements when they are not raw bytes, by element type.
 FIELDS = {DType.f32: "float_data", DType.f64: "double_data", DType.i64: "int64_data", DType.u32: "uint64_data",
           DType.u64: "uint64_data"}
@@ -253,6 +255,24 @@ def tensor_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
     return np.array(values, wide).astype(dtype.numpy).reshape(shape)
 
 
+def half_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
+    """The float32 value of a tensor of float16 or bfloat16; InvalidModelError if its data is not there."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        bits = np.frombuffer(external_bytes(tensor, folder), "<u2")
+    elif tensor.HasField("raw_data"):
+        bits = np.frombuffer(tensor.raw_data[: len(tensor.raw_data) // 2 * 2], "<u2")
+    else:
+        bits = np.array(tensor.int32_data, np.int64).astype(np.uint16)
+    name = tensor.name or "a tensor"
+    count = element_count(list(tensor.dims), name)
+    if bits.size != count or len(tensor.raw_data) % 2:
+        raise InvalidModelError(f"{name}: shape {list(tensor.dims)} of {elem_name(tensor.data_type)} needs {count} "
+                                f"elements, but {bits.size} are stored")
+    if tensor.data_type == TensorProto.FLOAT16:
+        return bits.astype(np.uint16).view(np.float16).astype(np.float32).reshape(tuple(tensor.dims))
+    return (bits.astype(np.uint32) << 16).view(np.float32).reshape(tuple(tensor.dims))
+
+
 def nibble_array(tensor: TensorProto, folder: Path | None) -> np.ndarray:
     """The value of a tensor of 4-bit integers, in 8 bits; InvalidModelError if its data is not there."""
     if tensor.data_location == TensorProto.EXTERNAL:
@@ -288,7 +308,8 @@ def external_bytes(tensor: TensorProto, folder: Path | None) -> bytes:
     if not path.is_file():
         raise InvalidModelError(f"{name}: external data {location!r} is missing")
     count = element_count(list(tensor.dims), name)
-    needed = (count + 1) // 2 if tensor.data_type in NIBBLES else count * DTYPES[tensor.data_type].bytes
+    each = 2 if tensor.data_type in HALVES else DTYPES[tensor.data_type].bytes
+    needed = (count + 1) // 2 if tensor.data_type in NIBBLES else count * each
     try:
         offset, length = int(entries.get("offset", "0")), int(entries.get("length", str(needed)))
     except ValueError:
@@ -335,7 +356,7 @@ def model_sha256(model: str | Path | ModelProto | Loaded) -> str:
             raise InvalidModelError(f"the model: {first_line(e)}") from None
     external = False
     for tensor in (*proto.graph.initializer, *attribute_tensors(proto)):
-        known = tensor.data_type in DTYPES or tensor.data_type in NIBBLES
+        known = tensor.data_type in DTYPES or tensor.data_type in NIBBLES or tensor.data_type in HALVES
         if tensor.data_location == TensorProto.EXTERNAL and known:
             digest.update(external_bytes(tensor, folder))
             external = True
