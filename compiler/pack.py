@@ -18,6 +18,7 @@ __all__ = [
     "conv2d_block",
     "conv2d_scratch_bytes",
     "conv_transpose2d_scratch_bytes",
+    "narrow_scratch_bytes",
     "pack_bias",
     "pack_bias_i32",
     "pack_conv2d",
@@ -40,6 +41,8 @@ _CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
 _CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
 _CLASH = 4096  # bytes: pixels that are a multiple of it apart share one set of the L1 cache
 _TILE_ROWS = 14  # most output rows of a register tile
+_NARROW_CHUNK_BYTES = 24 * 1024  # input rows that conv_narrow.h keeps in L1
+_NARROW_TILE_ROWS = 8  # most output rows of its register tile
 _FEW_PIXELS_BLOCK = {"avx512vnni": 64, "avx512": 64, "avx2": 64, "generic": 16}
 _BLOCK_VECTORS = {"avx512vnni": 16, "avx512": 16, "avx2": 8, "generic": 4}  # float lanes of a register
 
@@ -139,6 +142,23 @@ def conv2d_scratch_bytes(
     row = ((ow - 1) * sw + reach_w) * (run * element_size + 64 * clash)
     bytes_ = _copied_bytes(oh, sh, reach_h, row + 4)
     return max(bytes_, most if copied else 0) * parts
+
+
+def narrow_scratch_bytes(
+    image: Sequence[int], attrs: Mapping[str, Any], kernel: Sequence[int], parts: int = 1
+) -> int:
+    """Upper bound of `narrow_conv2d::scratch_bytes(parts)`: the input rows of a chunk, or of one tile, as planes."""
+    n, h, w, channels = image
+    top, left, bottom, right = attrs["pad"]
+    kh, kw = kernel
+    if kh == kw == 1:
+        pixels = n * h * w
+        w = next((cut for cut in (64, 32, 16) if pixels % cut == 0), w)
+        h = pixels // w
+    out = w + left + right - kw + 1
+    row = _round_up(max(_round_up(out, 16) + kw - 1, left + _round_up(w, 16)), 16) * channels
+    rows = h + top + bottom  # all of them
+    return min(rows * row, max(_NARROW_CHUNK_BYTES, (_NARROW_TILE_ROWS + kh - 1) * row)) * parts
 
 
 def _copied_bytes(output_rows: int, stride: int, reach: int, row: int) -> int:

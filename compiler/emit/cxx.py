@@ -65,22 +65,30 @@ _ACCESS = {
     "pixel": "splat<N>({arg}[pixel])",
     "sample": "load<N>({arg} + pixel / {pixels} * {stride} + channel)",
 }
+# Kernels that call their epilogue with one channel of neighbouring pixels instead of one pixel's channels.
+_PIXELS_IN_LANES = frozenset(("narrow_conv2d",))
+_PIXELS_ACCESS = {
+    "full": "load_full<N, {stride}>({arg}, pixel, channel)",
+    "channel": "load_channel<N>({arg}, channel)",
+    "scalar": "splat<N>({arg}[0])",
+    "pixel": "load_pixel<N>({arg}, pixel)",
+}
 
 
-def _operand(a: Access, vector: bool) -> str:
+def _operand(a: Access, vector: bool, pixels: bool) -> str:
     if a.mode == "literal":
         return f"splat<N>({a.text})" if vector else a.text
-    return _ACCESS[a.mode].format(arg=a.arg, stride=a.stride, pixels=a.pixels)
+    return (_PIXELS_ACCESS if pixels else _ACCESS)[a.mode].format(arg=a.arg, stride=a.stride, pixels=a.pixels)
 
 
-def _lambda(fn: Fn) -> str:
-    """The C++ lambda of a fused expression."""
+def _lambda(fn: Fn, pixels: bool = False) -> str:
+    """The C++ lambda of a fused expression; `pixels`: for a kernel of _PIXELS_IN_LANES."""
     lines = []
     names: dict[str, str] = {}
     for i, a in enumerate(fn.operands):
         names[f"x{i}"] = f"x{i}"
         if a.mode != "value":
-            names[f"x{i}"] = _operand(a, fn.vector)
+            names[f"x{i}"] = _operand(a, fn.vector, pixels)
     used = {arg for s in fn.steps for arg in s.args}
     needs_lanes = fn.vector and any("<N>" in names[u] for u in used if u in names)
     if needs_lanes:
@@ -96,7 +104,8 @@ def _lambda(fn: Fn) -> str:
         lines.append(f"{target}{s.name}({args});")
     body = " ".join(lines)
     if fn.epilogue:
-        head = f"[=]({_parameters(['auto x0', 'ptrdiff_t pixel', 'int channel'], body)})"
+        channel = "auto channel" if pixels else "int channel"
+        head = f"[=]({_parameters(['auto x0', 'ptrdiff_t pixel', channel], body)})"
     else:
         head = f"[]({_parameters([f'auto x{i}' for i, a in enumerate(fn.operands) if a.mode == 'value'], body)})"
     head += " __attribute__((always_inline))"  # a kernel calls it in several loops, each with its constants
@@ -115,7 +124,9 @@ def _parameters(declared: Sequence[str], body: str) -> str:
 def _body(call: Call, threads: int) -> str:
     """The statements of a kernel function."""
     template = f"<{', '.join(call.template)}>" if call.template else ""
-    order = [_lambda(call.fn) if o == "fn" and call.fn else o for o in call.order]
+    order = [
+        _lambda(call.fn, call.kernel in _PIXELS_IN_LANES) if o == "fn" and call.fn else o for o in call.order
+    ]
     lines = [f"using K = {call.kernel}{template};"]
     if call.scratch_bytes:
         lines.append(

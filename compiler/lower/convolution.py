@@ -12,10 +12,11 @@ from skive.ir import Node
 from skive.lower.abilities import INTEGER_PACKING, has_fast_kernel, is_depthwise
 from skive.lower.calls import Lowering, lowers
 from skive.lower.functors import sum_dtype
+from skive.lower.narrow import narrow_pays
 from skive.lower.shifted import shifted_sums
 from skive.lower.sparse import ONE, lower_sparse, sparse_choice
 from skive.lower.strides import image
-from skive.tuning import contraction_variants
+from skive.tuning import Variant, contraction_variants
 from skive.types import DType
 
 
@@ -100,7 +101,10 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     if sparse and not sparse.refused:
         lower_sparse(ctx, node, sparse, tags, bias_of(node, oc))
         return
-    kernel, block = ctx.tuning.choose(node, contraction_variants(node, ctx.target))
+    variants = contraction_variants(node, ctx.target)
+    if narrow_pays(node, ctx.target, fn):
+        variants.insert(0, Variant("narrow_conv2d", -(-oc // 4) * 4))
+    kernel, block = ctx.tuning.choose(node, variants)
     if kernel == "winograd2d":
         run(
             kernel,
@@ -113,13 +117,18 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
     else:
         fn, extra, start = shifted_sums(ctx, node, fn, extra)
         template = [*tags, block] if groups == 1 else [*tags, groups, block]
+        if kernel == "narrow_conv2d":
+            header, scratch = "conv_narrow.h", pack.narrow_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads)
+        else:
+            header = "conv.h"
+            scratch = pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x), x.dtype.bytes)
         run(
             kernel,
-            "conv.h",
+            header,
             [*template, *strides],
             *_joined(_packed_conv(node, g, b, block, start)
                      for g, b in zip(np.split(w.value, groups), np.split(bias_of(node, oc), groups), strict=True)),
-            pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x), x.dtype.bytes),
+            scratch,
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import test_conv_integer as dense
+import test_conv_narrow as narrow
 import test_depthwise_integer as depthwise
 import test_pool as pool
 from batch import CTYPE, angle
@@ -172,6 +173,37 @@ def convolution(size: int, transposed: bool = False) -> Callable[[Random], Subje
                 return _convolution(case, *_kind(rng, size, spill=not transposed))
 
     return make
+
+
+def narrow_convolution(rng: Random) -> Subject:
+    """Convolutions of few output channels with pixels in the lanes; the dense kernel where there is no such one."""
+    while True:
+        channels, outputs = 4 * choice(rng, 1, 2, 3, 4, 5, 6, 8, 14), int(rng.integers(1, 15))
+        window = choice(rng, 1, 1, 2, 3, 3, 3, 5), choice(rng, 1, 1, 2, 3, 3, 3, 5)
+        image = choice(rng, 1, 1, 2), int(rng.integers(1, 23)), int(rng.integers(1, 70)), channels
+        pad = [int(rng.integers(0, window[i % 2])) for i in range(4)]
+        case = Case(image, (outputs, *window), pad=(pad[0], pad[1], pad[2], pad[3]), xs=choice(rng, 0, 0, 1, 8),
+                    ys=choice(rng, 0, 0, 1, 9))  # fmt: skip
+        if min(case.output) > 0 and math.prod(image) * outputs * math.prod(window) < 2_000_000:
+            break
+    kind = narrow.KINDS[int(rng.integers(len(narrow.KINDS)))]
+    subject = _convolution(case, kind, fixed=False)
+
+    def text(isa: str) -> str:
+        if isa != narrow.ISA:
+            return subject.text(isa)
+        return (
+            "[[maybe_unused]] auto *offset = x3, *shift = x4; [[maybe_unused]] auto* factor = x5; "
+            f"{narrow.narrow_text(case, kind)}::run(x0, x1, x2, y0, scratch, part, "
+            "[=](auto acc, ptrdiff_t pixel, auto channel) __attribute__((always_inline)) "
+            f"{{ constexpr int L = decltype(acc)::lanes; return {narrow.narrow_epilogue(kind, case, False)}; }})"
+        )
+
+    return replace(
+        subject,
+        text=text,
+        scratch=lambda isa: narrow.narrow_text(case, kind) if isa == narrow.ISA else dense.text(case, kind, isa),
+    )
 
 
 def linear(size: int) -> Callable[[Random], Subject]:
@@ -577,6 +609,7 @@ _DEPTHWISE = ("depthwise_integer.h", "math.h")
 KERNELS: dict[str, Kernel] = {
     "conv2d u8": Kernel(convolution(1), _CONV),
     "conv2d i16": Kernel(convolution(2), _CONV),
+    "narrow_conv2d": Kernel(narrow_convolution, ("conv_narrow.h", "math.h")),
     "depthwise2d u8": Kernel(depthwise_convolution(np.uint8), _DEPTHWISE),
     "depthwise2d i16": Kernel(depthwise_convolution(np.int16), _DEPTHWISE),
     "conv_transpose2d u8": Kernel(convolution(1, transposed=True), _CONV),

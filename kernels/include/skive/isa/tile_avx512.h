@@ -319,19 +319,24 @@ SKIVE_INLINE void store(T* p, Rounded<T, N> a) {
 // packing instructions saturate, and work within quarters of a register: a last step puts these
 // together.
 template <class T> constexpr bool kJoins = sizeof(T) == 1;
-SKIVE_INLINE __m512i narrow_two(IVec<16> a, IVec<16> b) { return _mm512_packs_epi32(a.v, b.v); }
-template <class T>
-SKIVE_INLINE __m512i narrow_two(Rounded<T, 16> a, Rounded<T, 16> b) {
+template <int N>
+SKIVE_INLINE __m512i narrow_two(IVec<N> a, IVec<N> b) { return _mm512_packs_epi32(a.v, b.v); }
+template <class T, int N>
+SKIVE_INLINE __m512i narrow_two(Rounded<T, N> a, Rounded<T, N> b) {
   const __m512i words = _mm512_packs_epi32(a.v, b.v);
   if (a.zero == 0) return words;
   return _mm512_adds_epi16(words, _mm512_set1_epi16(static_cast<short>(a.zero)));
 }
+// Dword k of quarter j: lanes 4 j to 4 j + 3 of register k.
+template <class T, class R>
+SKIVE_INLINE __m512i quarters_of_four(R a, R b, R c, R d) {
+  const __m512i ab = narrow_two(a, b), cd = narrow_two(c, d);
+  return kSigned<T> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd);
+}
 template <class T, class R>
 SKIVE_INLINE __m512i narrow_four(R a, R b, R c, R d) {
-  const __m512i ab = narrow_two(a, b), cd = narrow_two(c, d);
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm512_permutexvar_epi32(order,
-                                  kSigned<T> ? _mm512_packs_epi16(ab, cd) : _mm512_packus_epi16(ab, cd));
+  return _mm512_permutexvar_epi32(order, quarters_of_four<T>(a, b, c, d));
 }
 template <class T, class R>
 SKIVE_INLINE void store_joined(T* p, R a, R b, R c, R d) {
