@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import skive
-from skive import _native, build, check, explanation, speed, tuning
+from skive import _native, build, check, explanation, kernels, speed, tuning
 from skive import exits as early
 from skive.artifact import write_folder
 from skive.changes import Changes, Progress
@@ -312,7 +312,7 @@ def _cache_key(
         str(_data_sha256(data)),
         skive.__version__,
         build.sources_hash(),
-        build.headers_hash(),
+        kernels.headers_hash(),
     ]
     if not options.emit_only:
         parts += [*build.compiler(), build.compiler_version(build.compiler()), *build.user_flags()]

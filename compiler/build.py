@@ -72,17 +72,6 @@ def cache_dir() -> Path:
 
 
 @lru_cache(maxsize=1)
-def headers_hash() -> str:
-    """SHA-256 of every kernel header."""
-    h = hashlib.sha256()
-    root = kernels.include_dir()
-    for p in sorted(root.rglob("*")):
-        if p.is_file():
-            h.update(p.relative_to(root).as_posix().encode() + b"\0" + p.read_bytes() + b"\0")
-    return h.hexdigest()
-
-
-@lru_cache(maxsize=1)
 def sources_hash() -> str:
     """SHA-256 of skive's Python sources: an edited compiler never answers from its past."""
     h = hashlib.sha256()
@@ -149,7 +138,7 @@ def build_shared(
             key = hashlib.sha256(
                 "\0".join(
                     [
-                        headers_hash(),
+                        kernels.headers_hash(),
                         version,
                         *command,
                         *flags,

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 import skive
-from skive import _native, build, ops, profiling
+from skive import _native, build, kernels, ops, profiling
 from skive.emit import cxx
 from skive.errors import SkiveError
 from skive.ir import Graph, Node, constant
@@ -115,7 +115,7 @@ class SpeedTable:
             target.name,
             str(threads),
             skive.__version__,
-            build.headers_hash(),
+            kernels.headers_hash(),
             *command,
             build.compiler_version(command),
             *build.user_flags(),

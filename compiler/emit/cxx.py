@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from skive import kernels
 from skive.emit import host
 from skive.plan import Access, Arg, Call, Fn, Plan
 from skive.targets.base import Target
@@ -219,19 +220,36 @@ def _kernels_unit(name: str, target: Target, part: Sequence[tuple[str, str, Call
     includes = "".join(f'#include "skive/{h}"\n' for h in _headers([c for _, _, c in part]))
     return (
         f"// Kernels of {name}, specialised to its shapes. Generated; do not edit.\n"
-        f"#define {target.define}\n{includes}\nnamespace {name}_model {{\nusing namespace skive;\n\n"
+        f"{_defines(target)}\n{includes}\nnamespace {name}_model {{\nusing namespace skive;\n\n"
         + "\n".join(text for _, text, _ in part)
         + f"\n}}  // namespace {name}_model\n"
     )
 
 
+def _defines(target: Target) -> str:
+    """What a unit says before it includes kernels: the target, and which version of the headers it was written for."""
+    return f"#define {target.define}\n#define SKIVE_HEADERS v{kernels.headers_hash()[:12]}"
+
+
 def _public_header(plan: Plan, upper: str) -> str:
     n = plan.name
-    lines = [f"// {n}: a compiled network. Generated; do not edit.", "//"]
+    about = [f"{n}: a compiled network. Generated; do not edit.", ""]
     for kind, ports in (("input", plan.inputs), ("output", plan.outputs)):
         for i, p in enumerate(ports):
             real = f", real = {p.scale!r} * (integer - {p.zero})" if p.scale is not None else ""
-            lines.append(f"// {kind} {i}: {comment(p.name)} {p.dtype}[{','.join(map(str, p.shape))}]{real}")
+            name = comment(p.name).replace("*", "?")
+            about.append(f"{kind} {i}: {name} {p.dtype}[{','.join(map(str, p.shape))}]{real}")
+    about += [
+        "",
+        "Tensors are dense, the last index runs fastest, and aligned to their elements. bool is one byte, 0 or 1.",
+    ]
+    if any(p.scale is not None for p in (*plan.inputs, *plan.outputs)):
+        about += [
+            "A real number becomes an integer as real / scale + zero: the quotient is rounded to the nearest integer",
+            "(a half to the even one), and the sum is bounded to what the element type holds.",
+        ]
+    about.append(f"Memory: {len(plan.weights)} bytes of constant weights, {plan.arena_bytes} of arena from the caller.")
+    lines = [f"/* {text} */" if text else "" for text in about]
     lines += [
         f"#ifndef {upper}_MODEL_H",
         f"#define {upper}_MODEL_H",
@@ -248,7 +266,7 @@ def _public_header(plan: Plan, upper: str) -> str:
         for i, p in enumerate(ports):
             lines.append(f"#define {upper}_{kind}{i}_BYTES {p.bytes}")
             if p.scale is not None:
-                lines += [f"#define {upper}_{kind}{i}_SCALE {p.scale!r}", f"#define {upper}_{kind}{i}_ZERO {p.zero}"]
+                lines += [f"#define {upper}_{kind}{i}_SCALE {p.scale!r}f", f"#define {upper}_{kind}{i}_ZERO {p.zero}"]
     lines += [
         f"#define {upper}_ARENA_BYTES {plan.arena_bytes}",
         f"#define {upper}_ARENA_ALIGN 64",
@@ -259,7 +277,7 @@ def _public_header(plan: Plan, upper: str) -> str:
         f"#define {upper}_ERROR_CPU 1   /* this processor lacks an instruction set the code needs */",
         f"#define {upper}_ERROR_NULL 2  /* a pointer is null */",
         f"#define {upper}_ERROR_ALIGN 3 /* the arena is not {upper}_ARENA_ALIGN-byte aligned */",
-        f"#define {upper}_ERROR_BATCH 4 /* the batch is not 1 to {upper}_BATCH_MAX */",
+        f"#define {upper}_ERROR_BATCH 4 /* the batch is not 1 to {upper}_BATCH_MAX, or there is no such layer */",
         *([f"#define {upper}_ERROR_EXIT 5  /* there is no such exit to resume from */"] if plan.exits else []),
         "",
         "#if defined(__GNUC__)",
@@ -269,7 +287,9 @@ def _public_header(plan: Plan, upper: str) -> str:
         "#endif",
         "",
         "/* Runs the network once. No allocation, no global state: calls on separate arenas may run",
-        "   at the same time. inputs and outputs point to one pointer per tensor. */",
+        "   at the same time. inputs and outputs point to one pointer per tensor; inputs are only read, and",
+        "   an output overlaps no other tensor. The arena needs no initialisation and, unless exits are resumed,",
+        f"   keeps nothing between calls; it may be null if {upper}_ARENA_BYTES is 0. */",
         f"{upper}_API int {n}_run(const void* const* inputs, void* const* outputs, void* arena);",
     ]
     if plan.batch_max:
@@ -336,7 +356,7 @@ def _main_unit(
         f'#include "{n}.h"',
         "",
     ]
-    out += [f"#define {target.define}"]
+    out += [_defines(target)]
     if plan.threads > 1:
         out += ['#include "skive/threads.h"']
     out += [f'#include "skive/{"cpu.h" if target.features else "isa.h"}"']
@@ -445,7 +465,7 @@ def _main_unit(
         f'    case {upper}_ERROR_CPU: return "this processor lacks one of {", ".join(target.features) or "nothing"}";',
         f'    case {upper}_ERROR_NULL: return "a pointer is null";',
         f'    case {upper}_ERROR_ALIGN: return "the arena is not 64-byte aligned";',
-        f'    case {upper}_ERROR_BATCH: return "the batch is out of range";',
+        f'    case {upper}_ERROR_BATCH: return "the batch or the layer is out of range";',
         *([f'    case {upper}_ERROR_EXIT: return "there is no such exit";'] if plan.exits else []),
         '    default: return "unknown error";',
         "  }",

@@ -14,7 +14,7 @@ from emitted import agrees, cmake_or_skip, driver, emit, needs_target, run
 from small_networks import NETWORKS
 
 import skive
-from skive import check
+from skive import check, kernels
 from skive.emit import cxx
 from skive.errors import TargetError
 from skive.targets.base import TARGETS
@@ -107,6 +107,24 @@ def test_a_processor_without_the_features_is_refused(tmp_path: Path) -> None:
         skive.load(module.folder)
 
 
+def test_the_header_is_plain_c_and_says_all(tmp_path: Path) -> None:
+    """Self-contained for C90 and C++, without a warning; what a caller fills in needs no other file."""
+    plan = emit(replace(NETWORKS["integer_pools_int8"](), name="net"), tmp_path, "generic")
+    ports = (replace(plan.inputs[0], name="x */ y /*", dtype="uint8", scale=0.25, zero=3), *plan.inputs[1:])
+    header = cxx.emit(replace(plan, inputs=ports), TARGETS["generic"]).files["net.h"]
+    shape = ",".join(map(str, ports[0].shape))
+    assert f"/* input 0: x ?/ y /? uint8[{shape}], real = 0.25 * (integer - 3) */" in header
+    assert "#define NET_INPUT0_SCALE 0.25f\n#define NET_INPUT0_ZERO 3\n" in header
+    assert f"Memory: {(tmp_path / 'net_weights.bin').stat().st_size} bytes of constant weights" in header
+    (tmp_path / "net.h").write_text(header)
+    warnings = ("-Wall", "-Wextra", "-pedantic", "-Wundef", "-Wstrict-prototypes", "-Werror", "-fsyntax-only")
+    for command in (("cc", "-std=c90", *warnings), ("cc", "-std=c11", *warnings)):
+        (tmp_path / "use.c").write_text('#include "net.h"\n#include "net.h"\nfloat scale = NET_INPUT0_SCALE;\n')
+        run(*command, "use.c", cwd=tmp_path)
+    run("c++", "-std=c++17", "-Wall", "-Wextra", "-pedantic", "-Werror", "-fsyntax-only", "-x", "c++", "use.c",
+        cwd=tmp_path)
+
+
 def symbols(objects: Sequence[Path]) -> set[str]:
     """The symbols that these objects define for others to see."""
     text = run("nm", "--defined-only", "--extern-only", *(o.name for o in objects), cwd=objects[0].parent)
@@ -128,3 +146,21 @@ def test_two_targets_in_one_library_share_no_kernel(tmp_path: Path) -> None:
     kernels = {t: {s for s in symbols(objects) if "skive" in s} for t, objects in built.items()}
     assert len(kernels["avx2"]) > 10 and len(kernels["generic"]) > 10
     assert symbols(built["avx2"]) & symbols(built["generic"]) == set()
+
+
+def test_two_versions_of_the_headers_share_no_kernel(tmp_path: Path) -> None:
+    """Networks that were compiled a year apart may meet in one program: their kernels have names of their own."""
+    emit(NETWORKS["transformer"](), tmp_path, "generic")
+    units = [f.read_text() for f in sorted(tmp_path.glob("*.cpp"))]
+    assert len(units) > 2
+    for text in units:
+        before, _ = text.split('#include "skive/', 1)
+        assert f"#define SKIVE_HEADERS v{kernels.headers_hash()[:12]}\n" in before
+    found = []
+    for version in ("v1", "v2"):
+        (tmp_path / "unit.cpp").write_text(
+            f'#define SKIVE_TARGET_GENERIC\n#define SKIVE_HEADERS {version}\n#include "skive/isa.h"\n'
+            "namespace skive { inline namespace SKIVE_ISA { int kernel() { return 1; } } }\n")
+        run("c++", "-std=c++17", "-I.", "-c", "unit.cpp", "-o", f"{version}.o", cwd=tmp_path)
+        found.append(symbols([tmp_path / f"{version}.o"]))
+    assert len(found[0]) == len(found[1]) == 1 and found[0] != found[1]

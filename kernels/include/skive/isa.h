@@ -4,7 +4,8 @@
 // include. Target avx512vnni is avx512 with other integer dot products.
 // Every kernel lives in `namespace skive { inline namespace SKIVE_ISA {`: one template compiled
 // twice with different flags into one library would otherwise merge into one weak symbol, and the
-// portable entry would run AVX-512 code.
+// portable entry would run AVX-512 code. SKIVE_HEADERS, which the emitted source defines as well, does the
+// same for networks that were compiled with different versions of these headers.
 #ifndef SKIVE_ISA_H
 #define SKIVE_ISA_H
 
@@ -13,12 +14,12 @@
 
 #if defined(SKIVE_TARGET_AVX512VNNI)
 #define SKIVE_TARGET_AVX512
-#define SKIVE_ISA avx512vnni
+#define SKIVE_TARGET avx512vnni
 #if !defined(__AVX512VNNI__)
 #error "target avx512vnni needs the flags of avx512 and -mavx512vnni"
 #endif
 #elif defined(SKIVE_TARGET_AVX512)
-#define SKIVE_ISA avx512
+#define SKIVE_TARGET avx512
 #endif
 
 #if defined(SKIVE_TARGET_AVX512)
@@ -26,12 +27,20 @@
 #error "target avx512 needs -mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma"
 #endif
 #elif defined(SKIVE_TARGET_AVX2)
-#define SKIVE_ISA avx2
+#define SKIVE_TARGET avx2
 #if !defined(__AVX2__) || !defined(__FMA__)
 #error "target avx2 needs -mavx2 -mfma"
 #endif
 #else
-#define SKIVE_ISA generic
+#define SKIVE_TARGET generic
+#endif
+
+#define SKIVE_JOIN_EXPANDED(a, b) a##_##b
+#define SKIVE_JOIN(a, b) SKIVE_JOIN_EXPANDED(a, b)
+#if defined(SKIVE_HEADERS)
+#define SKIVE_ISA SKIVE_JOIN(SKIVE_TARGET, SKIVE_HEADERS)
+#else
+#define SKIVE_ISA SKIVE_TARGET
 #endif
 
 // Kernels are specialised to one shape each: a call the compiler declines to inline costs more
