@@ -15,6 +15,7 @@ from skive.types import DType
 _LANES = 16
 _MOST_CHANNELS = 14  # the sums of two vectors of pixels fit the registers
 _MOST_VECTORS = 8
+_RESULTS = frozenset((DType.u8, DType.i8, DType.i16, DType.i32, DType.f32))
 _OPERANDS = frozenset(("value", "literal", "scalar", "channel", "pixel"))
 
 
@@ -31,7 +32,7 @@ def _fits(node: Node, target: Target, fn: Fn) -> bool:
         target.name == "avx512vnni"
         and node.op == "conv2d"
         and x.dtype is DType.u8
-        and node.dtype in (DType.u8, DType.i8)
+        and node.dtype in _RESULTS
         and node.attrs["groups"] == 1
         and tuple(node.attrs["stride"]) == tuple(node.attrs["dilation"]) == (1, 1)
         and ic > 0
@@ -80,5 +81,8 @@ def _narrow_cycles(node: Node, fn: Fn) -> float:
     step = max(oc * together, oc + 1.5 * together, 5) / together / _LANES  # products, loads, latency
     groups = ic // 4
     copy = 0.06 * groups * groups if groups <= 4 else 1.2 * -(-groups // 4)
-    apart = 0.35 * oc if oc > 4 and oc % 4 else 0.0  # results whose pixels are stored one by one
+    if node.dtype.bytes == 1:
+        apart = 0.35 * oc if oc > 4 and oc % 4 else 0.0  # pixels are stored one by one
+    else:
+        apart = 1.2 * oc if oc > 1 else 0.0  # results are
     return (_steps(node) * step + 0.16 * oc * (1 + _added(fn)) + 0.3) / used + copy + apart

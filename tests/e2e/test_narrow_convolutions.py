@@ -54,6 +54,8 @@ def network(width: int) -> Graph:
         "swish": stored(ops.make("silu", layer(block, 4, 1, 0), origin="swish"), 0.05, 7),
         "one": stored(layer(block, 1, 3, 0), 0.2, 128),
         "three": stored(layer(block, 3, 3, 0), 0.2, 128),
+        "real": layer(block, 1, 5, 0),
+        "words": stored(layer(block, 4, 3, 0), 0.001, 0, DType.i16),
     }
     return Graph("g", (x,), tuple(outputs.values()), tuple(outputs))
 
@@ -88,8 +90,7 @@ def test_what_the_kernel_cannot_do_stays_with_the_dense_one() -> None:
         stored(layer(x, 8, 3, 9, stride=(2, 2)), 0.1, 3),
         stored(layer(x, 8, 3, 9, dilation=(2, 2)), 0.1, 3),
         stored(layer(x, 16, 3, 9), 0.1, 3),
-        stored(layer(x, 8, 3, 9), 0.001, 3, DType.i16),
-        layer(x, 8, 3, 9),  # float32
+        stored(layer(x, 8, 1, 9), 0.001, 3, DType.i16),
     ):
         assert kernels([other], x) == ["conv2d"]
     assert kernels([stored(layer(three, 8, 3, 9), 0.1, 3)], three) == ["conv2d"]

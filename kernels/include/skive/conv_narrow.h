@@ -12,7 +12,7 @@
 //
 // The epilogue is called as epilogue(IVec<N> sums, pixel, channel): `pixel` is the flat index of the first of N
 // neighbouring pixels, `channel` a Channel<c>. It reads its operands by load_channel, load_pixel and
-// load_full, and returns what is stored as bytes.
+// load_full, and returns what is stored.
 #ifndef SKIVE_CONV_NARROW_H
 #define SKIVE_CONV_NARROW_H
 
@@ -125,9 +125,27 @@ struct PixelSums {
                             result(Channel<3>{}));
   }
   template <int V, int N, int Stride, class T, class E, int... G>
-  static SKIVE_INLINE void finish_vector(Sums& sums, T* y, ptrdiff_t pixel, const E& epilogue, Index<G...>) {
+  static SKIVE_INLINE void finish_bytes(Sums& sums, T* y, ptrdiff_t pixel, const E& epilogue, Index<G...>) {
     const IVec<kPixelLanes> planes[] = {joined<V, N, G, T>(sums, pixel, epilogue)...};
     store_pixels<N, Channels, Stride>(reinterpret_cast<uint8_t*>(y + pixel * Stride), planes);
+  }
+  template <int V, int N, int Stride, class T, class E, int... C>
+  static SKIVE_INLINE void finish_words(Sums& sums, T* y, ptrdiff_t pixel, const E& epilogue, Index<C...>) {
+    if constexpr (Stride == 1) {
+      store(y + pixel, epilogue(IVec<N>{slot<V>(sums).v}, pixel, Channel<0>{}));
+    } else {
+      alignas(64) T planes[Channels][kPixelLanes];
+      (store(planes[C], epilogue(IVec<N>{slot<V * Channels + C>(sums).v}, pixel, Channel<C>{})), ...);
+      T* to = y + pixel * Stride;
+      for (int i = 0; i < N; ++i, to += Stride) {
+        for (int c = 0; c < Channels; ++c) to[c] = planes[c][i];
+      }
+    }
+  }
+  template <int V, int N, int Stride, class T, class E>
+  static SKIVE_INLINE void finish_vector(Sums& sums, T* y, ptrdiff_t pixel, const E& epilogue) {
+    if constexpr (sizeof(T) == 1) finish_bytes<V, N, Stride>(sums, y, pixel, epilogue, Indices<div_up(Channels, 4)>{});
+    else finish_words<V, N, Stride>(sums, y, pixel, epilogue, EachChannel{});
   }
 };
 
@@ -219,7 +237,7 @@ struct narrow_conv2d {
   template <class T, int V, int Last, class Y, class E, int... I>
   static SKIVE_INLINE void finish(typename T::Sums& sums, Y* y, ptrdiff_t pixel, const E& epilogue, Index<I...>) {
     (T::template finish_vector<I, I % V == V - 1 ? Last : kPixelLanes, YS>(
-         sums, y, pixel + I / V * OW + I % V * kPixelLanes, epilogue, Indices<div_up(OC, 4)>{}),
+         sums, y, pixel + I / V * OW + I % V * kPixelLanes, epilogue),
      ...);
   }
 
@@ -284,7 +302,6 @@ struct narrow_conv2d {
   template <class Y, class E>
   static void run(const Element* x, const Weight* w, const Sum* bias, Y* y, void* scratch, Part part,
                   const E& epilogue) {
-    static_assert(sizeof(Y) == 1, "results are stored as bytes");
     constexpr int kAllStrips = kImages * kStrips;
     const int s1 = static_cast<int>(part_end(kAllStrips, part));
     uint8_t* const rows = static_cast<uint8_t*>(scratch) + part.index * kCopyBytes;
