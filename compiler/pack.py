@@ -18,6 +18,7 @@ __all__ = [
     "conv2d_block",
     "conv2d_scratch_bytes",
     "conv_transpose2d_scratch_bytes",
+    "narrow_rows",
     "narrow_scratch_bytes",
     "pack_bias",
     "pack_bias_i32",
@@ -144,17 +145,24 @@ def conv2d_scratch_bytes(
     return max(bytes_, most if copied else 0) * parts
 
 
+def narrow_rows(image: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+    """Height and width of the input that `narrow_conv2d` sees: a window of one pixel may cut it anew."""
+    n, h, w = image[:3]
+    if tuple(kernel) != (1, 1):
+        return h, w
+    pixels = n * h * w
+    width = next((cut for cut in (64, 32, 16) if pixels % cut == 0), w)
+    return pixels // width, width
+
+
 def narrow_scratch_bytes(
     image: Sequence[int], attrs: Mapping[str, Any], kernel: Sequence[int], parts: int = 1
 ) -> int:
     """Upper bound of `narrow_conv2d::scratch_bytes(parts)`: the input rows of a chunk, or of one tile, as planes."""
-    n, h, w, channels = image
+    channels = image[3]
     top, left, bottom, right = attrs["pad"]
     kh, kw = kernel
-    if kh == kw == 1:
-        pixels = n * h * w
-        w = next((cut for cut in (64, 32, 16) if pixels % cut == 0), w)
-        h = pixels // w
+    h, w = narrow_rows(image, kernel)
     out = w + left + right - kw + 1
     row = _round_up(max(_round_up(out, 16) + kw - 1, left + _round_up(w, 16)), 16) * channels
     rows = h + top + bottom  # all of them

@@ -7,6 +7,7 @@ bits per cycle.
 
 from __future__ import annotations
 
+from skive import pack
 from skive.ir import Node
 from skive.plan import Fn
 from skive.targets.base import Target
@@ -72,12 +73,14 @@ def _dense_cycles(node: Node, fn: Fn) -> float:
 
 def _narrow_cycles(node: Node, fn: Fn) -> float:
     """Cycles of conv_narrow.h: all lanes are busy except at the end of a row; the copy reorders the input."""
-    _, kh, kw, ic = node.inputs[1].shape
-    n, oh, ow, oc = node.shape
-    pixels = n * oh * ow if kh == kw == 1 else ow
+    x, w = node.inputs[:2]
+    oc, kh, kw, ic = w.shape
+    _, left, _, right = node.attrs["pad"]
+    rows, columns = pack.narrow_rows(x.shape, (kh, kw))
+    pixels = columns + left + right - kw + 1  # of an output row
     vectors = -(-pixels // _LANES)
     used = pixels / (vectors * _LANES)
-    together = min(31 // (oc + 1), _MOST_VECTORS, vectors * oh if kh * kw > 1 else vectors)
+    together = min(31 // (oc + 1), _MOST_VECTORS, vectors * rows)
     step = max(oc * together, oc + 1.5 * together, 5) / together / _LANES  # products, loads, latency
     groups = ic // 4
     copy = 0.06 * groups * groups if groups <= 4 else 1.2 * -(-groups // 4)
