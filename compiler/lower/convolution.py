@@ -92,8 +92,10 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
         if x.dtype is DType.f32:
             weights, biases = pack.pack_depthwise(taps, bias, oc // c)
         else:
+            fn, extra, start = shifted_sums(ctx, node, fn, extra)
             packing = pack.pack_depthwise_u8 if x.dtype is DType.u8 else pack.pack_depthwise_i16
-            weights, biases = packing(taps, bias, node.attrs["zero"], node.attrs, ctx.target.name, oc // c)
+            starts: np.ndarray = np.asarray(bias, np.int64) + start
+            weights, biases = packing(taps, starts, node.attrs["zero"], node.attrs, ctx.target.name, oc // c)
         header = "depthwise.h" if x.dtype is DType.f32 else "depthwise_integer.h"
         run("depthwise2d", header, [*tags, *strides], weights, biases)
         return

@@ -83,7 +83,7 @@ def test_no_division_and_no_bound_is_left() -> None:
     """Steps join the scales, and what saturation keeps is not computed again."""
     fused, _ = PassManager().run(network(), passes.FUSED, check="never")
     steps = [[s.name for s in c.fn.steps] for c in lower.lower(fused, TARGETS["avx2"], 1).calls if c.fn]
-    assert sum(s[0] == "scaled_sum" for s in steps) == 3, "six, wide and flat"
+    assert sum(s[0] == "scaled_sum" for s in steps) == 4, "six, wide, flat and three"
     assert all(s[-1].startswith("rounded<") for s in steps)
     names = {n for s in steps for n in s}
     assert {"min_", "add", "sub"} <= names and not names & {"quotient", "div_", "clip"}

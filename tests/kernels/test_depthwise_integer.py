@@ -105,6 +105,10 @@ LAYERS = [
     Layer(np.uint8, (1, 40, 37, 5), (31, 31), pad=(15, 15, 15, 15), zero=50),
     Layer(np.uint8, (2, 3, 20, 33), (1, 5), (1, 2), pad=(0, 2, 0, 2), zero=77),  # independent rows
     Layer(np.uint8, (1, 9, 9, 6), (1, 1), (2, 2)),
+    Layer(np.uint8, (1, 5, 150, 44), (3, 3), pad=(1, 1, 1, 1), zero=6),  # wider than one stage
+    Layer(np.uint8, (1, 11, 9, 35), (3, 3), (1, 2), pad=(2, 0, 2, 1), dilation=(2, 1), zero=99),
+    Layer(np.uint8, (1, 2, 700, 24), (1, 9), pad=(0, 4, 0, 4), zero=31),  # the same
+    Layer(np.uint8, (1, 17, 6, 20), (9, 1), pad=(4, 0, 4, 0), zero=31),
     Layer(np.int16, (1, 14, 14, 33), (3, 3), pad=(1, 1, 1, 1)),
     Layer(np.int16, (1, 9, 14, 40), (5, 5), (2, 2), pad=(2, 2, 2, 2), zero=-300),
     Layer(np.int16, (1, 25, 5, 64), (3, 3), pad=(1, 1, 1, 1)),

@@ -18,26 +18,7 @@
 #ifndef SKIVE_DEPTHWISE_INTEGER_H
 #define SKIVE_DEPTHWISE_INTEGER_H
 
-#include "skive/depthwise.h"
-#include "skive/tile.h"
-
-#if defined(SKIVE_TARGET_AVX512) || defined(SKIVE_TARGET_AVX512VNNI)
-#include "skive/isa/depthwise_avx512.h"
-#elif defined(SKIVE_TARGET_AVX2)
-#include "skive/isa/depthwise_avx2.h"
-#else
-#include "skive/isa/depthwise_generic.h"
-#endif
-
-// Interface that each isa/depthwise_*.h provides:
-//   ChannelDot<Element>           Weight, the type of the packed weights
-//     kRows                       G
-//     kVectors                    registers of channels that are interleaved together
-//     kHeld, kWindow              registers for weights and for interleaved columns, at most
-//     Group gather<N, Rows>(at)   N channels of the rows at(0) ... at(Rows - 1), interleaved
-//     Group fill(zero)            the same, every element `zero`
-//     dot(acc, group.v[i], weights(p))
-//   first_lanes<N>(IVec<>), store_two(p, a, b)
+#include "skive/depthwise_staged.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
@@ -394,16 +375,25 @@ struct IntegerDepthwise {
     if constexpr (M != 1) {
       multiplied(x, w, bias, y, part, epilogue);
     } else if constexpr (kFlat) {
-      IntegerWindow<Image<In::N * In::H, In::W, 1, In::C>, Kernel<Filter::OC, Filter::KW, 1>,
-                    Stride<Strides::W, 1>, Pad<Padding::Left, 0, Padding::Right, 0>,
-                    Dilation<Dilations::W, 1>, XS, YS, Element, Zero>::run(x, w, bias, y, part, epilogue);
+      windows<Image<In::N * In::H, In::W, 1, In::C>, Kernel<Filter::OC, Filter::KW, 1>,
+              Stride<Strides::W, 1>, Pad<Padding::Left, 0, Padding::Right, 0>,
+              Dilation<Dilations::W, 1>>(x, w, bias, y, part, epilogue);
     } else {
-      IntegerWindow<In, Filter, Strides, Padding, Dilations, XS, YS, Element, Zero>::run(
-          x, w, bias, y, part, epilogue);
+      windows<In, Filter, Strides, Padding, Dilations>(x, w, bias, y, part, epilogue);
     }
   }
 
  private:
+  template <class I, class F, class S, class P, class D, class W, class Y, class E>
+  static SKIVE_INLINE void windows(const Element* x, const W* w, const int32_t* bias, Y* y, Part part,
+                                   const E& epilogue) {
+    using Dot = ChannelDot<Element>;
+    if constexpr (Dot::kStaged)
+      StagedWindow<Dot, I, F, S, P, D, XS, YS, Element, Zero>::run(x, w, bias, y, part, epilogue);
+    else
+      IntegerWindow<I, F, S, P, D, XS, YS, Element, Zero>::run(x, w, bias, y, part, epilogue);
+  }
+
   // Each input channel feeds M neighbouring output channels: vectors run over those.
   template <class W, class Y, class E>
   static void multiplied(const Element* x, const W* w, const int32_t* bias, Y* y, Part part,

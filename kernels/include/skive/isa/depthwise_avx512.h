@@ -49,6 +49,7 @@ SKIVE_INLINE __m512i pairs_of_halves(__m512i a) {
 template <>
 struct ChannelDot<int16_t> {
   using Weight = int16_t;
+  static constexpr bool kStaged = false;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 1;
   static constexpr int kHeld = 12;     // weight registers that leave enough for the rest
@@ -77,6 +78,7 @@ struct ChannelDot<int16_t> {
 template <>
 struct ChannelDot<uint8_t> {
   using Weight = int8_t;
+  static constexpr bool kStaged = false;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 2;
   static constexpr int kHeld = 12;
@@ -140,6 +142,7 @@ struct ChannelDot<uint8_t> {
 template <>
 struct ChannelDot<uint8_t> {
   using Weight = int16_t;
+  static constexpr bool kStaged = false;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 1;
   static constexpr int kHeld = 12;

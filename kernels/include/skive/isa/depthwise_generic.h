@@ -19,6 +19,7 @@ struct WeightOf<uint8_t> {
 template <class Element>
 struct ChannelDot {
   using Weight = typename WeightOf<Element>::type;
+  static constexpr bool kStaged = false;
   static constexpr int kRows = 1;
   static constexpr int kVectors = 1;
   static constexpr int kHeld = 0;
