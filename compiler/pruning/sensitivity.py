@@ -15,21 +15,30 @@ from skive import ops
 from skive.ir import Node
 from skive.passes.channel_groups import Groups, emptied
 from skive.pipeline import total_macs
-from skive.pruning.fit import restored, unfit
-from skive.pruning.readers import ROWS, input_channels, readers_of, width
+from skive.pruning.fit import refitted, restored, unfit
+from skive.pruning.readers import MOST_INPUTS, ROWS, input_channels, readers_of, width
 
 SHARES = (0.25, 0.5, 0.75, 0.9375)  # of a layer's channels, by which its loss is measured
 PROBES = 32  # samples that it is measured on
-WORK = 250e9  # multiply-accumulates that may be spent: about a minute
+FEWEST = 8  # samples by which all layers can be fitted
+WORK = 1e12  # multiply-accumulates that may be spent: a minute or two
 
 
 def damages(found: Groups, scores: np.ndarray, seen: Mapping[Node, np.ndarray], samples: Sequence[Sequence[np.ndarray]],
             progress: Callable[[str, float], None]) -> list[list[tuple[int, float]]]:
     """By family: (channels gone, what the outputs lose, relative to their variance), the least important ones by
-    `scores` [groups] first. `seen`: the moments of `samples`, by which the layers that read them are fitted."""
+    `scores` [groups] first. `seen`: the moments of `samples`; none if nothing is fitted.
+
+    As in the network that comes of it, all layers behind what is gone are fitted; of a network for which that is too
+    much work only those that read it.
+    """
     families = [sorted(f, key=lambda g: (scores[g], g)) for f in found.families]
-    work = total_macs(found.graph) * len(families) * len(SHARES) // 2
-    probe = Probe(found, samples[: int(np.clip(WORK // max(1, work), 2, PROBES))])
+    share = WORK / max(1, len(families) * len(SHARES))  # of a measurement
+    solving = sum(min(width(n), MOST_INPUTS) ** 3 for n in readers_of(found))
+    count = int(np.clip((share - solving) // (3 * total_macs(found.graph) + _moments(found)), 0, PROBES))
+    everything = bool(seen) and count >= FEWEST
+    probes = samples[: count if everything else int(np.clip(share // max(1, total_macs(found.graph)), 2, PROBES))]
+    probe = Probe(found, probes)
     result = []
     for i, family in enumerate(families):
         progress("prune", 0.1 + 0.05 * i / len(families))
@@ -37,9 +46,19 @@ def damages(found: Groups, scores: np.ndarray, seen: Mapping[Node, np.ndarray], 
         for count in sorted({min(max(1, round(share * len(family))), len(family) - 1) for share in SHARES} - {0}):
             gone = np.zeros(len(found.groups), bool)
             gone[family[:count]] = True
-            curve.append((count, probe.loss(weights_without(found, gone, seen, len(samples)))))
+            if everything:
+                fitted = zip(found.graph.nodes, refitted(found, gone, probes).nodes, strict=True)
+                changed = {old: new.value for old, new in fitted if old.is_const and new is not old}
+            else:
+                changed = weights_without(found, gone, seen, len(samples))
+            curve.append((count, probe.loss(changed)))
         result.append(curve)
     return result
+
+
+def _moments(found: Groups) -> int:
+    """Multiply-accumulates of what a sample adds to the moments of all layers that are fitted."""
+    return sum(2 * ROWS * min(width(n), MOST_INPUTS) ** 2 for n in readers_of(found))
 
 
 def weights_without(found: Groups, gone: np.ndarray, seen: Mapping[Node, np.ndarray], samples: int
