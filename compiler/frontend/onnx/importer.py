@@ -391,7 +391,8 @@ def located(error: SkiveError, origin: str, op_type: str) -> SkiveError:
 
 
 def not_supported(op_type: str, domain: str, opset: int) -> Unsupported:
-    return Unsupported(f"operator {domain + '.' if domain else ''}{op_type} (opset {opset}) is not supported")
+    hint = "give the model as it was before onnxruntime optimised it" if domain == "com.microsoft" else ""
+    return Unsupported(f"operator {domain + '.' if domain else ''}{op_type} (opset {opset}) is not supported", hint)
 
 
 def schema_function(node: NodeProto, attrs: Mapping[str, AttributeProto], domain: str, opset: int,

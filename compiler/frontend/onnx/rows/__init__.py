@@ -4,6 +4,7 @@ from skive.frontend.onnx.rows import (  # noqa: F401
     contractions,
     detection,
     elementwise,
+    fused,
     movement,
     normalization,
     quantization,
