@@ -420,6 +420,8 @@ def _infer_choose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 
 _add(Op("choose", (3, 3), _infer_choose, lambda x, a: x[1] if bool(x[0].reshape(-1)[0]) else x[2], {}, "control",
         doc="a if the condition, one bool, holds, else b; what only the other operand needs is not computed"))
+_add(Op("copy", (1, 1), lambda types, a: types[0], lambda x, a: x[0], {}, "control",
+        doc="its operand, in other memory: what one trip of a loop leaves to the next"))
 
 
 def _infer_map(types: Sequence[TensorType], a: FrozenDict) -> TensorType:

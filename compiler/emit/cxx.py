@@ -385,14 +385,18 @@ def _main_unit(
         "};",
         "",
     ]
-    for i, fname, c in calls:
+    first_names: dict[tuple[object, ...], str] = {}  # function, what it is called on -> name
+    layers = [first_names.setdefault((f, c.args, c.parallel), _layer_name(i, c)) for i, f, c in calls]
+    for layer, (i, fname, c) in zip(layers, calls, strict=True):
+        if layer != _layer_name(i, c):
+            continue  # of another trip of a loop
         given = [_pointer(a) for a in c.args]
         used = {a.kind for a in c.args}
         unpack = [f"  {ctype}{k} = m.{k};" for k, kind, ctype in _MEMORY if kind in used]
         args = ", ".join(given)
         out += [
             f"// {comment(c.origin) or c.op}",
-            f"static void {_layer_name(i, c)}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{",
+            f"static void {layer}({'[[maybe_unused]] ' if not used else ''}const Memory& m) {{",
             *unpack,
         ]
         if plan.threads > 1 and c.parallel:
@@ -418,7 +422,7 @@ def _main_unit(
         f"__attribute__((noinline)) static void run({pointers}) {{",
         f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);",
     ]
-    steps = host.sequence(plan, [_layer_name(i, c) for i, _, c in calls])
+    steps = host.sequence(plan, layers)
     out += host.guarded(steps, "  ")
     out += ["}", ""]
     if plan.batch_max:
@@ -433,10 +437,7 @@ def _main_unit(
     if calls:
         out += [
             f"__attribute__((noinline)) static void run_layer(int layer, {pointers}) {{",
-            "  static void (*const layers[])(const Memory&) = {"
-            + ",\n    ".join(_layer_name(i, c) for i, _, c in calls)
-            + "};",
-            "  layers[layer](memory(inputs, outputs, arena));",
+            *host.layer_table(layers),
             "}",
             "",
         ]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from skive.plan import Exit, Plan
 
+T = TypeVar("T")
+FEWEST_TURNS = 3  # that are worth a loop
 POINTERS = "const void* const* inputs, void* const* outputs, void* arena"
 
 
@@ -96,14 +99,74 @@ def sequence(plan: Plan, layer_names: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def runs(steps: Sequence[T]) -> list[tuple[Sequence[T], int]]:
+    """`steps` as (what comes, how often it comes in a row)."""
+    places: dict[T, list[int]] = {}
+    for i, step in enumerate(steps):
+        places.setdefault(step, []).append(i)
+    found: list[tuple[Sequence[T], int]] = []
+    plain = i = 0  # steps[plain:i] come once
+    while i < len(steps):
+        for later in places[steps[i]]:
+            length, count = later - i, 1
+            while length > 0 and steps[i : i + length] == steps[i + count * length : i + (count + 1) * length]:
+                count += 1
+            if count >= FEWEST_TURNS:
+                found += [(steps[plain:i], 1), (steps[i : i + length], count)]
+                plain = i = i + count * length
+                break
+        else:
+            i += 1
+    return [run for run in [*found, (steps[plain:], 1)] if run[0]]
+
+
 def guarded(steps: Sequence[tuple[str, str]], indent: str) -> list[str]:
-    """The statements that call these functions on `m`, neighbours with the same condition together."""
+    """The statements that call these functions on `m`, in loops where they repeat."""
+    lines = []
+    for group, count in runs(steps):
+        if count == 1:
+            lines += _statements(group, indent)
+            continue
+        lines.append(f"{indent}for (int trip = 0; trip < {count}; ++trip) {{")
+        # Where no step of a trip runs, nothing changes what the next one tests.
+        conditions = [condition.split(" && ") if condition else [] for condition, _ in group]
+        common = list(itertools.takewhile(lambda tests: len(set(tests)) == 1, zip(*conditions)))
+        if common:
+            ends = " || ".join(t[0][1:] if t[0].startswith("!") else f"!{t[0]}" for t in common)
+            lines.append(f"{indent}  if ({ends}) break;")
+            if len({condition for condition, _ in group}) == 1:
+                group = [("", name) for _, name in group]
+        lines += [*_statements(group, indent + "  "), f"{indent}}}"]
+    return lines
+
+
+def _statements(steps: Sequence[tuple[str, str]], indent: str) -> list[str]:
+    """Calls of functions on `m`, neighbours with the same condition together."""
     lines = []
     for condition, group in itertools.groupby(steps, key=lambda s: s[0]):
         inner = indent + "  " if condition else indent
         body = [f"{inner}{name}(m);" for _, name in group]
         lines += [f"{indent}if ({condition}) {{", *body, f"{indent}}}"] if condition else body
     return lines
+
+
+def layer_table(names: Sequence[str]) -> list[str]:
+    """Statements that call the function of number `layer` of `names`."""
+    table: list[str] = []
+    number, first = [], 0
+    for group, count in runs(names):
+        if count > 1:
+            end = first + len(group) * count
+            number += [f"  if (layer >= {end}) {{", f"    at -= {len(group) * (count - 1)};",
+                       f"  }} else if (layer >= {first}) {{",
+                       f"    at = {len(table)} + (layer - {first}) % {len(group)};", "  }"]
+        table += group
+        first += len(group) * count
+    return [
+        "  static void (*const layers[])(const Memory&) = {" + ",\n    ".join(table) + "};",
+        *(["  int at = layer;  // trips of a loop are the same functions", *number] if number else []),
+        f"  layers[{'at' if number else 'layer'}](memory(inputs, outputs, arena));",
+    ]
 
 
 def functions(

@@ -7,7 +7,7 @@ calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from skive.ir import Graph, Node
 from skive.lower import (
@@ -16,6 +16,7 @@ from skive.lower import (
     convolution,
     elementwise,
     indexing,
+    loops,
     movement,
     pooling,
     products,
@@ -25,7 +26,6 @@ from skive.lower import (
 from skive.lower.branches import guards_of
 from skive.lower.calls import LOWER, Lowering, lowers
 from skive.lower.legalise import legalise
-from skive.lower.storage import Guards
 from skive.plan import Plan
 from skive.program import ExitTest, Program
 from skive.targets.base import Target
@@ -47,30 +47,41 @@ def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None 
     UnsupportedOpError lists every node without a kernel.
     """
     graph = legalise(graph)
-    ctx = Lowering(graph, target, threads, tuning or Tuning())
     guards = guards_of(graph)
-    if not exits:
-        _lower_nodes(ctx, graph.nodes, guards)
+    program = Program(graph, exits) if exits else None
+    stages = program.stages() if program else (graph.nodes,)
+    rolled = loops.rolled(graph, stages, guards)
+    ctx = Lowering(rolled.graph, target, threads, tuning or Tuning(), rolled.loops)
+    if not program:
+        _lower_nodes(ctx, rolled.stages[0], rolled)
         return ctx.finish()
-    program = Program(graph, exits)
     reached: list[Node] = []
-    for i, nodes in enumerate(program.stages()):
-        _lower_nodes(ctx, nodes, guards)
-        reached += nodes
+    for i, nodes in enumerate(rolled.stages):
+        _lower_nodes(ctx, nodes, rolled)
+        reached += stages[i]
         ctx.end_stage([program.exit_of(n) == i for n in graph.output_names], branches.path_macs(reached, guards))
     return ctx.finish(exits)
 
 
-def _lower_nodes(ctx: Lowering, nodes: Sequence[Node], guards: Mapping[Node, Guards]) -> None:
+def _lower_nodes(ctx: Lowering, nodes: Sequence[Node], rolled: loops.Rolled) -> None:
     """Appends the calls that compute `nodes`."""
+    starts = {loop.repeated[0]: loop for loop in rolled.loops}
+    loop, first = None, 0
     for node in nodes:
-        if node.op in ("input", "const", "reshape") or not node.type.size:
-            continue
-        ctx.guards = guards[node]
-        if node.dtype is DType.f16 or any(i.dtype is DType.f16 for i in node.inputs):
-            ctx.problems.append((node.label(), f"{node.op} on float16", "cast the model to float32"))
-        elif node.op in LOWER:
-            LOWER[node.op](ctx, node)
-        else:
-            ctx.problems.append((node.label(), f"{node.op} has no kernel", "report it"))
-        ctx.guards = ()
+        if node in starts:
+            loop, first = starts[node], len(ctx.calls)
+        if node.op not in ("input", "const", "reshape") and node.type.size:
+            ctx.guards = rolled.guards[node]
+            _lower_node(ctx, node)
+            ctx.guards = ()
+        if loop and node is loop.repeated[-1]:
+            ctx.end_loop(loop, first)
+
+
+def _lower_node(ctx: Lowering, node: Node) -> None:
+    if node.dtype is DType.f16 or any(i.dtype is DType.f16 for i in node.inputs):
+        ctx.problems.append((node.label(), f"{node.op} on float16", "cast the model to float32"))
+    elif node.op in LOWER:
+        LOWER[node.op](ctx, node)
+    else:
+        ctx.problems.append((node.label(), f"{node.op} has no kernel", "report it"))

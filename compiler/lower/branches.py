@@ -86,3 +86,13 @@ def _choose(ctx: Lowering, node: Node) -> None:
             [(ctx.view(node), Arg("y", node.dtype.ctype, "", const=False)), ctx.read("x", value)],
         )
     ctx.guards = around
+
+
+@lowers("copy")
+def _copy(ctx: Lowering, node: Node) -> None:
+    """Nothing where the operand was computed in place."""
+    (x,) = node.inputs
+    if ctx.view(x) != ctx.view(node):
+        dense = f"Shape<{node.type.size}>"
+        ctx.call(node, "copy_strided", "copy.h", [node.dtype.ctype, dense, dense, dense], ["y", "x", "part"],
+                 [ctx.write("y", node), ctx.read("x", x)])

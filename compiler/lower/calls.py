@@ -13,7 +13,7 @@ from skive.errors import UnsupportedOpError
 from skive.ir import Graph, Node
 from skive.lower.abilities import is_integer_conv, is_integer_depthwise
 from skive.lower.functors import fusible_operand, rounded_by_store, steps_of, sum_dtype, without_divisions
-from skive.lower.storage import Guards, Root, Storage, View
+from skive.lower.storage import Guards, Loop, Root, Storage, View
 from skive.plan import Access, Arg, Block, Call, Exit, Fn, Guard, Plan, Port, Stage, Step, aligned, place
 from skive.program import ExitTest
 from skive.targets.base import Target
@@ -24,13 +24,15 @@ from skive.types import DType
 class Lowering(Storage):
     """Collects the calls of one graph."""
 
-    def __init__(self, graph: Graph, target: Target, threads: int, tuning: Tuning):
-        super().__init__(graph, target.lanes)
+    def __init__(self, graph: Graph, target: Target, threads: int, tuning: Tuning, loops: Sequence[Loop] = ()):
+        super().__init__(graph, target.lanes, loops)
         self.target, self.threads, self.tuning = target, threads, tuning
         self.calls: list[Call] = []
         self.problems: list[tuple[str, str, str]] = []
         self._pending: list[tuple[list[tuple[Root, int, Arg]], int, tuple[bool, ...]]] = []
         self._stages: list[Stage] = []
+        self._computed: list[Node] = []  # by each call
+        self._repeated: list[tuple[int, int, Loop]] = []  # calls of a trip: the first, behind the last
         self.guards: Guards = ()  # of the calls that are appended next
 
     def read(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
@@ -89,6 +91,7 @@ class Lowering(Storage):
             if view.root.block:
                 view.root.block.last = max(view.root.block.last, index)
         pending = [(v.root, v.offset, a) for v, a in (*args, *conditions)]
+        self._computed.append(node)
         self._pending.append((pending, index, tuple(holds for _, holds in self.guards)))
         self.calls.append(
             Call(
@@ -106,6 +109,14 @@ class Lowering(Storage):
                 scratch,
             )
         )
+
+    def end_loop(self, loop: Loop, first: int) -> None:
+        """The calls since number `first` are one trip of `loop`: what it reads from in front stays to its end."""
+        end = len(self.calls)
+        self._repeated.append((first, end, loop))
+        for root in self._roots:
+            if root.block and root.block.first < first <= root.block.last:
+                root.block.last = max(root.block.last, end - 1)
 
     def _write_outputs(self, numbers: Iterable[int]) -> None:
         """Copies these outputs out, unless their kernels wrote them in place."""
@@ -159,6 +170,8 @@ class Lowering(Storage):
                 list(zip(graph.output_names, graph.outputs, strict=True)),
             )
         ]
+        stages, ways, steps = self._host_program(exits, [b for b in blocks if b])
+        calls, stages = self._all_trips(calls, stages)
         return Plan(
             graph.name,
             self.target.name,
@@ -170,8 +183,24 @@ class Lowering(Storage):
             size,
             bound,
             graph.batch_max,
-            *self._host_program(exits, [b for b in blocks if b]),
+            stages,
+            ways,
+            steps,
         )
+
+    def _all_trips(self, calls: Sequence[Call], stages: Sequence[Stage]) -> tuple[list[Call], tuple[Stage, ...]]:
+        """The calls with those of a trip once for each trip, and the stages of these."""
+        found: list[Call] = []
+        ends = [0]  # for a number of calls with one trip, how many those are with all
+        loops = {first: (end, loop) for first, end, loop in self._repeated}
+        while len(ends) <= len(calls):
+            first = len(ends) - 1
+            end, loop = loops.get(first, (first + 1, None))
+            for names in loop.names if loop else ({},):
+                found += [replace(c, origin=names.get(n, c.origin))
+                          for c, n in zip(calls[first:end], self._computed[first:end], strict=True)]
+            ends += [len(found)] * (end - first)
+        return found, tuple(replace(s, first=ends[s.first], end=ends[s.end]) for s in stages)
 
     def _host_program(
         self, exits: Sequence[ExitTest], blocks: Sequence[Block]

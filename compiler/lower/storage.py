@@ -6,6 +6,7 @@ The channels of a value may lie between those of other values.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from skive.ir import Graph, Node
@@ -14,6 +15,49 @@ from skive.lower.strides import row_strides
 from skive.plan import Block, WeightPool
 
 Guards = tuple[tuple[Node, bool], ...]  # conditions and what they must be, outermost first
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place that one trip of a loop leaves to the next: `entry` fills it in front of the first trip, `exit` puts
+    `value` there at the end of each. `flag`: calls of the trip run under it. `together`: the nodes of the trip that
+    never run where `value` is not computed."""
+
+    entry: Node
+    value: Node
+    exit: Node
+    flag: bool
+    together: frozenset[Node]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Nodes of a graph that run several times: one trip. `names`: of every trip, what its nodes are called."""
+
+    slots: tuple[Slot, ...]
+    trip: tuple[Node, ...]
+    names: tuple[Mapping[Node, str], ...]
+
+    @property
+    def repeated(self) -> tuple[Node, ...]:
+        """What runs in every trip, in order."""
+        return (*self.trip, *(s.exit for s in self.slots))
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """What fills the slots, and then a trip."""
+        return (*(s.entry for s in self.slots), *self.repeated)
+
+    def mapped(self, new: Mapping[Node, Node]) -> Loop:
+        """The loop in a graph with other nodes."""
+
+        def now(n: Node) -> Node:
+            return new.get(n, n)
+
+        slots = tuple(
+            Slot(now(s.entry), now(s.value), now(s.exit), s.flag, frozenset(map(now, s.together))) for s in self.slots
+        )
+        return Loop(slots, tuple(map(now, self.trip)), tuple({now(k): v for k, v in t.items()} for t in self.names))
 
 
 @dataclass
@@ -41,8 +85,8 @@ class View:
 class Storage:
     """The place of every value of one graph; `lanes`: floats of a vector of the target."""
 
-    def __init__(self, graph: Graph, lanes: int):
-        self.graph, self._lanes = graph, lanes
+    def __init__(self, graph: Graph, lanes: int, loops: Sequence[Loop] = ()):
+        self.graph, self._lanes, self._loops = graph, lanes, loops
         self.weights = WeightPool()
         self._roots: list[Root] = []
         self._views: dict[Node, View] = {}
@@ -78,6 +122,11 @@ class Storage:
         graph = self.graph
         position = {n: i for i, n in enumerate(graph.nodes)}
         last_use = {n: max([position[u] for u in users], default=position[n]) for n, users in graph.users.items()}
+        for loop in self._loops:  # what a trip reads from in front of it, the next one reads too
+            first, last = position[loop.repeated[0]], position[loop.repeated[-1]]
+            for x in {x for n in loop.repeated for x in n.inputs if position[x] < first}:
+                last_use[x] = max(last_use[x], last)
+        entry_of = {s.exit: s.entry for loop in self._loops for s in loop.slots}
         self._position, self._last_use = position, last_use
         outputs = set(graph.outputs)
         for i, n in enumerate(graph.inputs):
@@ -85,7 +134,8 @@ class Storage:
         for n in graph.nodes:
             if n.op in ("input", "const"):
                 continue
-            view = self._shared_view(n, position, last_use, outputs) or View(self._new_root("arena", n.type.bytes))
+            view = self._views[entry_of[n]] if n in entry_of else self._shared_view(n, position, last_use, outputs)
+            view = view or View(self._new_root("arena", n.type.bytes))
             self._views[n] = view
             view.root.values.append(n)
             if n.op == "slice" and n.inputs[0] in self._views and view.root is self._views[n.inputs[0]].root:
@@ -105,6 +155,33 @@ class Storage:
             if n.op == "concat":
                 self._concat_in_place(n, outputs)
                 self._concat_channels_in_place(n)
+        for loop in self._loops:
+            for slot in loop.slots:
+                self._compute_in_slot(loop, slot)
+
+    def _compute_in_slot(self, loop: Loop, slot: Slot) -> None:
+        """The value of a slot is computed right there, if all that read what the trip before left do so before."""
+        home, own = self._views[slot.entry], self._views[slot.value]
+        root, inside = own.root, set(loop.trip)
+        if slot.flag or root not in self._roots or root is home.root or (own.offset, own.pixel) != (0, 0):
+            return
+        if (home.offset, home.pixel) != (0, 0) or not root.bytes == home.root.bytes == slot.value.type.bytes:
+            return
+        if any(v not in slot.together for v in root.values):
+            return
+        first = min(root.values, key=self._position.__getitem__)
+        left = [v for v in home.root.values if v is slot.entry or v in inside]
+        readers = {n for v in left for n in self.graph.users[v]} & {*loop.repeated}
+        if any(self._position[n] >= self._position[first] for n in readers):
+            over = [x for x in first.inputs[first.op == "choose":] if x is slot.entry]
+            if any(self._position[n] > self._position[first] for n in readers) or not overwrites(first):
+                return
+            if len(over) != 1 or over[0].type != first.type or any(x in left for x in first.inputs if x is not over[0]):
+                return
+        self._roots.remove(root)
+        for v in root.values:
+            self._views[v] = View(home.root, self._views[v].offset, self._views[v].pixel)
+        home.root.values.extend(root.values)
 
     def _shared_view(
         self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]

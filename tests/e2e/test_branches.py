@@ -209,6 +209,29 @@ def test_a_loop_ends_when_its_values_say_so() -> None:
     assert {0, 1, 6} <= counts and len(counts) >= 5
 
 
+def test_the_trips_of_a_long_loop_share_their_code() -> None:
+    module = skive.compile(loop_model(64), target="generic")
+    text = (module.folder / "looping.cpp").read_text()
+    assert text.count("for (int trip = 0; trip < 6") == 1 and text.count("static void layer") < 40
+    rate = np.float32(1.01)
+    model = loop_model(64)
+    model.graph.node[2].attribute[0].g.node[0].name = "slow"
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.asarray(rate), "half"))
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.asarray(np.float32(0.125)), "one"))
+    module = skive.compile(model, target="generic", threads=2)
+    assert module.report["compiled"]["arena_bytes"] < 4096
+    counts = set()
+    for start in (60.0, 12.4, 12.0, 9.0, 4.0, 1.0, -1.0, -30.0):
+        y, n = module(np.full(4, start, np.float32))
+        want, steps = np.full(4, start, np.float32), 0
+        while steps < 64 and want.sum() < 50:
+            want, steps = want * rate + np.float32(0.125), steps + 1
+        np.testing.assert_array_equal(y, want)
+        assert n == steps * np.float32(0.125)
+        counts.add(steps)
+    assert {0, 1, 64} <= counts and len(counts) > 4
+
+
 def test_a_loop_without_a_bound_is_refused() -> None:
     with pytest.raises(UnsupportedOpError, match="Loop needs the condition to be a constant"):
         skive.compile(loop_model(None))

@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODELS = sorted((DATA / "models").glob("*.onnx"))
 # Operations without a row: sources, what the writer takes apart or follows itself, and what ONNX lacks.
 NO_ROW = {"input", "const", "map", "transpose", "bit_cast", "cumprod", "integer_softmax", "integer_layer_norm",
-          "log2_fixed", "piecewise", "choose"}
+          "log2_fixed", "piecewise", "choose", "copy"}
 
 
 def session(model: onnx.ModelProto | Path) -> ort.InferenceSession:
