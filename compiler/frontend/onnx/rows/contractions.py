@@ -36,7 +36,12 @@ def matmul_op(c: Call) -> Node:
 
 
 @onnx_op("Gemm")
+def gemm_op(c: Call) -> Node:
+    return gemm(c)
+
+
 def gemm(c: Call) -> Node:
+    """alpha a b + beta bias, as the operands and attributes of `c` say."""
     a, b, bias = c[0], c[1], c.get(2)
     alpha, beta = float(c.attr("alpha", 1.0)), float(c.attr("beta", 1.0))
     trans_a, trans_b = bool(c.attr("transA", 0)), bool(c.attr("transB", 0))

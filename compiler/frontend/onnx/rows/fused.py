@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from skive.frontend.onnx.rows.contractions import gemm, matmul
 from skive.frontend.onnx.rows.quantization import MICROSOFT
-from skive.frontend.onnx.rows.windows import conv
+from skive.frontend.onnx.rows.windows import convolve
 from skive.frontend.onnx.table import Call, Unsupported, onnx_op
 from skive.ir import Node
 
@@ -28,7 +28,7 @@ def activated(c: Call, x: Node, numbers: Sequence[float]) -> Node:
 
 @onnx_op("FusedConv", domain=MICROSOFT)
 def fused_conv(c: Call) -> Node:
-    y = conv(c)
+    y = convolve(c, c[0], c[1], c.get(2))
     if c.has(3):
         y = c.make("add", y, c[3])
     return activated(c, y, [float(v) for v in c.attr("activation_params", [])])
