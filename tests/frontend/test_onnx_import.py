@@ -71,6 +71,18 @@ def test_every_problem_is_reported() -> None:
     assert all(word in str(e.value) for word in ("NonZero", "RandomNormalLike", "Nonsense", "fixed_inputs"))
 
 
+@pytest.mark.parametrize(("attrs", "says"), [
+    ({"clip": 0.5}, "LSTM with clip=0.5; export the layer without it"),
+    ({"input_forget": 1}, "LSTM with input_forget; export"),
+    ({"activations": ["HardSigmoid", "Tanh", "Tanh"]}, "activation hardsigmoid; it can be identity, relu, sigmoid, tanh"),
+])
+def test_recurrent_layers_that_are_refused_say_why(attrs: dict[str, Any], says: str) -> None:
+    node = helper.make_node("LSTM", ["x", "w", "r"], ["y"], "cell", hidden_size=2, **attrs)
+    weights = {"w": np.zeros((1, 8, 3), np.float32), "r": np.zeros((1, 8, 2), np.float32)}
+    with pytest.raises(UnsupportedOpError, match=f"cell: .*{says}"):
+        import_onnx(model_of([node], {"x": ((4, 1, 3), "float32")}, ["y"], weights))
+
+
 def test_an_input_that_decides_a_shape() -> None:
     nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"], "view")]
     model = model_of(nodes, {"x": ((2, 3), "float32"), "shape": ((1,), "int64")}, ["y"])

@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN: both directions, both layouts, constant sequence lengths."""
+"""LSTM, GRU and RNN: both directions, both layouts, sequence lengths."""
 
 from __future__ import annotations
 
@@ -26,8 +26,11 @@ def recurrent(c: Call) -> list[Node]:
     hidden = int(c.attr("hidden_size", r.shape[-1]))
     if w.type.rank != 3 or r.type.rank != 3 or w.shape[0] != ways or r.shape[0] != ways:
         raise InvalidModelError(f"weights {w.type} and {r.type} for {ways} directions")
-    if "clip" in c.attrs or c.attr("input_forget", 0) or c.has(7) and c.op_type != "LSTM":
-        raise Unsupported(f"{c.op_type} with clip or input_forget")
+    if "clip" in c.attrs or c.attr("input_forget", 0):
+        what = f"clip={c.attrs['clip']:g}" if "clip" in c.attrs else "input_forget"
+        raise Unsupported(f"{c.op_type} with {what}", "export the layer without it, or written out in its steps")
+    if c.has(7) and c.op_type != "LSTM":
+        raise InvalidModelError(f"{c.op_type} with a peephole")
     c.room(batch * steps * hidden, "the result")
     lengths = sequence_lengths(c, steps, batch)
     results = [one_way(c, x, way, direction == "reverse" or way == 1, lengths, layout, hidden) for way in range(ways)]
@@ -112,7 +115,7 @@ def activations(c: Call, way: int) -> tuple[str, ...]:
                    for n in names[way * len(default):(way + 1) * len(default)])
     for name in chosen:
         if name not in ACTIVATIONS:
-            raise Unsupported(f"{c.op_type} with the activation {name}")
+            raise Unsupported(f"{c.op_type} with the activation {name}", f"it can be {', '.join(sorted(ACTIVATIONS))}")
     if len(chosen) != len(default):
         raise InvalidModelError(f"activations {names}")
     return chosen
