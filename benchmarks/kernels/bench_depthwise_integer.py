@@ -2,7 +2,8 @@
 
     python benchmarks/kernels/bench_depthwise_integer.py [--isa avx512vnni] [--only mobilenetv2] [--json]
 
-The epilogue of the integer kernels requantizes with one factor per channel, that of float32 is relu.
+The epilogue is a ReLU: that of bytes in the form that compiler/lower/shifted.py gives it, with one factor per
+channel; 16 bits are requantized without it.
 GMAC/s counts all taps, also those in the padding.
 """
 
@@ -16,6 +17,7 @@ from driver import INTEGER_ISA_FLAGS, cpu_isas
 from timing import aligned, build, pointer, print_rows, seconds
 
 from skive import pack
+from skive.lower.shifted import START
 
 MORE = [
     square("mobilenetv2", 14, 576, 3, 1),
@@ -34,16 +36,20 @@ extern "C" void f32_%(i)d(const float* x, const float* w, const float* bias, flo
 template <class T>
 struct Requantize%(i)d {
   const float* factor;
+  const float* offset;
   template <int N>
   auto operator()(IVec<N> sum, ptrdiff_t, int c) const {
-    return rounded<T>(to_float(sum) * load<N>(factor + c), sizeof(T) == 1 ? 3 : 0);
+    if constexpr (sizeof(T) == 1)
+      return rounded<T, true>(scaled_sum(sum, load<N>(factor + c), load<N>(offset + c)), 0);
+    else
+      return rounded<T>(to_float(sum) * load<N>(factor + c), 0);
   }
 };
 """
 _INTEGER = """
 extern "C" void %(name)s_%(i)d(const %(x)s* x, const %(w)s* w, const int32_t* bias, %(x)s* y,
-                               const float* factor, int samples, double* times) {
-  repeat([=] { %(type)s::run(x, w, bias, y, nullptr, Part{}, Requantize%(i)d<%(x)s>{factor}); },
+                               const float* factor, const float* offset, int samples, double* times) {
+  repeat([=] { %(type)s::run(x, w, bias, y, nullptr, Part{}, Requantize%(i)d<%(x)s>{factor, offset}); },
          samples, times);
 }
 """
@@ -76,11 +82,14 @@ def main() -> None:
         row = {}
         for name, (element, dtype, zero) in ELEMENTS.items():
             call = pack.pack_depthwise_u8 if name == "u8" else pack.pack_depthwise_i16
-            weights, bias = call(taps.astype(np.int8 if name == "u8" else np.int16), None, zero, attrs(layer), args.isa)
+            starts = np.full(layer.output[2], START if name == "u8" else 0, np.int32)
+            whole = taps.astype(np.int8 if name == "u8" else np.int16)
+            weights, bias = call(whole, starts, zero, attrs(layer), args.isa)
             body += _INTEGER % {"name": name, "i": i, "x": element, "w": CTYPES[weights.dtype],
                                 "type": integer_type(layer, element, zero)}  # fmt: skip
             x = rng.integers(0, 255, layer.image).astype(dtype)
-            row[name] = (x, weights, bias, np.zeros(layer.output, dtype), np.full(layer.output[2], 1e-3, np.float32))
+            factor = np.full(layer.output[2], 1e-3, np.float32)
+            row[name] = (x, weights, bias, np.zeros(layer.output, dtype), factor, factor * np.float32(-(2.0**23)))
         x = rng.standard_normal(layer.image).astype(np.float32)
         w, bias = pack.pack_depthwise(taps.astype(np.float32), None)
         row["f32"] = (x, w, bias, np.zeros(layer.output, np.float32))

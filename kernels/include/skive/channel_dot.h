@@ -15,14 +15,16 @@
 
 // Interface that each isa/depthwise_*.h provides:
 //   ChannelDot<Element>           Weight, the type of the packed weights
-//     kStaged                     depthwise_staged.h has the loops: of those below, kRows, kVectors,
-//                                 gather, weights, dot, and put(Weight*, group.v[i])
 //     kRows                       G
 //     kVectors                    registers of channels that are interleaved together
 //     kHeld, kWindow              registers for weights and for interleaved columns, at most
 //     Group gather<N, Rows>(at)   N channels of the rows at(0) ... at(Rows - 1), interleaved
 //     Group fill(zero)            the same, every element `zero`
 //     dot(acc, group.v[i], weights(p))
+//     kMostProducts               a window with more products of groups and weights goes to
+//                                 depthwise_staged.h, which needs these two:
+//     dot_in_order(...)           dot, in the order of the calls
+//     put(Weight*, group.v[i])    to memory aligned to a register
 //   first_lanes<N>(IVec<>), store_two(p, a, b)
 
 #endif  // SKIVE_CHANNEL_DOT_H

@@ -387,11 +387,12 @@ struct IntegerDepthwise {
   template <class I, class F, class S, class P, class D, class W, class Y, class E>
   static SKIVE_INLINE void windows(const Element* x, const W* w, const int32_t* bias, Y* y, Part part,
                                    const E& epilogue) {
+    using Window = IntegerWindow<I, F, S, P, D, XS, YS, Element, Zero>;
     using Dot = ChannelDot<Element>;
-    if constexpr (Dot::kStaged)
+    if constexpr (F::KW * Window::kGroups * Window::kStrip > Dot::kMostProducts)
       StagedWindow<Dot, I, F, S, P, D, XS, YS, Element, Zero>::run(x, w, bias, y, part, epilogue);
     else
-      IntegerWindow<I, F, S, P, D, XS, YS, Element, Zero>::run(x, w, bias, y, part, epilogue);
+      Window::run(x, w, bias, y, part, epilogue);
   }
 
   // Each input channel feeds M neighbouring output channels: vectors run over those.

@@ -1,5 +1,5 @@
-// Depthwise convolution of 8- and 16-bit integers where registers are few: the interleaved rows of
-// depthwise_integer.h go through a stage, a buffer in L1, instead of staying in registers.
+// Depthwise convolution of 8- and 16-bit integers where the window of depthwise_integer.h is more than the
+// registers hold: interleaved rows go through a stage, a buffer in L1.
 //
 // What a strip of output rows reads, pairs of input rows interleaved channel by channel and widened
 // to words, is written to the stage once, border included: the loop over the outputs has no
@@ -163,7 +163,8 @@ struct StagedWindow {
       for (; strip < end; ++strip) {
         for (int pair = strip == first ? 0 : kSlots - kNew; pair < kSlots; ++pair)
           stage_rows<N>(job, strip * kStripStep - Padding::Top + pair * kUnit,
-                        column * Strides::W - Padding::Left, columns(count), slot(strip, pair));
+                        column * Strides::W - Padding::Left, columns(count), slot(strip, pair),
+                        strip == first);
         Slots slots;
         for (int g = 0; g < kGroups; ++g) slots.at[g] = job.stage + slot(strip, g * kGroupUnits) * kSlot;
         const int pixel = strip * (kStrip * OW) + column;
@@ -203,13 +204,18 @@ struct StagedWindow {
     }
   }
 
-  // Columns `left` to left + count - 1 of the rows `row` and row + Dilations::H.
+  // Columns `left` to left + count - 1 of the rows `row` and row + Dilations::H. Columns outside the
+  // image stay the same while the slot serves one strip after the other: the first one writes them.
   template <int N, class Y>
-  static SKIVE_NOINLINE void stage_rows(const Job<Y>& job, int row, int left, int count, int slot) {
+  static SKIVE_NOINLINE void stage_rows(const Job<Y>& job, int row, int left, int count, int slot,
+                                        bool fresh) {
     Weight* to = job.stage + slot * kSlot;
     const int begin = left < 0 ? min_int(-left, count) : 0;
     const int end = max_int(begin, min_int(count, In::W - left));
-    stage_border<N>(0, begin, to);
+    if (fresh) {
+      stage_border<N>(0, begin, to);
+      stage_border<N>(end, count, to);
+    }
     if (begin < end) {
       const auto pixels = [&](int r) {
         return inside(r) ? job.x + (ptrdiff_t{r} * In::W + left + begin) * XS : kBorder.pixel;
@@ -218,7 +224,6 @@ struct StagedWindow {
       stage_pairs<N>(pixels(row), inside(row) ? XS : 0, pixels(below), inside(below) ? XS : 0, end - begin,
                      to + begin * kPair);
     }
-    stage_border<N>(end, count, to);
   }
   template <int N>
   static SKIVE_INLINE void stage_border(int begin, int end, Weight* to) {
@@ -300,7 +305,7 @@ struct StagedWindow {
         for (int r = 0; r < R; ++r) {
           const auto weights = Dot::weights(taps + (kw * (kGroups * kStrip) + r) * kPair);
 #pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) sums[r][t] = Dot::dot(sums[r][t], x[t], weights);
+          for (int t = 0; t < T; ++t) sums[r][t] = Dot::dot_in_order(sums[r][t], x[t], weights);
         }
       }
     }

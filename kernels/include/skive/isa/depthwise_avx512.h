@@ -49,11 +49,11 @@ SKIVE_INLINE __m512i pairs_of_halves(__m512i a) {
 template <>
 struct ChannelDot<int16_t> {
   using Weight = int16_t;
-  static constexpr bool kStaged = false;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 1;
   static constexpr int kHeld = 12;     // weight registers that leave enough for the rest
   static constexpr int kWindow = 20;   // registers of interleaved input that do
+  static constexpr int kMostProducts = 1 << 20;  // any window
 
   struct Group {
     __m512i v[1];
@@ -78,11 +78,11 @@ struct ChannelDot<int16_t> {
 template <>
 struct ChannelDot<uint8_t> {
   using Weight = int8_t;
-  static constexpr bool kStaged = false;
   static constexpr int kRows = 4;
   static constexpr int kVectors = 2;
   static constexpr int kHeld = 12;
   static constexpr int kWindow = 20;
+  static constexpr int kMostProducts = 1 << 20;  // any window
 
   struct Group {
     __m512i v[2];
@@ -142,11 +142,11 @@ struct ChannelDot<uint8_t> {
 template <>
 struct ChannelDot<uint8_t> {
   using Weight = int16_t;
-  static constexpr bool kStaged = false;
   static constexpr int kRows = 2;
   static constexpr int kVectors = 1;
   static constexpr int kHeld = 12;
   static constexpr int kWindow = 20;
+  static constexpr int kMostProducts = 1 << 20;  // any window
 
   struct Group {
     __m512i v[1];

@@ -19,11 +19,11 @@ struct WeightOf<uint8_t> {
 template <class Element>
 struct ChannelDot {
   using Weight = typename WeightOf<Element>::type;
-  static constexpr bool kStaged = false;
   static constexpr int kRows = 1;
   static constexpr int kVectors = 1;
   static constexpr int kHeld = 0;
   static constexpr int kWindow = 25;
+  static constexpr int kMostProducts = 1 << 20;  // any window
 
   struct Group {
     IVec<> v[1];
