@@ -73,7 +73,8 @@ def _inspect_model(model: str, request: dict[str, Any], html: str | None, as_jso
         if as_json:
             print_json(facts)
             return
-        click.echo(f"{printable(model)}: {len(e.problems)} places are not supported")
+        count = len(e.problems)
+        click.echo(f"{printable(model)}: {count} {'place is' if count == 1 else 'places are'} not supported")
         print_table(["node", "reason", "hint"], [list(p) for p in e.problems])
         return
     facts["model"] |= {"macs": total_macs(graph), "weight_bytes": weight_bytes(graph),

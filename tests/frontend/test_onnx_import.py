@@ -104,7 +104,7 @@ def test_fixed_inputs_are_checked() -> None:
 
 def test_symbolic_dimensions() -> None:
     model = model_of([helper.make_node("Relu", ["x"], ["y"])], {"x": (("N", 3, "H"), "float32")}, ["y"])
-    with pytest.raises(ShapeError, match="--input x=1x3"):
+    with pytest.raises(ShapeError, match="--input x=1x3.*--input N=1"):
         import_onnx(model)
     assert import_onnx(model, input_shapes={"x": (2, 3, 5)}).outputs[0].shape == (2, 3, 5)
     assert import_onnx(model, input_shapes={"N": (4,), "H": (6,)}).outputs[0].shape == (4, 3, 6)

@@ -245,6 +245,8 @@ class Importer:
                 example = "x".join(str(e.dim_value) if e.HasField("dim_value") else "1" for e in dims)
                 raise ShapeError(f"{info.name}: dimension {i} ({d.dim_param or '?'}) of {shape_text(dims)} is unknown; "
                                  f"give the shape, such as --input {info.name}={example}"
+                                 + (f", or this dimension wherever it occurs, --input {d.dim_param}=1" if d.dim_param
+                                    else "")
                                  + (", or the largest batch with --batch-max" if i == 0 else ""))
         return tuple(shape)
 
