@@ -127,6 +127,7 @@ class Storage:
             for x in {x for n in loop.repeated for x in n.inputs if position[x] < first}:
                 last_use[x] = max(last_use[x], last)
         entry_of = {s.exit: s.entry for loop in self._loops for s in loop.slots}
+        self._entries = set(entry_of.values())  # their memory is written at the end of a trip: no part of another value
         self._position, self._last_use = position, last_use
         outputs = set(graph.outputs)
         for i, n in enumerate(graph.inputs):
@@ -156,32 +157,41 @@ class Storage:
                 self._concat_in_place(n, outputs)
                 self._concat_channels_in_place(n)
         for loop in self._loops:
-            for slot in loop.slots:
-                self._compute_in_slot(loop, slot)
+            in_slots = {v for slot in loop.slots for v in self._compute_in_slot(loop, slot)}
+            homes = [self._views[slot.entry].root for slot in loop.slots]
+            for slot in loop.slots:  # slots are filled one after the other
+                assert slot.value in in_slots or all(self._views[slot.value].root is not home for home in homes)
 
-    def _compute_in_slot(self, loop: Loop, slot: Slot) -> None:
-        """The value of a slot is computed right there, if all that read what the trip before left do so before."""
+    def _compute_in_slot(self, loop: Loop, slot: Slot) -> Sequence[Node]:
+        """The value of a slot is computed right there, if all that read what the trip before left do so before; gives
+        all values that now lie there."""
         home, own = self._views[slot.entry], self._views[slot.value]
         root, inside = own.root, set(loop.trip)
         if slot.flag or root not in self._roots or root is home.root or (own.offset, own.pixel) != (0, 0):
-            return
+            return ()
         if (home.offset, home.pixel) != (0, 0) or not root.bytes == home.root.bytes == slot.value.type.bytes:
-            return
-        if any(v not in slot.together for v in root.values):
-            return
-        first = min(root.values, key=self._position.__getitem__)
+            return ()
         left = [v for v in home.root.values if v is slot.entry or v in inside]
         readers = {n for v in left for n in self.graph.users[v]} & {*loop.repeated}
+        # A choice between a new value and what the slot holds writes nothing where that stays.
+        stays = slot.value.op == "choose" and slot.value is root.values[-1] and slot.entry in slot.value.inputs[1:]
+        moved = [slot.value] if stays else root.values
+        if any(v not in slot.together for v in moved):
+            return ()
+        first = min(moved, key=self._position.__getitem__)
         if any(self._position[n] >= self._position[first] for n in readers):
             over = [x for x in first.inputs[first.op == "choose":] if x is slot.entry]
             if any(self._position[n] > self._position[first] for n in readers) or not overwrites(first):
-                return
+                return ()
             if len(over) != 1 or over[0].type != first.type or any(x in left for x in first.inputs if x is not over[0]):
-                return
-        self._roots.remove(root)
-        for v in root.values:
+                return ()
+        for v in moved:
             self._views[v] = View(home.root, self._views[v].offset, self._views[v].pixel)
-        home.root.values.extend(root.values)
+        home.root.values.extend(moved)
+        root.values = [v for v in root.values if v not in moved]
+        if not root.values:
+            self._roots.remove(root)
+        return moved
 
     def _shared_view(
         self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]
@@ -250,8 +260,9 @@ class Storage:
                 and own.root.bytes == x.type.bytes
                 and own.root is not view.root
                 and own.root in self._roots
-                and not any(v in outputs for v in own.root.values)
+                and not any(v in outputs or v in self._entries for v in own.root.values)
                 and sum(i is x for i in n.inputs) == 1
+                and not self._destroys(own.root, n)
             ):
                 self._roots.remove(own.root)
                 for v in own.root.values:
@@ -259,6 +270,15 @@ class Storage:
                     self._views[v] = View(view.root, offset + inner.offset, inner.pixel)
                 view.root.values.extend(own.root.values)
             offset += x.type.bytes
+
+    def _destroys(self, root: Root, n: Node) -> bool:
+        """Whether the memory of an operand is written again behind the concatenation `n`, which is still read then."""
+        end, outputs = len(self._position), set(self.graph.outputs)
+        last = max(end if v in outputs else self._last_use[v] for v in self._views[n].root.values)
+        return any(
+            self._position[n] < self._position[v] < last and v.op != "reshape" and v not in self._aliases
+            for v in root.values
+        )
 
     def _concat_channels_in_place(self, n: Node) -> None:
         """Operands are written as slices of the result's channels, if all that write and read them can.
@@ -279,7 +299,7 @@ class Storage:
         """Whether the operands of `n` from number `first` on are all of `root`, which can be moved there."""
         result, size = self._views[n].root, n.dtype.bytes
         width, rest = divmod(root.bytes, size * math.prod(n.shape[:-1]))  # channels
-        if rest or root not in self._roots or root is result:
+        if rest or root not in self._roots or root is result or self._destroys(root, n):
             return False
         channel = 0
         for x in n.inputs[first:]:

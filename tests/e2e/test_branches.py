@@ -210,15 +210,13 @@ def test_a_loop_ends_when_its_values_say_so() -> None:
 
 
 def test_the_trips_of_a_long_loop_share_their_code() -> None:
-    module = skive.compile(loop_model(64), target="generic")
-    text = (module.folder / "looping.cpp").read_text()
-    assert text.count("for (int trip = 0; trip < 6") == 1 and text.count("static void layer") < 40
     rate = np.float32(1.01)
     model = loop_model(64)
-    model.graph.node[2].attribute[0].g.node[0].name = "slow"
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.asarray(rate), "half"))
     model.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.asarray(np.float32(0.125)), "one"))
     module = skive.compile(model, target="generic", threads=2)
+    text = (module.folder / "looping.cpp").read_text()
+    assert text.count("for (int trip = 0; trip < 6") == 1 and text.count("static void layer") < 40
     assert module.report["compiled"]["arena_bytes"] < 4096
     counts = set()
     for start in (60.0, 12.4, 12.0, 9.0, 4.0, 1.0, -1.0, -30.0):
@@ -230,6 +228,54 @@ def test_the_trips_of_a_long_loop_share_their_code() -> None:
         assert n == steps * np.float32(0.125)
         counts.add(steps)
     assert {0, 1, 64} <= counts and len(counts) > 4
+
+
+def exits_around_a_loop(bound: int) -> Graph:
+    """An exit, a loop that its values end, an exit on what it left, and one layer more; the trips are a result."""
+    rng = np.random.default_rng(7)
+    weights = [constant((rng.standard_normal((8, 8)) / 3).astype(np.float32)) for _ in range(4)]
+    x = ops.make("input", shape=(1, 8), dtype=DType.f32, label="x")
+    first = ops.make("linear", x, weights[0])
+    states, flags = [x], []
+    for _ in range(bound):
+        mean = ops.make("reduce_mean", states[-1], axes=(0, 1), keep=False)
+        flags.append(ops.make("greater", mean, constant(np.float32(0.5))))
+        new = ops.make("tanh", ops.make("linear", states[-1], weights[1]))
+        new = ops.make("add", ops.make("mul", new, constant(np.float32(0.0625))), constant(np.float32(0.0625)))
+        states.append(ops.make("add", states[-1], new))
+    h, count = states[-1], constant(np.full((1, 8), bound, np.float32))
+    for i in reversed(range(bound)):
+        h = ops.make("choose", flags[i], states[i], h)
+        count = ops.make("choose", flags[i], constant(np.full((1, 8), i, np.float32)), count)
+    last = ops.make("add", ops.make("linear", ops.make("linear", h, weights[2]), weights[3]), count)
+    return Graph("around", (x,), (first, ops.make("linear", h, weights[2]), last), ("a", "b", "y"), batch_max=8)
+
+
+@pytest.mark.parametrize("quantize", [None, pytest.param("int8", marks=pytest.mark.slow)])
+def test_exits_around_a_loop(quantize: str | None) -> None:
+    """Compiling checks every way out; here are batches, and the work of each way."""
+    graph = exits_around_a_loop(20)
+    x = np.random.default_rng(3).uniform(-2, 0.6, (40, 8)).astype(np.float32)
+    x[:8] += 2
+    settings = skive.Quantize(quantize, calibration=[x[i : i + 1] for i in range(40)]) if quantize else None
+    exits = ["a:max-prob=0.5", "b:max-prob=0.4"]
+    module = skive.compile(graph, exits=exits, target="generic", quantize=settings)
+    if not quantize:  # else each trip has scales of its own
+        assert (module.folder / "around.cpp").read_text().count("for (int trip") == 2  # with exits and without
+    rows = module.report["exits"]
+    assert rows[1]["macs"] == (2 + 20) * 64 and rows[1]["macs_least"] == 2 * 64
+    taken, steps = set(), set()
+    for i in range(0, 40, 8):
+        result = module.run(x[i : i + 8])
+        for j in range(8):
+            one = module.run(x[i + j : i + j + 1])
+            assert one.exit[0] == result.exit[j] and one.macs[0] == result.macs[j]
+            np.testing.assert_array_equal(one.outputs[0], result.outputs[j])
+            want = evaluate_graph(graph, [x[i + j : i + j + 1]])[result.exit[j]]
+            np.testing.assert_allclose(one.outputs, want, atol=0.5 if quantize else 1e-5)
+            taken.add(int(result.exit[j]))
+            steps.add(float(np.round(want.mean())))
+    assert taken == {0, 1, 2} and len(steps) > 3
 
 
 def test_a_loop_without_a_bound_is_refused() -> None:
