@@ -7,8 +7,8 @@
 
 DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
 samples, where they lose `--drop` points of what the network had before it got exits, and every figure from the other
-half. `us` is the mean over samples of the smallest time of a call, beside that of the same network compiled without
-exits, to which shares of multiply-accumulates refer, too.
+half, both ways round; the mean of both stands here. `us` is the mean over samples of the smallest time of a call,
+beside that of the same network compiled without exits, to which shares of multiply-accumulates refer, too.
 """
 
 from __future__ import annotations
@@ -195,9 +195,9 @@ def gates(module: skive.Module, x: np.ndarray, y: np.ndarray, tradeoff: float) -
 
 
 def measured(model: WithExits, fold: Arrays, test: Arrays, before: np.ndarray, drop: float, criterion: str, int8: bool,
-             limit: int) -> dict[str, Any]:
-    """One row: a criterion, calibrated on one half of the test samples and measured on the other. `before`: which
-    samples the network without exits has right. `curve`: what all settings that are good on the first half do to the
+             limit: int, half: int) -> dict[str, Any]:
+    """A criterion, calibrated on one `half` (0, 1) of the test samples and measured on the other. `before`: which
+    samples the network without exits has right. `curve`: what all settings that are good on that half do to the
     other."""
     example = (torch.from_numpy(test[0][:1]),)
     exits = [skive.Exit(f"exit{i}", "max-prob" if criterion == "gate" else criterion, 1e9)
@@ -207,30 +207,40 @@ def measured(model: WithExits, fold: Arrays, test: Arrays, before: np.ndarray, d
     plain = skive.compile(model.network, example_inputs=example, quantize=quantize)
     x, y = test
     if criterion == "gate":
-        learned = gates(module, x[::2], y[::2], TRADEOFF)
+        learned = gates(module, x[half::2], y[half::2], TRADEOFF)
         module = skive.compile(model, example_inputs=example, exits=learned, quantize=quantize)
 
     def evidence(rows: slice) -> exit_calibration.Evidence:
         return exit_calibration.collect(module, ([v[None]] for v in x[rows]), y[rows])
 
-    seen, held = evidence(slice(0, None, 2)), evidence(slice(1, None, 2))
-    chosen = exit_calibration.calibrate(seen, exit_calibration.Goal("accuracy", 100 * before[::2].mean() - drop))
+    other = slice(1 - half, None, 2)
+    held, goal = evidence(other), exit_calibration.Goal("accuracy", 100 * before[half::2].mean() - drop)
+    chosen = exit_calibration.calibrate(evidence(slice(half, None, 2)), goal)
     found = exit_calibration.setting(held, chosen.setting.thresholds)
     whole = exit_calibration.setting(held, chosen.whole.thresholds)
     every = [exit_calibration.setting(held, s.thresholds) for s in chosen.curve]
     names = list(module.thresholds)
-    sample = x[1::2][:limit]
+    sample = x[other][:limit]
     module.thresholds = dict(zip(names, chosen.whole.thresholds.tolist(), strict=True))
     never = mean_us(module, sample)
     module.thresholds = dict(zip(names, chosen.setting.thresholds.tolist(), strict=True))
     taken = np.concatenate([module.run(v[None]).exit for v in sample])
-    return {"dtype": "int8" if int8 else "float32", "criterion": criterion, "top1": found.accuracy,
-            "before_top1": 100 * float(before[1::2].mean()), "whole_top1": whole.accuracy,
-            "macs": found.cost * module.exits[-1].macs / plain.report["compiled"]["macs"],
+    return {"dtype": "int8" if int8 else "float32", "criterion": criterion, "top1": float(found.accuracy),
+            "before_top1": 100 * float(before[other].mean()), "whole_top1": float(whole.accuracy),
+            "macs": float(found.cost) * module.exits[-1].macs / plain.report["compiled"]["macs"],
             "shares": found.shares.tolist(),
             "us": mean_us(module, sample), "plain_us": mean_us(plain, sample), "never_us": never,
             "thresholds": chosen.setting.thresholds.tolist(), "exits_of_sample": taken.tolist(),
             "curve": [[s.cost, s.accuracy] for s in every]}
+
+
+def both_ways(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of two rows, in which each half of the samples judged the thresholds of the other; what has no mean as
+    a list of both."""
+    mean = {key: float(np.mean([r[key] for r in rows])) for key, value in rows[0].items() if isinstance(value, float)}
+    same = {key: rows[0][key] for key in ("dtype", "criterion")}
+    lists = {key: [r[key] for r in rows] for key in rows[0] if key not in mean and key not in same}
+    return {**same, **mean, **lists, "shares": np.mean([r["shares"] for r in rows], 0).tolist()}
 
 
 def int8_and_batch(model: WithExits, fold: Arrays, test: Arrays, samples: int = 1500, batch: int = 64) -> None:
@@ -284,7 +294,8 @@ def main() -> int:
                 int8_and_batch(model, fold, test)
             for criterion in a.criteria.split(","):
                 for int8 in (False, True)[: 1 + a.int8]:
-                    row = measured(model, fold, test, before == test[1], a.drop, criterion, int8, a.limit)
+                    row = both_ways([measured(model, fold, test, before == test[1], a.drop, criterion, int8, a.limit,
+                                              half) for half in range(2)])
                     rows.append({"model": name, "seed": seed, **row})
                     shares = " ".join(f"{100 * s:.0f}" for s in row["shares"])
                     print(f"{name:<9} seed {seed} {row['dtype']:<8} {criterion:<9} top-1 {row['top1']:.2f} % of "

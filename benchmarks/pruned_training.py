@@ -9,9 +9,9 @@ DATA as for `accuracy.py`. Every way gets the same batches, rate and number of s
 the whole network, or the mean of those of `--teachers` (`distillation.py`); classes only judge.
 
 `whole`: as it is, trained on (what the others are to be compared with). A criterion of `skive.Prune`, or `taylor`, a
-scope behind it if wanted (`activation-measured`): pruned at once, fitted (not l1 and random) and trained. `scratch`: the
-shape of `activation` with new weights and five times the rate. `tas`: channels by `activation`, how many of each layer by
-a search (`skive.torch.search_widths`) for as many epochs on two halves of the data, which comes on top
+scope behind it if wanted (`activation-measured`): pruned at once, fitted (not l1 and random) and trained. `scratch`:
+the shape of `activation` with new weights and five times the rate. `tas`: channels by `activation`, how many of each
+layer by a search (`skive.torch.search_widths`) for as many epochs on two halves of the data, which comes on top
 (`search_seconds`). `torch-pruning`: Torch-Pruning, if installed, of ResNet-20 the channels inside blocks, as it cannot
 follow the shortcuts that append zeros. `blocks`: three quarters of the blocks of 4x16 weights of each layer zero, half
 of them at once with reconstruction, the others during the first half of the training. `--int8` adds the top-1 of the
