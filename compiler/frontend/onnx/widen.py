@@ -14,7 +14,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from skive.frontend.onnx.load import HALVES, Loaded, half_array, subgraphs
 
 # Attributes that hold an element type.
-TYPES = frozenset({"to", "dtype", "output_datatype", "stash_type", "softmax_precision"})
+TYPES = frozenset({"to", "dtype", "output_dtype", "output_datatype", "stash_type", "softmax_precision"})
 
 Place: TypeAlias = "TensorProto | TypeProto.Tensor | AttributeProto"
 
