@@ -6,9 +6,9 @@
 
 DATA as for `accuracy.py`. Exits are trained as in `exits.py` (kept in WORK), the network with its exits is pruned and
 trained again on the same answers, then compiled in INT8 with exits. With its thresholds it loses
-`--drop` points of the network as it came on one half of the test images; every accuracy is that of the other half.
-`us` is the mean over images of the smallest time of a call, of ONNX Runtime (one thread) the smallest time of a call,
-all in turns.
+`--drop` points of the network as it came on one half of the test images; what stands here is measured on the other
+half, both ways round. `us` is the mean over images of the smallest time of a call, of ONNX Runtime (one thread) the
+smallest time of a call, all in turns.
 The network that was trained lies in WORK as text: `skive compile WORK/resnet20-pruned.skive --exit ...`.
 """
 
@@ -103,12 +103,17 @@ def main() -> int:
         return exit_calibration.collect(module, ([v[None]] for v in x[rows]), y[rows])
 
     right = np.asarray([float32(v[None]).argmax() == c for v, c in zip(x, y, strict=True)])
-    goal = exit_calibration.Goal("accuracy", 100 * right[::2].mean() - a.drop)
-    chosen = exit_calibration.calibrate(evidence(slice(0, None, 2)), goal).setting
-    found = exit_calibration.setting(evidence(slice(1, None, 2)), chosen.thresholds)
-    module.thresholds = dict(zip(module.thresholds, chosen.thresholds.tolist(), strict=True))
-    whole = 100 * float(right[1::2].mean())
-    sample = x[1::2][:a.limit]
+    halves = slice(0, None, 2), slice(1, None, 2)
+    seen = [evidence(half) for half in halves]
+    goals = [exit_calibration.Goal("accuracy", 100 * right[half].mean() - a.drop) for half in halves]
+    thresholds = [exit_calibration.calibrate(e, goal).setting.thresholds for e, goal in zip(seen, goals, strict=True)]
+    found = [exit_calibration.setting(e, t) for e, t in zip(seen, reversed(thresholds), strict=True)]
+    sample = np.concatenate([x[half][:a.limit // 2] for half in halves])
+
+    def judge(half: int) -> None:
+        """Gives `module` the thresholds that the other half chose."""
+        module.thresholds = dict(zip(module.thresholds, thresholds[1 - half].tolist(), strict=True))
+
     calls = {"onnxruntime float32": session(original, sample[:1]), "onnxruntime int8": session(int8, sample[:1]),
              "skive float32": lambda: float32(sample[:1])}
     us, mean = dict.fromkeys(calls, np.inf), np.full(len(sample), np.inf)
@@ -119,15 +124,18 @@ def main() -> int:
                 call()
                 us[name] = min(us[name], 1e6 * (time.perf_counter() - start))
         for i in range(len(sample)):
+            judge(2 * i // len(sample))
             start = time.perf_counter()
             module(sample[i:i + 1])
             mean[i] = min(mean[i], 1e6 * (time.perf_counter() - start))
-    taken = np.concatenate([module.run(v[None]).macs for v in x[1::2]])
-    row = {"top1": found.accuracy, "original_top1": whole, "shares": found.shares.tolist(), "us": float(mean.mean()),
-           "macs": float(taken.mean()), "original_macs": float32.report["compiled"]["macs"], **us}
-    shares = " ".join(f"{100 * s:.0f}" for s in found.shares)
-    print(f"top-1 {row['top1']:.2f} % of {whole:.2f}, {100 * row['macs'] / row['original_macs']:.1f} % of the MACs, "
-          f"exits {shares} %, {row['us']:.1f} us a call")
+    shared = np.mean([f.shares for f in found], 0)
+    macs = float(np.mean([f.cost for f in found])) * module.exits[-1].macs
+    row = {"top1": float(np.mean([f.accuracy for f in found])), "original_top1": 100 * float(right.mean()),
+           "shares": shared.tolist(), "us": float(mean.mean()), "macs": macs,
+           "original_macs": float32.report["compiled"]["macs"], **us}
+    shares = " ".join(f"{100 * s:.0f}" for s in shared)
+    print(f"top-1 {row['top1']:.2f} % of {row['original_top1']:.2f}, "
+          f"{100 * row['macs'] / row['original_macs']:.1f} % of the MACs, exits {shares} %, {row['us']:.1f} us a call")
     for name in calls:
         print(f"  {name}: {us[name]:.1f} us, {us[name] / row['us']:.2f} times as long")
     if a.json:
