@@ -109,6 +109,7 @@ LAYERS = [
     Layer(np.uint8, (1, 11, 9, 35), (3, 3), (1, 2), pad=(2, 0, 2, 1), dilation=(2, 1), zero=99),
     Layer(np.uint8, (1, 2, 700, 24), (1, 9), pad=(0, 4, 0, 4), zero=31),  # the same
     Layer(np.uint8, (1, 17, 6, 20), (9, 1), pad=(4, 0, 4, 0), zero=31),
+    Layer(np.uint8, (1, 1, 40, 5), (1, 15), pad=(0, 2100, 0, 2100), dilation=(1, 300), zero=8),  # too wide to stage
     Layer(np.int16, (1, 14, 14, 33), (3, 3), pad=(1, 1, 1, 1)),
     Layer(np.int16, (1, 9, 14, 40), (5, 5), (2, 2), pad=(2, 2, 2, 2), zero=-300),
     Layer(np.int16, (1, 25, 5, 64), (3, 3), pad=(1, 1, 1, 1)),

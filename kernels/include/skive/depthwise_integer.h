@@ -389,10 +389,13 @@ struct IntegerDepthwise {
                                    const E& epilogue) {
     using Window = IntegerWindow<I, F, S, P, D, XS, YS, Element, Zero>;
     using Dot = ChannelDot<Element>;
-    if constexpr (F::KW * Window::kGroups * Window::kStrip > Dot::kMostProducts)
-      StagedWindow<Dot, I, F, S, P, D, XS, YS, Element, Zero>::run(x, w, bias, y, part, epilogue);
-    else
+    if constexpr (F::KW * Window::kGroups * Window::kStrip > Dot::kMostProducts) {
+      using Staged = StagedWindow<Dot, I, F, S, P, D, XS, YS, Element, Zero>;
+      if constexpr (Staged::kFits) Staged::run(x, w, bias, y, part, epilogue);
+      else Window::run(x, w, bias, y, part, epilogue);
+    } else {
       Window::run(x, w, bias, y, part, epilogue);
+    }
   }
 
   // Each input channel feeds M neighbouring output channels: vectors run over those.

@@ -1,5 +1,5 @@
-// Depthwise convolution of 8- and 16-bit integers where the window of depthwise_integer.h is more than the
-// registers hold: interleaved rows go through a stage, a buffer in L1.
+// Depthwise convolution of 8- and 16-bit integers where the window of depthwise_integer.h is more
+// than the registers hold: interleaved rows go through a stage, a buffer in L1.
 //
 // What a strip of output rows reads, pairs of input rows interleaved channel by channel and widened
 // to words, is written to the stage once, border included: the loop over the outputs has no
@@ -21,7 +21,7 @@ inline namespace SKIVE_ISA {
 
 constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
 
-// `Dot` is the ChannelDot<Element> of depthwise_integer.h.
+// `Dot` is the ChannelDot<Element> of channel_dot.h.
 template <class Dot, class In, class Filter, class Strides, class Padding, class Dilations, int XS,
           int YS, class Element, int Zero>
 struct StagedWindow {
@@ -56,17 +56,17 @@ struct StagedWindow {
   static constexpr int kGroupUnits = kGroupStep / kUnit;
   static constexpr int kSpan = (kGroups - 1) * kGroupUnits + 1;  // pairs from the first to the last
 
-  // The stage: [vector of channels][kSlots][columns][kPair]. `Count` tile positions (output columns,
-  // or strips of a signal) are kAcross stage columns apart.
+  // The stage: [vector of channels][kSlots][columns][kPair]. Tile positions (output columns, or strips
+  // of a signal) are kAcross stage columns apart.
   static constexpr int kSlots = kSignal ? 1 : kSpan;
   static constexpr int kNew = kRing ? kStripStep / kUnit : kSlots;  // pairs of a next strip
   static constexpr int kAcross = kSignal ? kStripStep / kUnit : Strides::W;
   static constexpr int kPair = kLanes * G;
-  static constexpr int columns(int count) {
-    return (count - 1) * kAcross + (kSignal ? kSpan : (KW - 1) * Dilations::W + 1);
+  static constexpr ptrdiff_t columns(int count) {
+    return ptrdiff_t{count - 1} * kAcross + (kSignal ? kSpan : (KW - 1) * Dilations::W + 1);
   }
   static constexpr int kStageBytes = 16384;
-  static constexpr int stage_bytes(int vectors, int count) {
+  static constexpr ptrdiff_t stage_bytes(int vectors, int count) {
     return vectors * kSlots * columns(count) * kPair * static_cast<int>(sizeof(Weight));
   }
 
@@ -85,7 +85,9 @@ struct StagedWindow {
   static constexpr int kChunk = fitting(kVectors);
   static constexpr int kChunks = (kPositions + kChunk - 1) / kChunk;
   static constexpr int kLastChunk = kPositions - (kChunks - 1) * kChunk;
-  static constexpr int kColumns = columns(kChunk);
+  // Dilations and filters of hundreds of rows or columns may need more than a stack should give.
+  static constexpr bool kFits = stage_bytes(kVectors, kChunk) <= 4 * kStageBytes;
+  static constexpr int kColumns = static_cast<int>(columns(kChunk));
   static constexpr int kSlot = kColumns * kPair;  // elements of the stage
   static constexpr int kStagedVector = kSlots * kSlot;
 
@@ -163,8 +165,8 @@ struct StagedWindow {
       for (; strip < end; ++strip) {
         for (int pair = strip == first ? 0 : kSlots - kNew; pair < kSlots; ++pair)
           stage_rows<N>(job, strip * kStripStep - Padding::Top + pair * kUnit,
-                        column * Strides::W - Padding::Left, columns(count), slot(strip, pair),
-                        strip == first);
+                        column * Strides::W - Padding::Left, static_cast<int>(columns(count)),
+                        slot(strip, pair), strip == first);
         Slots slots;
         for (int g = 0; g < kGroups; ++g) slots.at[g] = job.stage + slot(strip, g * kGroupUnits) * kSlot;
         const int pixel = strip * (kStrip * OW) + column;
@@ -221,8 +223,8 @@ struct StagedWindow {
         return inside(r) ? job.x + (ptrdiff_t{r} * In::W + left + begin) * XS : kBorder.pixel;
       };
       const int below = row + Dilations::H;
-      stage_pairs<N>(pixels(row), inside(row) ? XS : 0, pixels(below), inside(below) ? XS : 0, end - begin,
-                     to + begin * kPair);
+      stage_pairs<N>(pixels(row), inside(row) ? XS : 0, pixels(below), inside(below) ? XS : 0,
+                     end - begin, to + begin * kPair);
     }
   }
   template <int N>
@@ -234,7 +236,7 @@ struct StagedWindow {
   template <int N, class Y>
   static SKIVE_NOINLINE void stage_signal(const Job<Y>& job, int strip, int count) {
     constexpr ptrdiff_t step = ptrdiff_t{kUnit} * XS;
-    const int top = strip * kStripStep - Padding::Top, pairs = columns(count);
+    const int top = strip * kStripStep - Padding::Top, pairs = static_cast<int>(columns(count));
     for (int i = 0; i < pairs;) {
       const int row = top + i * kUnit, below = row + Dilations::H;
       const bool both = inside(row) && inside(below);
@@ -282,8 +284,8 @@ struct StagedWindow {
 
   // Positions i to i + T - 1 of one vector of channels.
   template <int N, int R, int T, class Y, class E>
-  static SKIVE_INLINE void positions(const Job<Y>& job, const Slots& slots, int v, const Weight* w, int pixel,
-                                     int i, const E& epilogue) {
+  static SKIVE_INLINE void positions(const Job<Y>& job, const Slots& slots, int v, const Weight* w,
+                                     int pixel, int i, const E& epilogue) {
     const int c = v * kLanes, offset = v * kStagedVector + i * (kAcross * kPair);
     IVec<> sums[R][T];
     const IVec<> start = load<kLanes>(job.bias + c);
@@ -318,7 +320,8 @@ struct StagedWindow {
   }
 
   template <int N, int Step, int T, class Y, class E>
-  static SKIVE_INLINE void finish(const IVec<> (&sums)[T], Y* y, ptrdiff_t pixel, int c, const E& epilogue) {
+  static SKIVE_INLINE void finish(const IVec<> (&sums)[T], Y* y, ptrdiff_t pixel, int c,
+                                  const E& epilogue) {
     using Result = decltype(epilogue(first_lanes<N>(sums[0]), pixel, c));
     Result a[T];
 #pragma GCC unroll 4
