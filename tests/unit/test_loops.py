@@ -96,12 +96,12 @@ def two_ways_out(bound: int) -> Graph:
 
 
 def in_sequence(bound: int) -> Graph:
-    """Two loops, the second on what the first left."""
+    """Two loops, the second on what the first left; the longer one is found first."""
     net = Net()
     h = net.x
-    for layer, limit in ((0, 0.5), (1, 0.75)):
+    for layer, limit, trips in ((0, 0.5, bound), (1, 0.75, bound + 4)):
         states, flags = [h], []
-        for _ in range(bound):
+        for _ in range(trips):
             flags.append(net.above(states[-1], limit))
             states.append(step(net, states[-1], layer))
         h = states[-1]
