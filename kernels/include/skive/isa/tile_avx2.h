@@ -280,9 +280,9 @@ SKIVE_INLINE void store_joined(T* p, T* q, T* r, T* s, R a, R b, R c, R d) {
   const __m256i v = narrow_four<T>(a, b, c, d);
   const __m128i low = _mm256_castsi256_si128(v), high = _mm256_extracti128_si256(v, 1);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), low);
-  _mm_storeh_pd(reinterpret_cast<double*>(q), _mm_castsi128_pd(low));
+  _mm_storeh_pi(reinterpret_cast<__m64*>(q), _mm_castsi128_ps(low));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(r), high);
-  _mm_storeh_pd(reinterpret_cast<double*>(s), _mm_castsi128_pd(high));
+  _mm_storeh_pi(reinterpret_cast<__m64*>(s), _mm_castsi128_ps(high));
 }
 
 }  // namespace SKIVE_ISA
