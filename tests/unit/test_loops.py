@@ -15,6 +15,8 @@ from skive.lower.branches import guards_of
 from skive.lower.calls import Lowering
 from skive.lower.legalise import legalise
 from skive.lower.loops import rolled
+from skive.passes import optimize
+from skive.passes.quantize import Quantizer, Scheme, Storage
 from skive.reference import evaluate_graph
 from skive.targets.base import TARGETS
 from skive.tuning import Tuning
@@ -159,7 +161,7 @@ class Machine:
     """The plan of a graph, each node run by its reference on the memory that the plan gives it."""
 
     def __init__(self, graph: Graph):
-        graph = legalise(graph)
+        self.graph = graph = legalise(graph)
         self.rolled = rolled(graph, (graph.nodes,), guards_of(graph))
         self.ctx = Lowering(self.rolled.graph, TARGETS["generic"], 1, Tuning(), self.rolled.loops)
         _lower_nodes(self.ctx, self.rolled.stages[0], self.rolled)
@@ -246,6 +248,32 @@ def test_the_source_does_not_grow_with_the_bound(name: str) -> None:
     assert small.arena_bytes == large.arena_bytes
     assert len(large.calls) > 4 * len(small.calls)  # reports name every trip
     assert len({c.origin for c in large.calls}) >= len({c.origin for c in small.calls})
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_integers(own: bool) -> None:
+    """Trips of equal scales are one; those with scales of their own stay as they are. Both give the same bytes."""
+
+    def body(net: Net, h: Node) -> Node:
+        new = net.dense(ops.make("relu", net.dense(h)), 1)
+        return ops.make("add", ops.make("add", h, ops.make("mul", new, number(0.0625))), number(0.0625))
+
+    graph, _ = optimize(broken(10, body, counted=True), check="never")
+    storage = Storage(graph)
+    ranges = {n: (-2.0 - own * i / 4, 2.0) for i, n in enumerate(storage.sources)}
+    graph, _ = optimize(Quantizer(graph, Scheme(ranges), storage).build(), check="never")
+    machine = Machine(graph)
+    assert bool(machine.rolled.loops) is not own
+    assert own or any(n.dtype in ops.QUANTIZED for n in machine.rolled.loops[0].trip)
+    rng = np.random.default_rng(2)
+    counts = set()
+    for _ in range(12):
+        x = (rng.standard_normal((1, WIDTH)) / 2 + rng.uniform(-0.8, 0.6)).astype(np.float32)
+        got, _ = machine.run(x)
+        for a, b in zip(got, evaluate_graph(machine.graph, [x]), strict=True):
+            assert a.tobytes() == np.asarray(b).tobytes()
+        counts.add(int(got[1]))
+    assert len(counts) >= 3
 
 
 def test_what_lies_in_a_concatenation_is_not_written_again_while_that_is_read() -> None:
