@@ -237,7 +237,7 @@ def test_one_trip_gives_what_all_give(name: str) -> None:
         work.add(ran)
         for a, b in zip(got, want, strict=True):
             assert a.tobytes() == np.asarray(b).tobytes(), (i, a, b)
-    assert len(work) > 4 or name in ("two layers", "shifted")  # few and many trips
+    assert len(work) >= 3 or name in ("two layers", "shifted")  # few and many trips
 
 
 @pytest.mark.parametrize("name", MAKE)
