@@ -234,7 +234,8 @@ def integer_windows(net: Net) -> None:
     own = ops.make("conv_transpose2d", z, net.weights(17, 2, 2, 1), groups=17)
     row = ops.make("conv2d", net.input(1, 1, 40, 8), net.weights(8, 1, 5, 1), groups=8, pad=(0, 2, 0, 2))
     net.output(up, own, ops.make("conv2d", wide, net.weights(4, 1, 1, 48)),
-               ops.make("conv2d", row, net.weights(9, 1, 1, 8)))
+               ops.make("conv2d", row, net.weights(9, 1, 1, 8)),
+               ops.make("relu", ops.make("conv2d", y, net.weights(4, 3, 3, 24), net.weights(4), **same)))
 
 
 def zero_blocks(net: Net) -> None:

@@ -33,7 +33,7 @@ def test_the_networks_use_every_kernel() -> None:
     defined = {name for h in (kernels.include_dir() / "skive").glob("*.h")
                for name in re.findall(r"^struct ([a-z]\w+)", h.read_text(), re.MULTILINE)}
     named = {k for k in defined if f'"{k}"' in text} | {"map", "vmap", "map_to", "vmap_to"}
-    calls = [c for make in NETWORKS.values() for c in lower.lower(make(), TARGETS["avx512"]).calls]
+    calls = [c for make in NETWORKS.values() for c in lower.lower(make(), TARGETS["avx512vnni"]).calls]
     used = {c.kernel for c in calls}
     assert len(named) > 30 and used <= named
     assert sorted(named - used) == []
