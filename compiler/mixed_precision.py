@@ -232,6 +232,8 @@ class Search:
                 for d, quantizer in self.formats.items():
                     terms = list(silent)
                     for v in g.sources:
+                        if v not in quantizer.storage.stored:
+                            continue  # operands of attention, which has no kernel of 16 bits, stay float32
                         terms[place[v]] = quantizer.format_of(v).real(values[v]) - values[v]
                     for p in g.products:
                         terms[place_of_sum[p]] = np.ascontiguousarray(values[p, d], np.float32)

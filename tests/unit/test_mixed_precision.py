@@ -113,6 +113,23 @@ def test_a_time_budget_takes_the_most_accurate_choice(tmp_path: Path) -> None:
     assert report["auto"]["chosen"] == "float32" and report["auto"]["budget"] == {"us": 1e6}
 
 
+def test_attention_whose_operands_have_no_form_of_16_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    x = ops.make("input", shape=(1, 6, 16), dtype=DType.f32, label="x", origin="x")
+
+    def dense(v: Node, name: str) -> Node:
+        w, b = rng.standard_normal((16, 16)).astype(np.float32) / 4, rng.standard_normal(16).astype(np.float32)
+        return ops.make("linear", v, constant(w), constant(b), origin=name, label=name)
+
+    heads = [ops.make("reshape", dense(x, name), shape=(1, 6, 2, 8)) for name in "qkv"]
+    a = ops.make("attention", *heads, scale=8**-0.5, token_major=True)
+    graph = Graph("net", (x,), (dense(ops.make("reshape", a, shape=(1, 6, 16)), "out"),), ("y",))
+    samples = rng.standard_normal((4, 1, 6, 16)).astype(np.float32)
+    asked = skive.Quantize("auto", calibration=samples, budget_sqnr_db=50.0)
+    report = skive.compile(graph, quantize=asked, output=tmp_path / "m").report["quantization"]
+    assert report["sqnr_db"] >= 50.0
+
+
 def test_a_target_that_does_not_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from skive import _native, mixed_precision
     from skive.targets.base import TARGETS
