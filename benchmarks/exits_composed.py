@@ -9,7 +9,7 @@ trained again on the same answers, then compiled in INT8 with exits. With its th
 `--drop` points of the network as it came on one half of the test images; what stands here is measured on the other
 half, both ways round. `us` is the mean over images of the smallest time of a call, of ONNX Runtime (one thread) the
 smallest time of a call, all in turns.
-The network that was trained lies in WORK as text: `skive compile WORK/resnet20-pruned.skive --exit ...`.
+The network that was trained lies in WORK as text, by what it was made with: `skive compile WORK/FILE.skive --exit ...`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def error(got: tuple[Tensor, ...], wanted: Tensor) -> Tensor:
 
 def pruned(a: argparse.Namespace, original: nn.Module, model: WithExits, fold: exits.Arrays) -> Any:
     """The graph of the network with exits after pruning and training, from WORK or made now."""
-    file = a.work / "resnet20-pruned.skive"
+    asked = [a.prune, a.prune_scope, a.tuning_epochs, a.rate, a.epochs, *["joint"] * a.joint, a.teachers or "itself"]
+    file = a.work / f"resnet20-pruned-{'-'.join(map(str, asked))}.skive"
     if file.exists():
         return text.load_text(file)
     cut = replace(pruning.requested(a.prune), scope=a.prune_scope, calibration=fold[0][:200])

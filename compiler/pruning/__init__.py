@@ -19,7 +19,7 @@ import numpy as np
 from skive.errors import PruningError
 from skive.ir import Graph, Node
 from skive.passes.channel_groups import WINDOW, Groups, channel_groups, without
-from skive.pruning.choice import check_keep, chosen_groups, given_groups, obstacles, per_cost, places_by_loss
+from skive.pruning.choice import check_keep, chosen_groups, given_groups, kept_by_name, obstacles, per_cost, places_by_loss
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.erasing import erased
 from skive.pruning.fit import left_as_they_were, refitted, restored
@@ -78,6 +78,7 @@ def apply(
     gone = np.zeros(len(found.groups), bool)
     criterion = options.criterion_name
     curves: list[list[tuple[int, float]]] = []
+    measured_with = None
     if options.fraction or options.widths:
         cost = _cost(found, options, target, threads, dtype, progress)
         if options.refit or options.criterion in DATA_DRIVEN or options.scope == "measured":
@@ -87,7 +88,7 @@ def apply(
         seen = moments(found, samples) if observed else {}
         scores, criterion = _scores(found, options, seen, cost)
         if measured:
-            curves = damages(found, scores, seen, samples, progress)
+            curves, measured_with = damages(found, scores, seen, samples, kept_by_name(found, options.keep), progress)
             scores = places_by_loss(found, marginal(found, scores, curves), options, _counted(found, cost))
         for _ in range(TURNS if options.fraction else 0):
             gone = chosen_groups(found, scores, options, cost)
@@ -112,7 +113,7 @@ def apply(
         exact = chosen_groups(whole_groups, scores, replace(options, multiple=1), cost)
         report["rounding"] = {"channels": int(exact.sum()) - int(gone.sum()), "removed": 1 - cost(gone) / cost.whole,
                               "removed_exactly": 1 - cost(exact) / cost.whole}
-    report["fit"] = fit
+    report["fit"] = fit | ({} if measured_with is None else {"measured_with": measured_with})
     if options.erase:
         report["erased"] = branches
     if options.zeros:

@@ -97,7 +97,7 @@ def per_cost(found: Groups, scores: np.ndarray, cost: Cost | Latency) -> np.ndar
 
 def places_by_loss(found: Groups, losses: np.ndarray, options: Prune, cost: Cost) -> np.ndarray:
     """[groups] when each goes, if always those go next that lose least for what they save of what is left; inf for
-    what stays. `losses` [groups] do not fall within a family as it goes.
+    what stays, as layers of `options.keep` do. `losses` [groups] do not fall within a family as it goes.
 
     What a channel saves only shrinks as others go, so a family whose turn was computed earlier is looked at again
     when it comes first (Minoux, Accelerated Greedy Algorithms, 1978).
@@ -105,7 +105,8 @@ def places_by_loss(found: Groups, losses: np.ndarray, options: Prune, cost: Cost
     result = np.full(len(losses), np.inf)
     gone = np.zeros(len(losses), bool)
     left = cost.whole
-    waiting = {i: sorted(f, key=lambda g: (losses[g], g)) for i, f in enumerate(found.families)}
+    kept = kept_by_name(found, options.keep)
+    waiting = {i: sorted(f, key=lambda g: (losses[g], g)) for i, f in enumerate(found.families) if f not in kept}
     queue = [(0.0, i) for i in waiting]
     place = 0
     while queue:

@@ -7,7 +7,7 @@ stream that everything reads none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -25,14 +25,16 @@ WORK = 1e12  # multiply-accumulates that may be spent: a minute or two
 
 
 def damages(found: Groups, scores: np.ndarray, seen: Mapping[Node, np.ndarray], samples: Sequence[Sequence[np.ndarray]],
-            progress: Callable[[str, float], None]) -> list[list[tuple[int, float]]]:
-    """By family: (channels gone, what the outputs lose, relative to their variance), the least important ones by
-    `scores` [groups] first. `seen`: the moments of `samples`; none if nothing is fitted.
+            kept: Collection[tuple[int, ...]], progress: Callable[[str, float], None]
+            ) -> tuple[list[list[tuple[int, float]]], str]:
+    """(by family: (channels gone, what the outputs lose, relative to their variance), the least important ones by
+    `scores` [groups] first, nothing for those of `kept`; which layers made up for it: "all", "readers" or "none").
+    `seen`: the moments of `samples`; none if nothing is fitted.
 
     As in the network that comes of it, all layers behind what is gone are fitted; of a network for which that is too
     much work only those that read it.
     """
-    families = [sorted(f, key=lambda g: (scores[g], g)) for f in found.families]
+    families = [[] if f in kept else sorted(f, key=lambda g: (scores[g], g)) for f in found.families]
     share = WORK / max(1, len(families) * len(SHARES))  # of a measurement
     solving = sum(min(width(n), MOST_INPUTS) ** 3 for n in readers_of(found))
     count = int(np.clip((share - solving) // (3 * total_macs(found.graph) + _moments(found)), 0, PROBES))
@@ -43,7 +45,8 @@ def damages(found: Groups, scores: np.ndarray, seen: Mapping[Node, np.ndarray], 
     for i, family in enumerate(families):
         progress("prune", 0.1 + 0.05 * i / len(families))
         curve = []
-        for count in sorted({min(max(1, round(share * len(family))), len(family) - 1) for share in SHARES} - {0}):
+        counts = {min(max(1, round(share * len(family))), len(family) - 1) for share in SHARES if family}
+        for count in sorted(counts - {0}):
             gone = np.zeros(len(found.groups), bool)
             gone[family[:count]] = True
             if everything:
@@ -53,7 +56,7 @@ def damages(found: Groups, scores: np.ndarray, seen: Mapping[Node, np.ndarray], 
                 changed = weights_without(found, gone, seen, len(samples))
             curve.append((count, probe.loss(changed)))
         result.append(curve)
-    return result
+    return result, "all" if everything else "readers" if seen else "none"
 
 
 def _moments(found: Groups) -> int:

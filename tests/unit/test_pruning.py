@@ -365,6 +365,11 @@ def test_what_the_outputs_do_not_see_goes_first() -> None:
         inner, stream = sorted(report["groups"], key=lambda g: "stem" in g["layers"])
         kept[scope] = inner["kept"], stream["kept"]
         assert ("lost_alone" in inner) == (scope == "measured")
+        assert ("measured_with" in report["fit"]) == (scope == "measured")
+    _, report = pruning.apply(quiet, Prune(macs=0.1, scope="measured", multiple=4, keep="one", calibration=data()))
+    inner, stream = sorted(report["groups"], key=lambda g: "stem" in g["layers"])
+    assert (inner["kept"], "lost_alone" in inner) == (16, False) and stream["kept"] < 16
+    assert report["fit"]["measured_with"] == "all"
     assert kept["measured"][0] < 12 and kept["measured"][1] == 16 and kept["layer"][1] < 16
 
 
