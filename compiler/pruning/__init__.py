@@ -19,7 +19,15 @@ import numpy as np
 from skive.errors import PruningError
 from skive.ir import Graph, Node
 from skive.passes.channel_groups import WINDOW, Groups, channel_groups, without
-from skive.pruning.choice import check_keep, chosen_groups, given_groups, kept_by_name, obstacles, per_cost, places_by_loss
+from skive.pruning.choice import (
+    check_keep,
+    chosen_groups,
+    given_groups,
+    kept_by_name,
+    obstacles,
+    per_cost,
+    places_by_loss,
+)
 from skive.pruning.cost import Cost, Latency
 from skive.pruning.erasing import erased
 from skive.pruning.fit import left_as_they_were, refitted, restored

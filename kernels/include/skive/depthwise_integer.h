@@ -137,15 +137,7 @@ struct IntegerWindow {
     }
     SKIVE_INLINE const EdgeRows& strip(int) const { return *this; }
   };
-  struct Border {
-    Element pixel[kBlock];
-  };
-  static constexpr Border border() {
-    Border b{};
-    for (int i = 0; i < kBlock; ++i) b.pixel[i] = static_cast<Element>(Zero);
-    return b;
-  }
-  static constexpr Border kBorder = border();
+  static constexpr auto kBorder = BorderPixel<Element, kBlock>::of(Zero);
 
   // `count` strips from `strip` of one image, whose first output pixel has the flat index `pixel`.
   // Arguments travel one by one, in registers: a struct would be written in pieces and read back in

@@ -21,6 +21,17 @@ inline namespace SKIVE_ISA {
 
 constexpr int greatest_divisor(int a, int b) { return b == 0 ? a : greatest_divisor(b, a % b); }
 
+// N channels of a pixel beside the image; of depthwise_integer.h, too.
+template <class Element, int N>
+struct BorderPixel {
+  Element pixel[N];
+  static constexpr BorderPixel of(int zero) {
+    BorderPixel b{};
+    for (int i = 0; i < N; ++i) b.pixel[i] = static_cast<Element>(zero);
+    return b;
+  }
+};
+
 // `Dot` is the ChannelDot<Element> of channel_dot.h.
 template <class Dot, class In, class Filter, class Strides, class Padding, class Dilations, int XS,
           int YS, class Element, int Zero>
@@ -134,15 +145,7 @@ struct StagedWindow {
     int c;
     Weight* stage;
   };
-  struct Border {
-    Element pixel[kBlock];
-  };
-  static constexpr Border border() {
-    Border b{};
-    for (int i = 0; i < kBlock; ++i) b.pixel[i] = static_cast<Element>(Zero);
-    return b;
-  }
-  static constexpr Border kBorder = border();
+  static constexpr auto kBorder = BorderPixel<Element, kBlock>::of(Zero);
   static constexpr bool inside(int row) { return row >= 0 && row < In::H; }
 
   template <int N, class Y, class E>
