@@ -1,9 +1,10 @@
 """What networks are trained on here: varied and mixed images or keywords, and what a whole network says of them.
 
-Images are mirrored, both are shifted and half of them are mixed in pairs (Zhang et al., mixup, 2018); the answers are
-those of a teacher (Hinton et al., Distilling the Knowledge in a Neural Network, 2015), whose student follows it on
-the same views for long (Beyer et al., Knowledge Distillation: A Good Teacher Is Patient and Consistent, 2022).
-Classes are not needed.
+Images are mirrored, both are shifted and half of them are mixed in pairs (Zhang et al., mixup, 2018); where asked,
+spectra are also stretched, made louder, disturbed, joined in time and masked (Park et al., SpecAugment, 2019). The
+answers are those of a teacher (Hinton et al., Distilling the Knowledge in a Neural Network, 2015), whose student
+follows it on the same views for long (Beyer et al., Knowledge Distillation: A Good Teacher Is Patient and Consistent,
+2022). Classes are not needed.
 """
 
 from __future__ import annotations
@@ -22,23 +23,27 @@ import skive
 BATCH = 100
 TEMPERATURE = 4.0
 MIXED = 0.5  # share of the inputs that are two inputs
+JOINED = 0.2  # share of the spectra that begin as one input and go on as another
+VARIED = 0.1  # by which the pace and contrast of spectra vary; their noise in deviations
 
 
 class Batches:
     """Batches (inputs, answers of the teacher), other ones in every epoch; the same again after `rewind`, with answers
-    that are remembered. `shift`: rows and columns by which inputs [N, C, H, W] move at most."""
+    that are remembered. `shift`: rows and columns by which inputs [N, C, H, W] move at most. `spectra`: inputs are
+    cepstra over time [N, 1, frames, coefficients] and are varied as such, too."""
 
     def __init__(self, inputs: np.ndarray, teacher: Callable[[np.ndarray], Any], shift: tuple[int, int], mirror: bool,
-                 seed: int):
+                 seed: int, spectra: bool = False):
         self.inputs, self.shift, self.mirror = torch.from_numpy(inputs), shift, mirror
         self.seed, self.epoch, self.size = seed, 0, min(BATCH, len(inputs) // 8)
+        self.spectra = spectra
         self._teacher = teacher
         self._answers: dict[int, Tensor] = {}  # by epoch; NaN where the teacher was not asked
 
     def halves(self) -> tuple[Batches, Batches]:
         """The same of every second input, and of the others."""
-        first, second = (Batches(self.inputs[i::2].numpy(), self._teacher, self.shift, self.mirror, self.seed)
-                         for i in range(2))
+        first, second = (Batches(self.inputs[i::2].numpy(), self._teacher, self.shift, self.mirror, self.seed,
+                                 self.spectra) for i in range(2))
         return first, second
 
     def __len__(self) -> int:
@@ -69,10 +74,50 @@ class Batches:
         down = torch.randint(0, 2 * rows + 1, (count,), generator=generator).tolist()
         right = torch.randint(0, 2 * columns + 1, (count,), generator=generator).tolist()
         x = torch.stack([p[:, i:i + x.shape[2], j:j + x.shape[3]] for p, i, j in zip(padded, down, right, strict=True)])
+        if self.spectra:
+            x = self._spoken_otherwise(x, generator)
         other = x[torch.randperm(count, generator=generator)]
         share = torch.rand(count, 1, 1, 1, generator=generator)
         share[torch.rand(count, generator=generator) >= MIXED] = 1.0
-        return share * x + (1 - share) * other
+        if not self.spectra:
+            return share * x + (1 - share) * other
+        frames = torch.arange(x.shape[2])[:, None]
+        until = torch.randint(len(frames) // 5, 4 * len(frames) // 5, (count, 1, 1, 1), generator=generator)
+        joined = torch.rand(count, 1, 1, 1, generator=generator) < JOINED
+        share = torch.where(joined, (frames < until).float(), share)
+        return self._masked(share * x + (1 - share) * other, generator)
+
+    def _spoken_otherwise(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """`x` [N, 1, T, C] slower or faster, with other contrast, as from another microphone and in noise."""
+        (count, _, frames, wide), deviation = x.shape, self.inputs.std((0, 1, 2))
+
+        def random(*size: int) -> Tensor:
+            return torch.rand(*size, generator=generator)
+
+        middle = (frames - 1) / 2
+        pace = 1 + VARIED * (2 * random(count, 1, 1, 1) - 1)
+        at = (middle + pace * (torch.arange(frames)[:, None] - middle)).clamp(0, frames - 1)
+        low = at.floor().long().clamp(max=frames - 2)
+        rest = at - low
+        low = low.expand(count, 1, frames, wide)
+        x = (1 - rest) * x.gather(2, low) + rest * x.gather(2, low + 1)
+        x = x * (1 + VARIED * (2 * random(count, 1, 1, 1) - 1))
+        colour = VARIED * torch.randn(count, 1, 1, wide, generator=generator)
+        noise = 2 * VARIED * random(count, 1, 1, 1) * torch.randn(x.shape, generator=generator)
+        return x + deviation * (colour + noise)
+
+    def _masked(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """`x` [N, 1, T, C]; of half of them each, up to twice an eighth of the frames and up to a quarter of the
+        coefficients replaced by their mean."""
+        mean = self.inputs.mean((0, 1, 2))
+        for axis, widest in ((2, x.shape[2] // 6), (2, x.shape[2] // 6), (3, x.shape[3] // 5)):
+            size = (len(x), 1, 1, 1)
+            masked = torch.rand(size, generator=generator) < MIXED
+            first = torch.randint(0, x.shape[axis], size, generator=generator)
+            behind = first + torch.randint(1, widest + 1, size, generator=generator)
+            place = torch.arange(x.shape[axis]).reshape((-1, 1) if axis == 2 else (1, -1))
+            x = torch.where(masked & (place >= first) & (place < behind), mean, x)
+        return x
 
 
 def answers(module: skive.Module, inputs: np.ndarray) -> np.ndarray:

@@ -28,10 +28,12 @@ class Head(nn.Module):
     Of images [N, C, H, W]: averages and maxima over a grid, then one linear layer (Kaya et al., Shallow-Deep
     Networks, 2019, reduce features so); before that, with `channels`, averages of 2x2 and a 3x3 convolution to so many,
     of stride 2 where more than 8 positions per side are left: what never leaves pays for it too.
-    Of sequences [N, T, C] the mean over T. Of [N, C] the linear layer alone.
+    Of sequences [N, T, C] the mean over T. Of [N, C] the linear layer alone. With `hidden`, before the last layer
+    another linear one with so many outputs and ReLU.
     """
 
-    def __init__(self, example: Tensor, classes: int, channels: int = 0, grid: int | None = None) -> None:
+    def __init__(self, example: Tensor, classes: int, channels: int = 0, grid: int | None = None,
+                 hidden: int = 0) -> None:
         super().__init__()
         self.window: tuple[int, int] | None = None
         self.features: nn.Module = nn.Identity()
@@ -50,7 +52,9 @@ class Head(nn.Module):
             width = example.shape[2]
         elif example.dim() != 2:
             raise ExitError(f"a head reads a tensor of 2 to 4 dimensions, not {example.dim()}")
-        self.linear = nn.Linear(width, classes)
+        self.linear: nn.Module = nn.Linear(hidden or width, classes)
+        if hidden:
+            self.linear = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.linear)
 
     def _pooled(self, x: Tensor) -> Tensor:
         assert self.window is not None
@@ -62,7 +66,8 @@ class Head(nn.Module):
             x = self._pooled(self.features(x))
         elif x.dim() == 3:
             x = x.mean(1)
-        return self.linear(x)
+        y: Tensor = self.linear(x)
+        return y
 
 
 class WithExits(nn.Module):
@@ -148,17 +153,19 @@ def suggest_exits(network: nn.Module, example_inputs: Sequence[Tensor], count: i
 
 
 def add_exits(network: nn.Module, example_inputs: Sequence[Tensor], at: Sequence[str] | int = 3,
-              classes: int | None = None, channels: int = 0, grid: int | None = None) -> WithExits:
+              classes: int | None = None, channels: int = 0, grid: int | None = None,
+              hidden: int = 0) -> WithExits:
     """`network` with untrained heads behind the submodules called `at`, or at so many suggested places.
 
     `classes`: by default the size of the last axis of the network's result. `channels`: of a convolution in each
     head of image features, 0 for none; `grid`: positions per side that a head keeps of them (4, behind a convolution 2;
-    1 is cheapest and learns from the fewest samples). Train them with `train_exits`.
+    1 is cheapest and learns from the fewest samples). `hidden`: outputs of a linear layer with ReLU before the last
+    one, 0 for none: a head that can tell more apart asks less of the features. Train them with `train_exits`.
     """
     places = suggest_exits(network, example_inputs, at) if isinstance(at, int) else list(at)
     with torch.no_grad():
         features, y = features_at(network, places, example_inputs)
-    return WithExits(network, places, [Head(f, classes or y.shape[-1], channels, grid) for f in features])
+    return WithExits(network, places, [Head(f, classes or y.shape[-1], channels, grid, hidden) for f in features])
 
 
 def train_exits(model: WithExits, batches: Callable[[], Iterable[tuple[Tensor, Tensor]]], epochs: int = 10,

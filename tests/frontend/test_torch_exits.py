@@ -108,6 +108,19 @@ def test_heads_learn_on_a_network_that_stays() -> None:
     assert not all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
+def test_a_hidden_layer_tells_apart_what_no_line_divides() -> None:
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    y = torch.tensor([0, 1, 1, 0])
+    right = {}
+    for hidden in (0, 16):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Identity(), nn.Linear(2, 2)).eval()
+        model = add_exits(network, (x[:1],), ["0"], hidden=hidden)
+        train_exits(model, lambda: [(x, y)] * 20, epochs=20, lr=0.02, distill=0.0)
+        right[hidden] = int((model(x)["exit0"].argmax(-1) == y).sum())
+    assert right[0] < 4 and right[16] == 4
+
+
 def test_places_that_are_not_there_are_refused() -> None:
     with pytest.raises(ExitError, match="no submodule 'nowhere'"):
         add_exits(Stack().eval(), (torch.randn(1, 3, 8, 8),), ["nowhere"])
