@@ -218,8 +218,8 @@ def _mod(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
 def _shift(a: Array, b: Array, fn: Callable[..., Array]) -> Array:
     bits = a.dtype.itemsize * 8
     inside = (b >= 0) & (b < bits)
-    beyond = np.where((a < 0) & (fn is np.right_shift), -1, 0)
-    return np.where(inside, fn(a, np.where(inside, b, 0)), beyond).astype(a.dtype)
+    beyond = np.where((a < 0) & (fn is np.right_shift), -1, 0).astype(a.dtype)  # 64-bit integers have no wider type
+    return np.where(inside, fn(a, np.where(inside, b, 0)), beyond)
 
 
 _erf = np.frompyfunc(math.erf, 1, 1)
@@ -646,8 +646,9 @@ def _nd_index(idx: Array, shape: tuple[int, ...], batch: int) -> tuple[Array, ..
 
 def _infer_scatter_elements(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     data, idx, upd = types
-    _axis(a["axis"], data.rank, "scatter_elements")
-    if idx.shape != upd.shape or idx.rank != data.rank or upd.dtype is not data.dtype:
+    axis = _axis(a["axis"], data.rank, "scatter_elements")
+    if idx.shape != upd.shape or idx.rank != data.rank or upd.dtype is not data.dtype or any(
+            i > d for k, (i, d) in enumerate(zip(idx.shape, data.shape, strict=True)) if k != axis):
         raise ShapeError(f"scatter_elements: indices {idx} and updates {upd} do not fit {data}")
     return data
 
@@ -672,7 +673,8 @@ def _ref_scatter_elements(x: Sequence[Array], a: FrozenDict) -> Array:
 
 def _infer_scatter_nd(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     data, idx, upd = types
-    if idx.rank < 1 or idx.shape[-1] > data.rank or upd.shape != idx.shape[:-1] + data.shape[idx.shape[-1]:]:
+    if (idx.rank < 1 or idx.shape[-1] > data.rank or upd.dtype is not data.dtype
+            or upd.shape != idx.shape[:-1] + data.shape[idx.shape[-1]:]):
         raise ShapeError(f"scatter_nd: indices {idx} and updates {upd} do not fit {data}")
     return data
 
@@ -1138,9 +1140,10 @@ _add(Op("resize2d", (5, 5), _infer_resize, _ref_resize, {}, "window", 1e-5, epil
 # ------------------------------------------------------------------------------------ normalisation
 
 
-def _same(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
-    if "axis" in a:
-        _axis(a["axis"], types[0].rank, "axis")
+def _infer_softmax(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    _axis(a["axis"], types[0].rank, "softmax")
+    if not types[0].dtype.is_float:
+        raise ShapeError(f"softmax is not defined for {types[0].dtype.value}; cast to float32 first")
     return types[0]
 
 
@@ -1156,14 +1159,16 @@ def _ref_log_softmax(x: Sequence[Array], a: FrozenDict) -> Array:
     return (v - np.log(np.sum(np.exp(v), axis=a["axis"], keepdims=True))).astype(x[0].dtype)
 
 
-_add(Op("softmax", (1, 1), _same, _ref_softmax, {"axis": -1}, "normalize", 4e-6, doc="exp(x) / sum(exp(x)) along an axis"))
-_add(Op("log_softmax", (1, 1), _same, _ref_log_softmax, {"axis": -1}, "normalize", 4e-6, doc="log(softmax(x))"))
+_add(Op("softmax", (1, 1), _infer_softmax, _ref_softmax, {"axis": -1}, "normalize", 4e-6,
+        doc="exp(x) / sum(exp(x)) along an axis"))
+_add(Op("log_softmax", (1, 1), _infer_softmax, _ref_log_softmax, {"axis": -1}, "normalize", 4e-6,
+        doc="log(softmax(x))"))
 
 
 def _infer_norm(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x = types[0]
     tail = x.shape[_axis(a["axis"], x.rank, "norm"):]
-    if any(t.shape != tail for t in types[1:]):
+    if any(t.shape != tail for t in types[1:]) or not x.dtype.is_float:
         raise ShapeError(f"norm over {list(tail)} with {', '.join(map(str, types[1:]))}")
     return x
 

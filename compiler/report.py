@@ -369,7 +369,7 @@ def _page(report: Mapping[str, Any], graphs: Mapping[str, Sequence[Drawn]],
         picture = draw(graphs[key]) if len(graphs[key]) <= DRAWN_NODES else None
         views.append({"title": title, "nodes": graphs[key],
                       "operations": sum(n.op != "input" for n in graphs[key]),
-                      "picture": picture if picture and picture.width <= DRAWN_WIDTH else None})
+                      "picture": picture if picture and 0 < picture.width <= DRAWN_WIDTH else None})
     wide = any(v["picture"] and v["picture"].width > _COLUMN for v in views)
     path = (report.get("model") or {}).get("path") or ""
     return _template().render(

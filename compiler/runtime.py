@@ -205,7 +205,11 @@ class Module:
     def _array(value: Any, port: TensorInfo) -> np.ndarray:
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.Tensor):
-            value = value.detach().cpu().numpy()
+            try:
+                value = value.detach().cpu().resolve_neg().resolve_conj().numpy()
+            except (TypeError, RuntimeError):  # a sparse, quantized or meta tensor, or an element type NumPy lacks
+                raise ShapeError(f"input {port.name!r} is a {value.dtype} tensor of layout {value.layout} on "
+                                 f"{value.device}; give a dense one of {port.dtype} with values") from None
         elif not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
             value = np.from_dlpack(value)
         array = np.asarray(value)

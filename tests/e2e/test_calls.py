@@ -172,6 +172,11 @@ def test_torch_tensors(compiled: Compile) -> None:
         got = module(tensor)
         assert all(isinstance(g, torch.Tensor) for g in got)
         same_bits(tuple(g.numpy() for g in got), want)
+    negated = torch.complex(torch.from_numpy(x), torch.from_numpy(-x)).conj().imag  # a view that stands for -(-x)
+    same_bits(tuple(g.numpy() for g in module(negated)), want)
+    for wrong in (torch.from_numpy(x).bfloat16(), torch.from_numpy(x).to_sparse(), torch.from_numpy(x).to("meta")):
+        with pytest.raises(ShapeError, match="give a dense one of float32"):
+            module(wrong)
 
 
 def test_save_and_load(compiled: Compile, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from skive.errors import ShapeError, UnsupportedOpError
 from skive.frontend.onnx import import_onnx
-from skive.frontend.onnx.rows import sampling
+from skive.frontend.onnx.rows import resize
 from skive.frontend.onnx.table import ROWS
 from skive.reference import evaluate_graph
 
@@ -275,10 +275,53 @@ def test_resampling_of_images(attrs: dict[str, Any], axes: tuple[int, ...], monk
     graph = import_onnx(model)
     used = [n.op for n in graph.nodes if n.op not in ("input", "const")]
     assert used == (["resize2d"] if axes == (1, 2) else ["transpose", "resize2d", "transpose"])
-    monkeypatch.setattr(sampling, "MAX_TAPS", 0)
+    monkeypatch.setattr(resize, "MAX_TAPS", 0)
     composed = import_onnx(model)
     assert "resize2d" not in {n.op for n in composed.nodes}
     np.testing.assert_allclose(evaluate_graph(graph, [x])[0], evaluate_graph(composed, [x])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("size", "scale", "attrs", "places"), [
+    (10, 0.7, {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, [0, 1, 2, 4, 5, 7, 8]),
+    (7, 0.6, {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}, [0, 1, 3, 5]),
+    (10, 0.3, {}, [1, 4, 8])], ids=["length", "place", "half pixel"])
+def test_nearest_neighbours_are_rounded_in_float32(size: int, scale: float, attrs: dict[str, Any], places: list[int],
+                                                   ) -> None:
+    """10 * 0.7 and 3 / 0.6 are integers in float32, which decides a length or a place; expected: onnxruntime."""
+    model = model_of([helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="nearest", **attrs)],
+                     {"x": ((1, 1, 1, size), "float32")}, ["y"], {"scales": np.array([1, 1, 1, scale], np.float32)})
+    y = evaluate_graph(import_onnx(model), [np.arange(size, dtype=np.float32).reshape(1, 1, 1, size)])[0]
+    assert y.reshape(-1).tolist() == places
+
+
+def test_corners_of_models_that_pytorch_wrote() -> None:
+    """Their lengths are integers, where ONNX divides by 5 * 0.7 - 1."""
+    model = model_of([helper.make_node("Resize", ["x", "", "scales"], ["y"], mode="linear",
+                                       coordinate_transformation_mode="align_corners")],
+                     {"x": ((1, 1, 1, 5), "float32")}, ["y"], {"scales": np.array([1, 1, 1, 0.7], np.float32)})
+    x = np.arange(5, dtype=np.float32).reshape(1, 1, 1, 5)
+    np.testing.assert_allclose(evaluate_graph(import_onnx(model), [x])[0].reshape(-1), [0, 1.6, 3.2], rtol=1e-6)
+    model.producer_name = "pytorch"
+    np.testing.assert_allclose(evaluate_graph(import_onnx(model), [x])[0].reshape(-1), [0, 2, 4], rtol=1e-6)
+
+
+def test_shifts_of_64_bits_are_exact() -> None:
+    """Constants are folded with all bits, those beyond float64 too."""
+    node = helper.make_node("BitShift", ["a", "b"], ["y"], direction="RIGHT")
+    weights = {"a": np.array([2**63 + 5, 7, 9], np.uint64), "b": np.array([1, 1, 64], np.uint64)}
+    model = model_of([node], {}, ["y"], weights)
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.UINT64
+    y = evaluate_graph(import_onnx(model), [])[0]
+    assert y.tolist() == [2**62 + 2, 3, 0]
+
+
+@pytest.mark.parametrize(("node", "inputs", "message"), [
+    (helper.make_node("Softmax", ["x"], ["y"]), {"x": ((2, 3), "int64")}, "softmax is not defined for i64"),
+    (helper.make_node("ScatterElements", ["x", "i", "u"], ["y"], axis=1),  # a third row, which the data do not have
+     {"x": ((2, 3), "float32"), "i": ((3, 1), "int64"), "u": ((3, 1), "float32")}, "do not fit f32")])
+def test_operands_that_no_kernel_is_for(node: NodeProto, inputs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ShapeError, match=message):
+        import_onnx(model_of([node], inputs, ["y"]))
 
 
 def test_ragged_sequences_at_run_time() -> None:

@@ -169,6 +169,13 @@ def test_parts_that_are_not_there_are_left_out() -> None:
     assert "verification failed" in " ".join(Page(report.render(failed, block(), block())).text)
 
 
+def test_a_graph_without_operations() -> None:
+    """Nothing is drawn of a network whose outputs are constants."""
+    nothing = Graph("nothing", (), (constant(np.ones(2, np.float32)),), ("y",))
+    text = report.render(facts(), chain(3), nothing)
+    assert "As compiled: 0 operations" in text and "Too large" not in text
+
+
 def test_a_large_graph_is_listed() -> None:
     text = report.render(facts(), chain(report.DRAWN_NODES + 1), chain(3))
     assert text.count("<details>") == 1

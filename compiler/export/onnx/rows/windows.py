@@ -94,19 +94,20 @@ RESIZES = [{"mode": mode, "coordinate_transformation_mode": transform, **extra}
 
 def resize_tables(attrs: dict[str, Any], size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
     """(sources, weights) [out, taps] of one axis under the rules of ONNX Resize."""
-    from skive.frontend.onnx.rows import sampling
+    from skive.frontend.onnx.rows import resize
 
     mode = attrs["mode"]
-    x = sampling.source_positions(attrs["coordinate_transformation_mode"], size, out, out / size, (0.0, 1.0))
+    x = resize.source_positions(attrs["coordinate_transformation_mode"], size, out, out / size, (0.0, 1.0), whole=True,
+                                real=np.float32 if mode == "nearest" else np.float64)
     if mode == "nearest":
-        table = sampling.nearest(attrs["nearest_mode"], x, size)
+        table = resize.nearest(attrs["nearest_mode"], x, size)
         return table.astype(np.int32)[:, None], np.ones((out, 1), np.float32)
-    kernel, reach = (sampling.triangle, 1) if mode == "linear" else (sampling.cubic, 2)
+    kernel, reach = (resize.triangle, 1) if mode == "linear" else (resize.cubic, 2)
     taps = np.floor(x).astype(np.int64)[:, None] + np.arange(-reach, reach + 2)
     weights = kernel(taps - x[:, None], float(attrs.get("cubic_coeff_a", -0.75)))
     matrix = np.zeros((out, size))
     np.add.at(matrix, (np.arange(out)[:, None], np.clip(taps, 0, size - 1)), weights / weights.sum(1, keepdims=True))
-    return sampling.taps_of(matrix)
+    return resize.taps_of(matrix)
 
 
 def dense(sources: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:

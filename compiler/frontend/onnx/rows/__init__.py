@@ -10,6 +10,7 @@ from skive.frontend.onnx.rows import (  # noqa: F401
     quantization,
     recurrence,
     reductions,
+    resize,
     sampling,
     signal,
     structure,
