@@ -64,6 +64,26 @@ def _copied_columns(image: Sequence[int], window: Mapping[str, Any], kw: int) ->
     return (image[2] + left + right - reach) // sw * sw + reach
 
 
+def pitches(
+    image: Sequence[int], window: Mapping[str, Any], kw: int, pixel_stride: int, pitch: int
+) -> tuple[int, int]:
+    """Elements between neighbouring rows and pixels of what `sparse_conv2d` reads."""
+    pixel = pitch or pixel_stride
+    return pixel * (_copied_columns(image, window, kw) if pitch else image[2]), pixel
+
+
+def rounded_channels(channels: int) -> int:
+    """Output channels that a block of `channels` has in the packed weights."""
+    return _round_up(channels, _QUANTUM)
+
+
+def filled(packed: np.ndarray) -> np.ndarray:
+    """`packed`, flat, with zeros up to whole cache lines, at least one."""
+    result = np.zeros(_round_up(max(packed.nbytes, 1), _LINE) // packed.itemsize, packed.dtype)
+    result[: packed.size] = packed
+    return result
+
+
 def scratch_bytes(
     image: Sequence[int], window: Mapping[str, Any], kernel: Sequence[int], pitch: int, element_size: int, parts: int
 ) -> int:
@@ -96,8 +116,7 @@ def pack_sparse(
     oc, kh, kw, ic = weights_ohwi.shape
     step = 1 if weights_ohwi.dtype.kind == "f" else 4 // weights_ohwi.dtype.itemsize
     (dh, dw) = window["dilation"]
-    pixel = pitch or pixel_stride
-    row = pixel * (_copied_columns(image, window, kw) if pitch else image[2])
+    row, pixel = pitches(image, window, kw, pixel_stride, pitch)
     channel = np.minimum(np.arange(-(-ic // depth)) * depth, ic - depth)
     distance = (
         (np.arange(kh) * dh * row)[:, None, None] + (np.arange(kw) * dw * pixel)[:, None] + channel
@@ -106,15 +125,12 @@ def pack_sparse(
     kept = (places != 0).any((1, 3))
     rows = []
     for b, (w, left) in enumerate(zip(places, kept, strict=True)):
-        channels = min(block, _round_up(oc - b * block, _QUANTUM))
+        channels = min(block, rounded_channels(oc - b * block))
         w = w[:channels, left].reshape(channels, -1, depth // step, step)  # [NB, places, rows, step]
         rows.append(w.transpose(1, 2, 0, 3).ravel())
     starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
     index = np.concatenate([starts, *(distance[left] for left in kept)]).astype(np.int32)
-    packed = np.concatenate(rows)
-    filled = np.zeros(_round_up(max(packed.nbytes, 1), _LINE) // packed.itemsize, packed.dtype)
-    filled[: packed.size] = packed
-    return filled, index
+    return filled(np.concatenate(rows)), index
 
 
 def rows_chunk(lanes: int) -> int:
@@ -136,7 +152,4 @@ def pack_rows(weights: np.ndarray, together: int, lanes: int) -> tuple[NDArray[n
     kept = (groups != 0).any(2)
     starts = np.concatenate([[0], np.cumsum(kept.sum(1))])
     index = np.concatenate([starts, np.nonzero(kept)[1] * rows_chunk(lanes)]).astype(np.int32)
-    packed = groups[kept].ravel()
-    filled = np.zeros(_round_up(max(packed.size, 1), _LINE // 4), np.float32)
-    filled[: packed.size] = packed
-    return filled, index
+    return filled(groups[kept].ravel()), index

@@ -3,6 +3,7 @@
     python benchmarks/kernels/bench_sparse.py --only resnet50 --block 16 --fractions 0.5,0.75,0.9
     python benchmarks/kernels/bench_sparse.py --element float32 --rows --depth 1 --block 1 --only mobilenetv2 \
         --fractions 0.3,0.5,0.6,0.7,0.8,0.9,0.95
+    python benchmarks/kernels/bench_sparse.py --only resnet50 --n-of-m 2:4,1:4 --depths 64 --group 2
 
 Blocks are drawn at random; the epilogue is that of bench_conv_integer.py (uint8) or a factor and ReLU (float32).
 The dense kernel is the direct one. `--fit` prints what `Costs` in compiler/lower/sparse.py holds: by least squares of
@@ -12,6 +13,7 @@ relative errors, a multiply-add of the sparse kernel and an output of each, in m
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from bench_conv import _PRELUDE, LAYERS, Layer, cpp
 from bench_conv_integer import aligned
 from numpy.typing import NDArray
 
-from skive import pack, sparse_weights
+from skive import gathered_weights, pack, sparse_weights, sparsity
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"))
 from driver import INTEGER_ISA_FLAGS, compile_library, cpu_isas, pointer  # noqa: E402
@@ -68,14 +70,30 @@ def drawn(layer: Layer, block: int, depth: int, fraction: float, element: str) -
     return w[:, :, :ic].reshape(oc, kh, kw, ic).astype(np.int8 if element == "uint8" else np.float32)
 
 
-def fitted(rows: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """(cost of a kept multiply-add, of an output of the sparse and of the dense kernel), in dense multiply-adds."""
+def drawn_n_of_m(layer: Layer, block: int, pattern: str) -> NDArray[np.int8]:
+    """Weights of which `block` output channels keep the same n of each m input channels."""
+    rng = np.random.default_rng(0)
+    oc, kh, kw = layer.kernel
+    ic, form = layer.image[3], sparsity.Pattern.parse(pattern)
+    stays = sparsity.kept_blocks(rng.random((-(-oc // block), kh * kw, ic)), form, 0)
+    w = rng.integers(1, 100, (oc, kh * kw, ic)) * np.repeat(stays, block, 0)[:oc]
+    return w.reshape(oc, kh, kw, ic).astype(np.int8)
 
-    def solved(terms: list[tuple[float, float, float]]) -> NDArray[np.float64]:
-        work, outputs, us = np.array(terms).T
-        return np.linalg.lstsq(np.stack([work / us, outputs / us], 1), np.ones(len(us)), rcond=None)[0]
+
+def fitted(rows: list[dict[str, Any]], gathered: bool) -> tuple[float, ...]:
+    """(cost of a kept multiply-add, of an output of the sparse and of the dense kernel), in dense multiply-adds.
+
+    With `gathered` the second and third are those of a place and of a lane of it, for each output.
+    """
+
+    def solved(terms: list[tuple[float, ...]]) -> NDArray[np.float64]:
+        *counts, us = np.array(terms).T
+        return np.linalg.lstsq(np.stack(counts, 1) / us[:, None], np.ones(len(us)), rcond=None)[0]
 
     dense = solved([(r["macs"], r["outputs"], r["dense_us"]) for r in rows])
+    if gathered:
+        found = solved([(s["macs"], s["places"], s["lanes"], r["outputs"], s["us"]) for r in rows for s in r["sparse"]])
+        return *(found / dense[0]).tolist(), float(dense[1] / dense[0])
     sparse = solved([(r["macs"] * s["kept"], r["outputs"], s["us"]) for r in rows for s in r["sparse"]])
     return float(sparse[0] / dense[0]), float(sparse[1] / dense[0]), float(dense[1] / dense[0])
 
@@ -90,13 +108,17 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true", help="spmm.h: float32, 1x1 windows, single input channels")
     parser.add_argument("--depth", type=int, default=4, help="input channels of a block of weights")
     parser.add_argument("--fractions", default="0,0.5,0.75,0.9", help="shares of zeros")
+    parser.add_argument("--n-of-m", help="instead of --fractions: n:m patterns, uint8")
+    parser.add_argument("--depths", default="64", help="bytes of a place of --n-of-m")
     parser.add_argument("--samples", type=int, default=30)
     parser.add_argument("--optimize", default="-O2")
     parser.add_argument("--fit", action="store_true", help="print the costs that the forecast rests on")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    fractions = [float(f) for f in options.fractions.split(",")]
+    patterns = options.n_of_m.split(",") if options.n_of_m else []
+    fractions = [] if patterns else [float(f) for f in options.fractions.split(",")]
     integer = options.element == "uint8"
+    depths = [int(d) for d in options.depths.split(",")]
     types = {"x": "uint8_t", "w": "int8_t", "s": "int32_t"} if integer else dict.fromkeys("xws", "float")
     size, depth = (1, options.depth) if integer else (4, options.depth)
 
@@ -114,7 +136,19 @@ def main() -> None:
         names = {**types, "epilogue": _RUN[options.element]}
         body += _LAYER % {"i": len(cases), "type": f"conv2d<{dense_type}>", "index": "", **names}
         w = drawn(layer, 16, depth, 0, options.element)
-        cases.append((layer, w, None, block))
+        cases.append((layer, w, None, block, None))
+        for n_of_m, deep in itertools.product(patterns, depths):
+            if deep > ic:
+                continue
+            w = drawn_n_of_m(layer, options.block, n_of_m)
+            pitch = sparse_weights.copied_pitch(layer.image, window(layer), ic, size)
+            form = sparsity.Pattern.parse(n_of_m)
+            keep = form.keep * gathered_weights.LANE // form.group
+            tags = cpp(layer, options.block).rpartition(",")[0]
+            blocks = f"{options.block}, {options.group}, {deep}"
+            text = f"sparse_conv2d<{tags}, {blocks}, {ic}, {oc}, {pitch}, 8, {types['x']}, 3, {keep}>"
+            body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
+            cases.append((layer, w, pitch, options.block, (deep, keep)))
         for f in fractions:
             w = drawn(layer, options.block, depth, f, options.element)
             pitch = sparse_weights.copied_pitch(layer.image, window(layer), ic, size)
@@ -123,23 +157,27 @@ def main() -> None:
             if options.rows:
                 text = f"sparse_rows<{int(np.prod(layer.output[:3]))}, {ic}, {oc}, {options.block}>"
                 body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
-                cases.append((layer, w, 0, options.block))
+                cases.append((layer, w, 0, options.block, None))
                 continue
             blocks = f"{options.block}, {options.group}, {depth}"
             text = f"sparse_conv2d<{tags}, {blocks}, {ic}, {oc}, {pitch}, {kept}, {types['x']}, 3>"
             body += _LAYER % {"i": len(cases), "type": text, "index": "index,", **names}
-            cases.append((layer, w, pitch, options.block))
+            cases.append((layer, w, pitch, options.block, None))
     with tempfile.TemporaryDirectory() as folder:
         headers = "".join(f'#include "skive/{name}.h"\n' for name in ("math", "sparse", "spmm"))
         source = headers + _PRELUDE + body + "} }"
         lib = compile_library(source, options.isa, Path(folder), flags=(options.optimize, "-ffp-contract=off"))
         rows = []
-        for i, (layer, w, pitch, block) in enumerate(cases):
+        for i, (layer, w, pitch, block, gathered) in enumerate(cases):
             rng = np.random.default_rng(0)
             x = aligned(rng.integers(0, 100, layer.image).astype(np.uint8 if integer else np.float32))
             index: NDArray[np.generic] = np.zeros(1, np.int32)
             if pitch is None:
                 packed = pack.pack_conv2d_u8(w, block) if integer else pack.pack_conv2d(w, block)
+            elif gathered:
+                packed, index = gathered_weights.pack_gathered(
+                    w, block, *gathered, layer.image, window(layer), layer.image[3], pitch, options.isa
+                )
             elif options.rows:
                 packed, index = sparse_weights.pack_rows(w.reshape(len(w), -1), block, lanes)
             else:
@@ -163,12 +201,19 @@ def main() -> None:
                 line = f"{layer.network:12} {layer.name:28} dense {us:9.1f} us {layer.macs / us / 1e3:6.1f} GMAC/s "
             else:
                 left = float((w != 0).mean())
-                rows[-1]["sparse"].append({"kept": left, "us": us, "speedup": dense / us})
+                of_each = {}
+                if gathered:
+                    places = (len(index) - 1 - -(-len(w) // block)) * block * rows[-1]["outputs"] / len(w)
+                    lanes_read = places * gathered[0] / gathered_weights.LANE
+                    of_each = {"depth": gathered[0], "places": places, "lanes": lanes_read,
+                               "macs": lanes_read * gathered[1]}  # fmt: skip
+                rows[-1]["sparse"].append({"kept": left, "us": us, "speedup": dense / us, **of_each})
                 line += f" | {1 - left:4.0%} {us:8.1f} us {dense / us:5.2f}x"
             if not options.json and (i + 1 == len(cases) or cases[i + 1][2] is None):
                 print(line, flush=True)
     if options.fit:
-        print("kept {:.2f}, output {:.1f}, dense output {:.1f}".format(*fitted(rows)))
+        names = ("kept", *(["place", "lane"] if patterns else []), "output", "dense output")
+        print(", ".join(f"{name} {v:.2f}" for name, v in zip(names, fitted(rows, bool(patterns)), strict=True)))
     if options.json:
         print(json.dumps({"isa": options.isa, "element": options.element, "block": options.block,
                           "depth": depth, "layers": rows}, indent=1))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Convolutions and fully connected layers whose weights are zero in whole blocks.
+"""Convolutions and fully connected layers whose weights are zero in whole blocks, or n of each m of them.
 
 Nothing marks such weights: the zeros are found when the layer is lowered, whoever put them there, and the
 sparse kernel is taken where it is forecast to be faster than the dense one.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skive import pack, sparse_weights
+from skive import gathered_weights, pack, sparse_weights
 from skive.ir import Graph, Node
 from skive.lower.abilities import has_fast_kernel, is_depthwise
 from skive.lower.calls import Lowering
@@ -58,14 +58,37 @@ ROWS_OUTPUT, ROWS_TURN = 10, 5
 ROWS_CACHE = 32 * 1024
 WINOGRAD = 3.0  # times as fast as the direct kernel, from 64 channels on
 
+
+class GatherCosts(NamedTuple):
+    """The same where bytes are gathered first; `place`, `lane`: of gathering, by the places of an output channel and by
+    their lanes of 16 bytes."""
+
+    kept: float
+    place: float
+    lane: float
+    output: float
+
+
+# Measured with `--only 1x14x14 --n-of-m 2:4,1:4 --depths 64,32,16 --fit`, by registers of output channels of a block.
+GATHERED: dict[str, dict[int, GatherCosts]] = {
+    "avx512vnni": {1: GatherCosts(0.95, 3.0, 0.5, 8.8), 2: GatherCosts(0.92, 0.7, 0.2, 13)},
+    "avx512": {1: GatherCosts(0.9, 0.6, 0.4, 6.9), 2: GatherCosts(0.86, 0.4, 0.1, 4.3)},
+    "avx2": {1: GatherCosts(0.96, 3.1, 0.7, 5.3), 2: GatherCosts(0.94, 1.0, 0.35, 5.9)},
+    "generic": {1: GatherCosts(0.85, 0, 0.2, 13), 2: GatherCosts(1.07, 0, 0, 13)},
+}
+GATHER_DEPTHS = {"avx512": (64, 32, 16), "avx2": (32, 16), "generic": (16,)}  # bytes of a place, by Target.vectors
+GATHER_KEEPS = (8, 4)  # of 16 bytes
+
 # Registers of output channels whose blocks share a tile, of integers.
 TOGETHER = {"avx512vnni": 4}
+GATHERED_TOGETHER = {"avx512vnni": 2}
 
 
 @dataclass(frozen=True)
 class Choice:
     """How the zeros of a layer are used: blocks of `depth` input by `block` output channels, `kept` of them (a share)
-    not zero; or, where `refused` says why, not at all. `speedup`: forecast, against the dense kernel."""
+    not zero; or `keep` of each 16 bytes of `depth` for `block` output channels, `kept` the share of weights
+    multiplied; or, where `refused` says why, not at all. `speedup`: forecast, against the dense kernel."""
 
     kernel: str
     block: int
@@ -73,10 +96,12 @@ class Choice:
     kept: float
     speedup: float
     refused: str | None = None
+    keep: int = 0
 
     @property
     def pattern(self) -> str:
-        return "1x1" if self.block == self.depth == 1 else f"block{self.depth}x{self.block}"
+        depth = 1 if self.keep else self.depth
+        return "1x1" if self.block == depth == 1 else f"block{depth}x{self.block}"
 
 
 def _window(node: Node) -> tuple[np.ndarray, tuple[int, ...], dict[str, Any]]:
@@ -145,6 +170,8 @@ def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
             own = np.minimum(block, oc - np.arange(len(kept)) * block)
             left = float((kept.sum(1) * own).sum()) * depth / oc  # multiply-adds of an output
             yield Choice("sparse_conv2d", block, depth, left / length, dense / (left * costs.kept + costs.output))
+    if node.inputs[0].dtype is DType.u8:
+        yield from _gathered(weights, image, window, target, dense)
     if not integer and length == channels and not any(window["pad"]) and window["stride"] == (1, 1):
         if math.prod(image[:3]) < target.lanes:
             return
@@ -153,6 +180,34 @@ def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
             left = float(sparse_weights.kept_places(weights, together, 1).mean()) * length
             output = ROWS_OUTPUT + ROWS_TURN * channels / oc
             yield Choice("sparse_rows", together, 1, left / length, dense / (left * cost[far] + output))
+
+
+def _gathered(
+    weights: np.ndarray, image: tuple[int, ...], window: dict[str, Any], target: Target, dense: float
+) -> Iterator[Choice]:
+    """The kernels that gather the bytes which a block of output channels reads; `dense`: cost of an output there."""
+    oc, length = weights.shape[0], weights[0].size
+    if oc < target.lanes:  # gathering is for a whole register of them
+        return
+    run = gathered_weights.run_length(
+        weights.shape, window, sparse_weights.copied_pitch(image, window, weights.shape[3], 1)
+    )
+    for vectors, costs in GATHERED[target.name].items():
+        block = min(vectors * target.lanes, -(-oc // 4) * 4)
+        read = gathered_weights.channels_read(weights, block)
+        if read.mean() > 1 - LEAST_ZEROS:
+            continue
+        share = np.minimum(block, oc - np.arange(len(read)) * block) / oc
+        for depth in GATHER_DEPTHS[target.vectors]:
+            if depth > run:
+                continue
+            most = gathered_weights.most_of_a_lane(read, depth, run)
+            for keep in GATHER_KEEPS:
+                places = float((-(-most // keep)).sum(1) @ share)
+                left = places * depth * keep / gathered_weights.LANE  # multiply-adds of an output
+                gathering = places * (costs.place + costs.lane * depth / gathered_weights.LANE)
+                cost = left * costs.kept + gathering + costs.output
+                yield Choice("sparse_conv2d", block, depth, left / length, dense / cost, keep=keep)
 
 
 def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bias: np.ndarray) -> None:
@@ -164,16 +219,22 @@ def lower_sparse(ctx: Lowering, node: Node, choice: Choice, tags: list[str], bia
         return
     pixel, size = ctx.pixel(x), x.dtype.bytes
     pitch = sparse_weights.copied_pitch(image, window, pixel, size)
-    words, index = sparse_weights.pack_sparse(weights, choice.block, choice.depth, image, window, pixel, pitch)
+    if choice.keep:
+        words, index = gathered_weights.pack_gathered(
+            weights, choice.block, choice.depth, choice.keep, image, window, pixel, pitch, ctx.target.name
+        )
+    else:
+        words, index = sparse_weights.pack_sparse(weights, choice.block, choice.depth, image, window, pixel, pitch)
     share = round(16 * choice.kept)
     if x.dtype is DType.f32:
         biases: np.ndarray = pack.pack_bias(bias, choice.block)
         element: list[object] = []
     else:
         biases = pack.pack_bias_i32(bias, weights, node.attrs["zero"], choice.block)
-        element = [x.dtype.ctype, node.attrs["zero"]]
+        element = [x.dtype.ctype, node.attrs["zero"], *([choice.keep] if choice.keep else [])]
     # Results of four registers are stored at once; with few pixels a group would leave its multiply-adds waiting.
-    together = TOGETHER.get(ctx.target.name, 1) * ctx.target.lanes // choice.block
+    tiles = GATHERED_TOGETHER if choice.keep else TOGETHER
+    together = tiles.get(ctx.target.name, 1) * ctx.target.lanes // choice.block
     pixels = node.type.size // node.shape[-1]
     group = max(1, together) if element and choice.block % ctx.target.lanes == 0 and pixels >= 7 else 1
     fn, extra = ctx.epilogue(node)

@@ -17,6 +17,7 @@ from skive.ir import Graph, Node, constant
 from skive.lower import convolution, lower
 from skive.pipeline import random_inputs
 from skive.reference import evaluate_graph
+from skive.sparsity import mask
 from skive.targets.base import TARGETS, resolve
 
 
@@ -91,7 +92,9 @@ def quantized(zeros: float) -> Graph:
     b = ops.make("conv2d", x, weights(33, 1, 1, 28), zero=7, stride=(2, 2))
     c = ops.make("conv2d", x, weights(16, 3, 2, 28), bias(16), zero=0, dilation=(2, 3), pad=(0, 2, 0, 2))
     d = ops.make("linear", ops.make("reshape", x, shape=(143, 28)), weights(20, 28), bias(20), zero=7)
-    return Graph("sparse", (x,), (a, b, c, d), ("a", "b", "c", "d"))
+    full = rng.integers(-127, 128, (37, 3, 3, 28)).astype(np.int8)
+    e = ops.make("conv2d", x, constant(full * mask(full, "2:4")), bias(37), zero=7, pad=(1, 1, 1, 1))
+    return Graph("sparse", (x,), (a, b, c, d, e), ("a", "b", "c", "d", "e"))
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -101,7 +104,7 @@ def test_integers_are_those_of_the_dense_kernels(target: str, monkeypatch: pytes
         pytest.skip(f"this CPU cannot run {target}")
     graph = quantized(0.8)
     inputs = random_inputs(graph)
-    assert [c.kernel for c in lower(graph, chosen).calls] == ["sparse_conv2d"] * 4
+    assert [c.kernel for c in lower(graph, chosen).calls] == ["sparse_conv2d"] * 5
     sparse = run_graph(graph, chosen, 2)(inputs)
     monkeypatch.setattr(convolution, "sparse_choice", lambda node, target: None)
     assert "sparse_conv2d" not in {c.kernel for c in lower(graph, chosen).calls}

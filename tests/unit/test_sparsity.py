@@ -10,10 +10,11 @@ import pytest
 from skive import ops, sparsity
 from skive.errors import PruningError
 from skive.ir import Graph, Node, constant
-from skive.lower.sparse import sparse_choice, sparse_layers
+from skive.lower.sparse import Choice, sparse_choice, sparse_layers
 from skive.reference import evaluate_graph
 from skive.sparsity import Pattern, Sparsify
 from skive.targets.base import TARGETS
+from skive.types import DType
 
 
 def weights(*shape: int, seed: int = 0) -> Node:
@@ -167,6 +168,28 @@ def test_zeros_are_found_and_judged(target: str) -> None:
     full = node.inputs[1].value
     scattered = choice(full * sparsity.mask(full, "1x1", 0.5))
     assert scattered is not None and "50% of the weights are zero, " in str(scattered.refused)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_bytes_of_n_of_m_are_gathered_where_that_pays(target: str) -> None:
+    """2:4 of enough channels; few of them keep the dense kernel, and the report says why."""
+
+    def choice(oc: int, ic: int, pattern: str, size: int = 1) -> Choice:
+        w = np.random.default_rng(0).integers(1, 100, (oc, size, size, ic)).astype(np.int8)
+        x = ops.make("input", shape=(1, 9, 9, ic), dtype=DType.u8, label="x")
+        node = ops.make("conv2d", x, constant(w * sparsity.mask(w, pattern)), zero=3, pad=(size // 2,) * 4)
+        found = sparse_choice(node, TARGETS[target])
+        assert found is not None
+        return found
+
+    for oc, ic, size in ((64, 256, 1), (256, 128, 3), (40, 100, 3)):
+        half, quarter = choice(oc, ic, "2:4", size), choice(oc, ic, "1:4", size)
+        assert half.refused is None and half.keep == 8 and half.pattern == f"block1x{half.block}" and half.kept < 0.6
+        assert quarter.refused is None and quarter.keep in (4, 8) and quarter.kept < 0.32
+        assert 1.4 < half.speedup < 2.4 < quarter.speedup < 4.5
+    if target == "avx512vnni":
+        assert "the dense kernel is as fast" in str(choice(144, 24, "2:4").refused)
+        assert "25% of the weights are zero" in str(choice(64, 256, "3:4").refused)
 
 
 def test_the_report_names_every_layer_with_zeros() -> None:

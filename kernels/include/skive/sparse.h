@@ -14,6 +14,12 @@
 // elements apart, rows as wide as the windows reach. A place reads Depth consecutive input channels;
 // those of a window that were read before have zero weights.
 //
+// With Keep > 0, for bytes, a place reads no more than Keep of each 16 of its Depth consecutive bytes: n:m
+// sparsity. Those of each pixel of the tile are put side by side first (gathered.h), by shuffles whose order
+// stands before the weights of the place:
+//
+//   weights [places]: Depth bytes of order; [Depth / 16 * Keep / kStep][NB][kStep]
+//
 // Integer sums are exact, and so are equal to those of the dense kernel. In float32 an output is one
 // chain of multiply-adds in the order of the list, from the bias; of tiles too small to keep the
 // multiply-adds busy it is the sum of several chains.
@@ -23,6 +29,7 @@
 #define SKIVE_SPARSE_H
 
 #include "skive/conv.h"
+#include "skive/gathered.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
@@ -33,16 +40,19 @@ inline namespace SKIVE_ISA {
 // the places that are left, about, so that layers alike share their code. Zero: what the border holds.
 // Epilogue and alignments as for conv2d.
 template <class In, class Filter, class Strides, class Padding, class Dilations, int NB, int Group, int Depth,
-          int XS, int YS, int Pitch, int Share, class Element = float, int Zero = 0>
+          int XS, int YS, int Pitch, int Share, class Element = float, int Zero = 0, int Keep = 0>
 struct sparse_conv2d {
-  using Policy = typename tile_policy<Element>::type;
+  static constexpr bool kGathers = Keep > 0;
+  using Policy = typename sparse_policy<Element, kGathers>::type;
+  using Read = typename Policy::Element;  // what is multiplied: Element, or what gathered bytes become
   using Weight = typename Policy::Weight;
   using Sum = typename Policy::Sum;
   using Geometry = ConvGeometry<In, Filter, Strides, Padding, Dilations, XS, YS>;
   static constexpr int kStep = Policy::kStep;
   static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
   static_assert(Group == 1 || NB % kLanes == 0, "blocks of a group are whole registers");
-  static_assert(Depth % kStep == 0 && Depth <= In::C, "a place is a whole number of steps of one pixel");
+  static_assert(kGathers || (Depth % kStep == 0 && Depth <= In::C), "a place is a whole number of steps of one pixel");
+  static_assert(!kGathers || (Depth % kGatherLane == 0 && Keep % kStep == 0), "whole lanes, whole steps");
 
   static constexpr bool kCopy = Pitch > 0;
   static constexpr ConvShape shape = [] {
@@ -61,7 +71,9 @@ struct sparse_conv2d {
   static constexpr int kWide = Group * NB, kGroups = div_up(OC, kWide);
   static constexpr int kLast = OC - (kGroups - 1) * kWide;  // channels of the last group of blocks
   static constexpr int kFirst = OC < kWide ? OC : kWide;
-  static constexpr int kSteps = Depth / kStep;  // rows of weights of a place
+  // Rows of weights of a place, and the bytes before them.
+  static constexpr int kSteps = kGathers ? Depth / kGatherLane * Keep / kStep : Depth / kStep;
+  static constexpr int kOrder = kGathers ? Depth : 0;
 
   // Only the weights of one block are in registers at a time.
   static constexpr int kVectors = div_up(kFirst, kLanes), kBlockVectors = div_up(kFirst < NB ? kFirst : NB, kLanes);
@@ -113,6 +125,20 @@ struct sparse_conv2d {
     }
   };
 
+  // Gathered pixels, Depth bytes each, in lanes that start with their Keep elements.
+  struct Gathered {
+    static constexpr int kPixel = Depth / static_cast<int>(sizeof(Read));
+    template <int P>
+    static constexpr ptrdiff_t at() {
+      return P * kPixel;
+    }
+    // Where row R of a place's weights reads.
+    static constexpr int row(int r) {
+      constexpr int kRows = kGathers ? Keep / kStep : 1;
+      return r / kRows * (kGatherLane / static_cast<int>(sizeof(Read))) + r % kRows * kStep;
+    }
+  };
+
   // Weights, places and bias of the blocks of one tile.
   struct Blocks {
     const Weight* w;
@@ -132,13 +158,18 @@ struct sparse_conv2d {
     using WeightRow = Row<EachVector>;
     static constexpr int kChannels = (Count - 1) * kLanes + T::lanes(First + Count - 1);
     static constexpr int kRow = kChannels * kStep;  // weights per row
+    template <int... P>
+    static constexpr int count(Index<P...>) {
+      return sizeof...(P);
+    }
+    static constexpr int kPixels = count(typename T::EachPixel{});
 
     template <int... V>
     static SKIVE_INLINE void load_weights(WeightRow& row, const Weight* w, Index<V...>) {
       ((slot<V>(row) = Policy::template load_weights<T::lanes(First + V)>(w + V * kLanes * kStep)), ...);
     }
     template <int P, int... V>
-    static SKIVE_INLINE void step_pixel(typename T::Accumulators& acc, WeightRow& row, const Element* p, Index<V...>) {
+    static SKIVE_INLINE void step_pixel(typename T::Accumulators& acc, WeightRow& row, const Read* p, Index<V...>) {
       if constexpr (Policy::kEmbeds && kChannels <= kLanes * 3 / 2) {
         ((slot<P * T::kVectors + First + V>(acc) =
               Policy::multiply_add_broadcast(slot<P * T::kVectors + First + V>(acc), p, slot<V>(row))),
@@ -151,22 +182,39 @@ struct sparse_conv2d {
          ...);
       }
     }
-    template <int... P>
-    static SKIVE_INLINE void step(typename T::Accumulators& acc, const Element* x, const Weight* w, Index<P...>) {
+    template <class At, int... P>
+    static SKIVE_INLINE void step(typename T::Accumulators& acc, const Read* x, const Weight* w, Index<P...>) {
       WeightRow row;
       if constexpr (kHeavy && T::kVectors * sizeof...(P) >= 4) {
         constexpr int kLine = 64 / static_cast<int>(sizeof(Weight));
         for (int i = 0; i < kRow; i += kLine) __builtin_prefetch(w + kAhead * kRow + i);
       }
       load_weights(row, w, EachVector{});
-      (step_pixel<P>(acc, row, x + Offsets::template at<P>(), EachVector{}), ...);
+      (step_pixel<P>(acc, row, x + At::template at<P>(), EachVector{}), ...);
     }
-    // The weights of one place, at x.
+    // The rows of weights of one place from Row on.
     template <int Row = 0>
-    static SKIVE_INLINE void place(typename T::Accumulators& acc, const Element* x, const Weight* w) {
+    static SKIVE_INLINE void rows(typename T::Accumulators& acc, const Read* x, const Weight* w) {
       if constexpr (Row < kSteps) {
-        step(acc, Policy::opaque(x + Row * kStep), w + Row * kRow, typename T::EachPixel{});
-        place<Row + 1>(acc, x, w);
+        if constexpr (kGathers) step<Gathered>(acc, x + Gathered::row(Row), w + Row * kRow, typename T::EachPixel{});
+        else step<Offsets>(acc, Policy::opaque(x + Row * kStep), w + Row * kRow, typename T::EachPixel{});
+        rows<Row + 1>(acc, x, w);
+      }
+    }
+    template <int... P>
+    static SKIVE_INLINE void gather(Read* to, const Element* x, const Weight* w, Index<P...>) {
+      const auto order = Policy::template load_order<Depth>(w);
+      (Policy::template gather<Keep>(to + Gathered::template at<P>(), x + Offsets::template at<P>(), order), ...);
+    }
+    static constexpr int kPlace = kOrder + kSteps * kRow;
+    // The weights of one place, at x.
+    static SKIVE_INLINE void place(typename T::Accumulators& acc, const Element* x, const Weight* w) {
+      if constexpr (kGathers) {
+        alignas(64) Read pixels[kPixels * Gathered::kPixel];
+        gather(pixels, x, w, typename T::EachPixel{});
+        rows(acc, Policy::opaque(pixels), w + kOrder);
+      } else {
+        rows(acc, x, w);
       }
     }
   };
@@ -190,7 +238,7 @@ struct sparse_conv2d {
   }
   template <class W, int... C, class Set>
   static SKIVE_INLINE void add_places(Set& set, const Element* x, const int32_t* at, const Weight* w, Index<C...>) {
-    (W::place(slot<C>(set), x + at[C], w + C * kSteps * W::kRow), ...);
+    (W::place(slot<C>(set), x + at[C], w + C * W::kPlace), ...);
   }
   // All places of the blocks from B on.
   template <class T, class Offsets, int Channels, int Chains, int B, class Set>
@@ -198,15 +246,15 @@ struct sparse_conv2d {
     if constexpr (B * NB < Channels) {
       constexpr int kCount = div_up(Channels - B * NB < NB ? Channels - B * NB : NB, kLanes);
       using W = Walk<T, Offsets, B * div_up(NB, kLanes), kCount>;
-      const Weight* w = blocks.w + static_cast<ptrdiff_t>(blocks.starts[B]) * Depth * NB;
+      const Weight* w = blocks.w + static_cast<ptrdiff_t>(blocks.starts[B]) * (kOrder + kSteps * kStep * NB);
       const int32_t* at = blocks.places + blocks.starts[B];
       const int32_t* const end = blocks.places + blocks.starts[B + 1];
       if constexpr (Chains > 1) {
-        for (; end - at >= Chains; at += Chains, w += Chains * kSteps * W::kRow) {
+        for (; end - at >= Chains; at += Chains, w += Chains * W::kPlace) {
           add_places<W>(set, x, at, w, Indices<Chains>{});
         }
       }
-      for (; at != end; ++at, w += kSteps * W::kRow) W::place(slot<0>(set), x + *at, w);
+      for (; at != end; ++at, w += W::kPlace) W::place(slot<0>(set), x + *at, w);
       add_blocks<T, Offsets, Channels, Chains, B + 1>(set, x, blocks);
     }
   }

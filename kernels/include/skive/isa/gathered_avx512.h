@@ -1,0 +1,64 @@
+// AVX-512 policy of gathered bytes, see gathered.h.
+#ifndef SKIVE_ISA_GATHERED_AVX512_H
+#define SKIVE_ISA_GATHERED_AVX512_H
+
+#include "skive/tile.h"
+
+namespace skive {
+inline namespace SKIVE_ISA {
+
+#if defined(SKIVE_TARGET_AVX512VNNI)
+
+using GatheredBase = U8Tile;
+
+#else
+
+struct GatheredBase : IntegerTile<int16_t, int8_t> {
+  static constexpr int kInputRegisters = 2, kWeightRegisters = 1;  // one for the product
+  template <int L> using Weights = Lanes<L>;
+
+  template <int L>
+  static SKIVE_INLINE Weights<L> load_weights(const int8_t* p) {
+    if constexpr (L == 16) return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    else if constexpr (L == 12) return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(0xffffff, p))};
+    else if constexpr (L == 8) return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+    else return {_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
+  }
+  template <int L> static SKIVE_INLINE Lanes<L> broadcast(const int16_t* p) { return broadcast_bytes<L>(p); }
+  template <int L, int From> static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) { return first<L>(a); }
+  // acc + the sum of the two products.
+  template <int L>
+  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
+    return add_pairs<L>(acc, x, w);
+  }
+};
+
+#endif
+
+struct GatheredTile : GatheredBase {
+  template <int N, class = void> struct Bytes { using type = __m512i; };
+  template <class T> struct Bytes<32, T> { using type = __m256i; };
+  template <class T> struct Bytes<16, T> { using type = __m128i; };
+  template <int N>
+  struct Order {
+    typename Bytes<N>::type v;
+  };
+  template <int N>
+  static SKIVE_INLINE Order<N> load_order(const void* p) {
+    if constexpr (N == 64) return {_mm512_loadu_si512(p)};
+    else if constexpr (N == 32) return {_mm256_loadu_si256(static_cast<const __m256i*>(p))};
+    else return {_mm_loadu_si128(static_cast<const __m128i*>(p))};
+  }
+  template <int Keep, int N>
+  static SKIVE_INLINE void gather(void* to, const uint8_t* x, Order<N> order) {
+    const auto bytes = load_order<N>(x).v;
+    if constexpr (N == 64) _mm512_store_si512(to, _mm512_shuffle_epi8(bytes, order.v));
+    else if constexpr (N == 32) _mm256_store_si256(static_cast<__m256i*>(to), _mm256_shuffle_epi8(bytes, order.v));
+    else _mm_store_si128(static_cast<__m128i*>(to), _mm_shuffle_epi8(bytes, order.v));
+  }
+};
+
+}  // namespace SKIVE_ISA
+}  // namespace skive
+
+#endif  // SKIVE_ISA_GATHERED_AVX512_H
