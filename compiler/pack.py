@@ -208,20 +208,30 @@ def _pack_blocks(taps: np.ndarray, block: int) -> np.ndarray:
     return packed
 
 
-# Points of winograd.h: 0, +-a, +-b and infinity.
-_WINOGRAD_A, _WINOGRAD_B = 0.625, 1.5
+# Finite points of winograd.h by stride, in its order; with stride 2 those of the filter's first and last value.
+_WINOGRAD_POINTS = {1: (0.625, -0.625, 1.5, -1.5, 0.0), 2: (1.0, -1.0, 0.0, 2.0)}
 _WINOGRAD_CHUNK_BYTES = 288 * 1024  # transformed input that winograd.h keeps in L2
-_WINOGRAD_LEAST_TILES = 16
+_WINOGRAD_LEAST_TILES = 12
 
 
-def _winograd_filter_transform() -> NDArray[np.float64]:
-    """G [6, 3] of F(4, 3): the filter as a polynomial at the six points, over their Lagrange norms."""
-    points = [0.0, _WINOGRAD_A, -_WINOGRAD_A, _WINOGRAD_B, -_WINOGRAD_B]
+def _winograd_filter_transform(stride: int) -> NDArray[np.float64]:
+    """G [6, 3]: the filter as a polynomial at the finite points, over their Lagrange norms, and at infinity; with
+    stride 2 that of its first and last value, and then the one between them."""
+    points = _WINOGRAD_POINTS[stride]
+    last = 3 - stride  # power of the polynomial
     rows = []
     for i, p in enumerate(points):
         norm = np.prod([p - q for j, q in enumerate(points) if j != i])
-        rows.append([1.0 / norm, p / norm, p * p / norm])
-    return np.array([*rows, [0.0, 0.0, 1.0]])
+        rows.append([p**k / norm for k in range(last + 1)])
+    g = np.array([*rows, [0.0] * last + [1.0]])
+    if stride == 1:
+        return g
+    return np.block([[g[:, :1], np.zeros((5, 1)), g[:, 1:]], [np.eye(3)[1]]])
+
+
+def winograd_products(stride: int) -> int:
+    """Multiplications of `winograd2d` for a tile of 4x4 outputs and a pair of channels; the direct method has 144."""
+    return {1: 36, 2: 81}[stride]
 
 
 def winograd_block(out_channels: int, isa: str) -> int:
@@ -234,35 +244,33 @@ def winograd_block(out_channels: int, isa: str) -> int:
     return min(most * lanes, _round_up(out_channels, _CHANNEL_QUANTUM))
 
 
-def pack_winograd(weights_ohwi: np.ndarray, block: int) -> Floats:
+def pack_winograd(weights_ohwi: np.ndarray, block: int, stride: int = 1) -> Floats:
     """Packed weights of `winograd2d`, flat: [OC / block][36][IC][block], transformed in float64.
 
-    `weights_ohwi` is [OC, 3, 3, IC]; the result is four times its size. It pays for stride 1 and
-    dilation 1 with IC >= 8, OC >= 8 and an output of at least 4x4, from 1.3 times the direct kernel (8
-    channels) to 3.7 times (64 and more, 8x8 and larger), as long as the packed weights come from a
-    cache; weights that stream from memory gain least, up to nothing (7x7 with 512 channels: 38 MB).
+    `weights_ohwi` is [OC, 3, 3, IC]; the result is four times its size. Where it pays: `Target.winograd_pays`.
     """
     channels, kh, kw, in_channels = weights_ohwi.shape
     if (kh, kw) != (3, 3):
         raise ValueError(f"winograd packs 3x3 filters, not {kh}x{kw}")
-    g = _winograd_filter_transform()
+    g = _winograd_filter_transform(stride)
     taps = weights_ohwi.astype(np.float64).transpose(1, 2, 0, 3).reshape(9, -1)  # one matrix product for all
     transformed = (np.kron(g, g) @ taps).astype(np.float32).reshape(36, channels, in_channels)
     return pack_conv2d(transformed.transpose(1, 0, 2).reshape(channels, 36, 1, in_channels), block)
 
 
 def winograd_scratch_bytes(
-    image: Sequence[int], pad: Sequence[int], out_channels: int, block: int, parts: int = 1
+    image: Sequence[int], pad: Sequence[int], stride: int, out_channels: int, block: int, parts: int = 1
 ) -> int:
     """Upper bound of `winograd2d::scratch_bytes(parts)`; `image` is [N, H, W, C]."""
     n, h, w, channels = image
-    tiles_h = -(-(h + pad[0] + pad[2] - 2) // 4)
-    tiles_w = -(-(w + pad[1] + pad[3] - 2) // 4)
+    tiles_h = -(-((h + pad[0] + pad[2] - 3) // stride + 1) // 4)
+    tiles_w = -(-((w + pad[1] + pad[3] - 3) // stride + 1) // 4)
+    products = winograd_products(stride)
     in_row = _round_up(channels, 16) + 16
     out_row = _round_up(min(out_channels, block), 16)
-    chunk = max(_WINOGRAD_LEAST_TILES, _WINOGRAD_CHUNK_BYTES // (36 * 4 * in_row))
+    chunk = max(_WINOGRAD_LEAST_TILES, _WINOGRAD_CHUNK_BYTES // (products * 4 * in_row))
     tiles = min(n * tiles_h * tiles_w, chunk) + _TILE_ROWS
-    return 36 * 4 * (tiles * (in_row + out_row) + 32) * parts
+    return products * 4 * (tiles * (in_row + out_row) + 32) * parts
 
 
 def _panel_block(columns: int, isa: str) -> int:

@@ -205,7 +205,7 @@ def _family(text: str) -> tuple[str, ...]:
     kernel, element types, window."""
     kernel, _, rest = text.partition("<")
     types = re.search(r"\(([a-z0-9_,\s]*)\)", rest[rest.rfind(">(") :])
-    window = re.search(r"Kernel<\d+, ([\d, ]+)>", rest)
+    window = re.search(r"Kernel<\d+, ([\d, ]+>, Stride<[\d, ]+)>", rest)
     return kernel, types.group(1) if types else "", window.group(1) if window else ""
 
 
@@ -533,7 +533,7 @@ def _why(before: Sequence[Call], after: Sequence[Call], us: Mapping[str, float],
     if products and not any(_operand_type(c, "x") in ("uint8_t", "int8_t") for c in products):
         reasons.append("stays float32: it has no integer kernel")
     elif any(c.kernel == "winograd2d" for c in before):
-        reasons.append("float32 runs Winograd here, with a quarter of the multiplications")
+        reasons.append("float32 runs Winograd here, with a part of the multiplications")
     if any(c.kernel.startswith("plain_") for c in core):
         reasons.append("only the plain kernel takes these operands as integers")
     for c in products:

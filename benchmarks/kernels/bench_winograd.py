@@ -20,21 +20,23 @@ from skive import pack
 
 @dataclass(frozen=True)
 class Layer:
-    """A 3x3 convolution of stride 1 and padding 1."""
+    """A 3x3 convolution with padding 1."""
 
     network: str
     height: int
     width: int
     inputs: int
     outputs: int
+    stride: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.network} {self.height}x{self.width}x{self.inputs} -> {self.outputs}"
+        return (f"{self.network} {self.height}x{self.width}x{self.inputs} -> {self.outputs}"
+                + f", stride {self.stride}" * (self.stride > 1))
 
     @property
     def macs(self) -> int:
-        return self.height * self.width * self.inputs * self.outputs * 9
+        return -(-self.height // self.stride) * -(-self.width // self.stride) * self.inputs * self.outputs * 9
 
     def image(self) -> str:
         return f"Image<1, {self.height}, {self.width}, {self.inputs}>, Kernel<{self.outputs}, 3, 3>"
@@ -60,11 +62,20 @@ LAYERS = [
     Layer("small", 4, 4, 128, 128),
     Layer("small", 5, 5, 128, 128),
     Layer("small", 6, 6, 128, 128),
+    Layer("resnet18", 56, 56, 64, 128, 2),
+    Layer("resnet18", 28, 28, 128, 256, 2),
+    Layer("resnet18", 14, 14, 256, 512, 2),
+    Layer("resnet20", 32, 32, 16, 32, 2),
+    Layer("resnet20", 16, 16, 32, 64, 2),
+    Layer("yolox", 104, 104, 32, 64, 2),
+    Layer("narrow", 56, 56, 16, 16, 2),
+    Layer("narrow", 56, 56, 8, 16, 2),
+    Layer("small", 14, 14, 64, 64, 2),
 ]
 
 _BODY = """
-using Winograd%(i)d = winograd2d<%(image)s, Pad<1, 1, 1, 1>, %(wide)d>;
-using Direct%(i)d = conv2d<%(image)s, Stride<1, 1>, Pad<1, 1, 1, 1>, Dilation<1, 1>, %(nb)d>;
+using Winograd%(i)d = winograd2d<%(image)s, %(stride)s, Pad<1, 1, 1, 1>, %(wide)d>;
+using Direct%(i)d = conv2d<%(image)s, %(stride)s, Pad<1, 1, 1, 1>, Dilation<1, 1>, %(nb)d>;
 extern "C" long winograd_scratch_%(i)d() { return static_cast<long>(Winograd%(i)d::scratch_bytes()); }
 extern "C" long direct_scratch_%(i)d() { return static_cast<long>(Direct%(i)d::scratch_bytes()); }
 extern "C" void winograd_%(i)d(const float* x, const float* w, const float* b, float* y, void* s,
@@ -78,11 +89,11 @@ extern "C" void direct_%(i)d(const float* x, const float* w, const float* b, flo
 """
 
 
-def exact(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+def exact(x: np.ndarray, w: np.ndarray, stride: int) -> np.ndarray:
     """Rectified convolution in float64, x [H, W, C], w [OC, 3, 3, C]."""
     padded = np.pad(x.astype(float), ((1, 1), (1, 1), (0, 0)))
     h, width, _ = x.shape
-    y = sum(padded[i : i + h, j : j + width] @ w[:, i, j].T.astype(float)
+    y = sum(padded[i : i + h : stride, j : j + width : stride] @ w[:, i, j].T.astype(float)
             for i in range(3) for j in range(3))  # fmt: skip
     return np.maximum(np.asarray(y), 0)
 
@@ -93,7 +104,8 @@ def main() -> None:
     body = ""
     for i, layer in enumerate(layers):
         body += _BODY % {
-            "i": i, "image": layer.image(), "wide": pack.winograd_block(layer.outputs, args.isa),
+            "i": i, "image": layer.image(), "stride": f"Stride<{layer.stride}, {layer.stride}>",
+            "wide": pack.winograd_block(layer.outputs, args.isa),
             "nb": pack.conv2d_block(layer.outputs, args.isa),
         }  # fmt: skip
     library = build(["winograd", "conv"], body, args.isa, args.opt)
@@ -105,14 +117,14 @@ def main() -> None:
         x = aligned(np.maximum(rng.standard_normal(shape), 0).astype(np.float32))
         w = rng.standard_normal((layer.outputs, 3, 3, layer.inputs)).astype(np.float32)
         w *= np.float32(np.sqrt(2 / (9 * layer.inputs)))
-        want = exact(x, w)
+        want = exact(x, w, layer.stride)
         row: dict[str, object] = {"layer": layer.name}
         for kind in ("winograd", "direct"):
             block = getattr(pack, "winograd_block" if kind == "winograd" else "conv2d_block")(
                 layer.outputs, args.isa
             )
-            pack_weights = pack.pack_winograd if kind == "winograd" else pack.pack_conv2d
-            packed = aligned(pack_weights(w, block))
+            weights = pack.pack_winograd(w, block, layer.stride) if kind == "winograd" else pack.pack_conv2d(w, block)
+            packed = aligned(weights)
             bias = aligned(pack.pack_bias(np.zeros(layer.outputs, np.float32), block))
             size = getattr(library, f"{kind}_scratch_{i}")
             size.restype = ctypes.c_long

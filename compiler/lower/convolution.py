@@ -111,10 +111,12 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
         run(
             kernel,
             "winograd.h",
-            [tags[0], tags[1], tags[3], block, *strides],
-            pack.pack_winograd(w.value, block),
+            [*tags[:4], block, *strides],
+            pack.pack_winograd(w.value, block, node.attrs["stride"][0]),
             pack.pack_bias(bias_of(node, oc), block),
-            pack.winograd_scratch_bytes(x.shape, node.attrs["pad"], oc, block, ctx.threads),
+            pack.winograd_scratch_bytes(
+                x.shape, node.attrs["pad"], node.attrs["stride"][0], oc, block, ctx.threads
+            ),
         )
     else:
         fn, extra, start = shifted_sums(ctx, node, fn, extra)

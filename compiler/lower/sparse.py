@@ -56,7 +56,7 @@ ROWS: dict[str, dict[int, tuple[float, float]]] = {
 }
 ROWS_OUTPUT, ROWS_TURN = 10, 5
 ROWS_CACHE = 32 * 1024
-WINOGRAD = 3.0  # times as fast as the direct kernel, from 64 channels on
+WINOGRAD = {1: 3.0, 2: 1.5}  # times as fast as the direct kernel, by stride, from 64 channels on
 
 
 class GatherCosts(NamedTuple):
@@ -161,7 +161,7 @@ def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
     oc, length, channels = weights.shape[0], weights[0].size, weights.shape[3]
     integer = node.inputs[0].dtype is not DType.f32
     dense_output, blocks = BLOCKS[target.name, integer]
-    dense = length / (WINOGRAD if winograd else 1.0) + dense_output
+    dense = length / (WINOGRAD[node.attrs["stride"][0]] if winograd else 1.0) + dense_output
     step = 4 // node.inputs[0].dtype.bytes
     for vectors, costs in blocks.items():
         block = min(vectors * target.lanes, -(-oc // 4) * 4)

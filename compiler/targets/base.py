@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from skive.errors import TargetError
 from skive.ir import Node
+from skive.pack import winograd_products
 
 WINOGRAD_WEIGHT_BYTES = 12 << 20
 
@@ -26,20 +27,27 @@ class Target:
     doc: str
 
     def winograd_pays(self, conv: Node) -> bool:
-        """Whether F(4x4, 3x3) beats the direct kernel on `conv` (measured: benchmarks/kernels/bench_winograd.py).
+        """Whether Winograd beats the direct kernel on `conv` (measured: benchmarks/kernels/bench_winograd.py).
 
-        It does from 8 channels and 4x4 outputs on, as long as the transformed weights, four times the
-        original, come from the cache: beyond that their traffic costs what the arithmetic saves.
+        It does from 8 channels and 4x4 outputs on, as long as the transformed weights, four times the original, come
+        from the cache: beyond that their traffic costs what the arithmetic saves. With stride 2 from 16 channels, where
+        the tiles of 4x4 outputs save a quarter of the multiplications (narrower vectors: 40 %).
         """
         oc, kh, kw, ic = conv.inputs[1].shape
+        stride = conv.attrs["stride"]
+        if (kh, kw) != (3, 3) or stride not in ((1, 1), (2, 2)) or conv.attrs["dilation"] != (1, 1):
+            return False
+        n, height, width, _ = conv.shape
+        tiles = n * -(-height // 4) * -(-width // 4)
+        if stride == (2, 2):
+            most = (0.75 if self.lanes > 8 else 0.6) * 9 * n * height * width
+            if tiles == 1 or min(ic, oc) < 16 or tiles * winograd_products(2) > most:
+                return False
         return (
             self.lanes > 4
-            and (kh, kw) == (3, 3)
             and conv.attrs["groups"] == 1
-            and conv.attrs["stride"] == (1, 1)
-            and conv.attrs["dilation"] == (1, 1)
             and min(ic, oc) >= 8
-            and min(conv.shape[1:3]) >= 4
+            and min(height, width) >= 4
             and 36 * 4 * ic * oc <= WINOGRAD_WEIGHT_BYTES
         )
 

@@ -16,7 +16,7 @@ from skive import pack
 
 @dataclass(frozen=True)
 class Case:
-    """A 3x3 convolution of stride 1; `xs` and `ys` are extra floats between pixels."""
+    """A 3x3 convolution; `xs` and `ys` are extra floats between pixels."""
 
     image: tuple[int, int, int, int]
     channels: int
@@ -24,12 +24,13 @@ class Case:
     xs: int = 0
     ys: int = 0
     block: int | None = None
+    stride: int = 1
 
     @property
     def output(self) -> tuple[int, int, int, int]:
         n, h, w, _ = self.image
         t, left, b, r = self.pad
-        return n, h + t + b - 2, w + left + r - 2, self.channels
+        return n, (h + t + b - 3) // self.stride + 1, (w + left + r - 3) // self.stride + 1, self.channels
 
     def nb(self, isa: str) -> int:
         return self.block or pack.winograd_block(self.channels, isa)
@@ -37,7 +38,8 @@ class Case:
     def cpp(self, isa: str) -> str:
         image, pad = ", ".join(map(str, self.image)), ", ".join(map(str, self.pad))
         return (
-            f"winograd2d<Image<{image}>, Kernel<{self.channels}, 3, 3>, Pad<{pad}>, {self.nb(isa)}, "
+            f"winograd2d<Image<{image}>, Kernel<{self.channels}, 3, 3>, Stride<{self.stride}, {self.stride}>, "
+            f"Pad<{pad}>, {self.nb(isa)}, "
             f"{self.image[3] + self.xs}, {self.channels + self.ys}>"
         )
 
@@ -53,6 +55,12 @@ CASES = [
     Case((1, 40, 37, 8), 36, block=16),
     Case((2, 5, 30, 24), 12, pad=(2, 2, 2, 2), xs=1),
     Case((1, 11, 10, 200), 8, ys=1),
+    Case((1, 16, 16, 16), 16, stride=2),
+    Case((2, 15, 9, 33), 40, stride=2, pad=(0, 0, 1, 1)),
+    Case((1, 3, 3, 1), 1, stride=2, pad=(0, 0, 0, 0)),
+    Case((1, 2, 18, 17), 7, stride=2, pad=(1, 1, 1, 1)),
+    Case((3, 8, 23, 24), 100, stride=2, pad=(2, 2, 2, 2), xs=3, ys=5),
+    Case((1, 37, 40, 8), 36, stride=2, block=16, ys=1),
 ]
 
 _SOURCE = """
@@ -84,7 +92,7 @@ def reference(x: NDArray[np.float64], w: NDArray[np.float64], case: Case) -> NDA
     y = np.zeros(case.output)
     for kh in range(3):
         for kw in range(3):
-            y += padded[:, kh : kh + oh, kw : kw + ow] @ w[:, kh, kw].T
+            y += padded[:, kh :: case.stride, kw :: case.stride][:, :oh, :ow] @ w[:, kh, kw].T
     return y
 
 
@@ -121,7 +129,7 @@ def test_agrees_with_float64(library: Library, index: int) -> None:
     shift = rng.standard_normal(n * oh * ow).astype(np.float32)
 
     block = case.nb(isa)
-    packed = aligned(pack.pack_winograd(w, block))
+    packed = aligned(pack.pack_winograd(w, block, case.stride))
     weight_floats = getattr(lib, f"weights_{index}")
     weight_floats.restype = ctypes.c_long
     assert packed.size == weight_floats()
@@ -133,7 +141,7 @@ def test_agrees_with_float64(library: Library, index: int) -> None:
     results = []
     for parts in (1, 2, 3):
         size = scratch_bytes(parts)
-        assert size <= pack.winograd_scratch_bytes(case.image, case.pad, oc, block, parts)
+        assert size <= pack.winograd_scratch_bytes(case.image, case.pad, case.stride, oc, block, parts)
         scratch = aligned(np.full(size // 4, np.nan, np.float32))
         y = strided(np.full(case.output, 7.0, np.float32), case.ys)
         for part in range(parts):

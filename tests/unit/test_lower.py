@@ -160,10 +160,12 @@ def test_slices_of_channels_are_read_in_place_by_vectors(reader: str, target: st
     agrees(g, target)
 
 
-def test_winograd_reads_a_slice_in_place() -> None:
+@pytest.mark.parametrize("stride", [1, 2])
+def test_winograd_reads_a_slice_in_place(stride: int) -> None:
     needs_target("avx2")
-    x = image("x", 1, 9, 9, 37)
-    y = ops.make("conv2d", part(x, 19, 18), weights(11, 3, 3, 18), weights(11), pad=(1, 1, 1, 1))
+    x = image("x", 1, 16, 15, 37)
+    y = ops.make("conv2d", part(x, 19, 18), weights(17, 3, 3, 18), weights(17), pad=(1, 1, 1, 1),
+                 stride=(stride, stride))
     g = graph([x], y)
     assert [c.kernel for c in lower.lower(g, TARGETS["avx2"]).calls] == ["winograd2d"]
     agrees(g, "avx2")
