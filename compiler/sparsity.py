@@ -33,7 +33,7 @@ DAMPING = 0.01  # of the mean second moment: directions that the data does not s
 MOST_INPUTS = 2304  # weights of an output channel: reconstruction costs the cube of it
 MOST_WORK = 2_000_000_000_000  # multiply-adds of inverting second moments, of all layers together
 ROUNDS = 4  # in which a layer loses its blocks: what is left makes up for those of a round before the next
-OUTPUTS = 16  # output channels that share their zeros in an n:m pattern
+OUTPUTS = 16  # output channels that share their zeros in an n:m pattern that names none
 
 # What may stand between a layer and an output of the network for it to be a last one.
 _TRAILING = frozenset({"softmax", "log_softmax", "sigmoid", "reshape", "transpose", "slice"})
@@ -51,23 +51,25 @@ class Pattern:
 
     @staticmethod
     def parse(text: str) -> Pattern:
-        """`block4x16` (input x output channels), `2:4` (of the input channels of 16 output channels each), `1x1`."""
+        """`block4x16` (input x output channels), `2:4` or `2:4x32` (of the input channels of 16 or of 32 output
+        channels each), `1x1`."""
         if match := re.fullmatch(r"block(\d+)x(\d+)", text):
             inputs, outputs = map(int, match.groups())
             if 1 <= inputs <= 64 and 1 <= outputs <= 256:
                 return Pattern(inputs, outputs)
-        elif match := re.fullmatch(r"(\d+):(\d+)", text):
-            keep, group = map(int, match.groups())
-            if 1 <= keep < group <= 64:
-                return Pattern(1, OUTPUTS, keep, group)
+        elif match := re.fullmatch(r"(\d+):(\d+)(?:x(\d+))?", text):
+            keep, group, outputs = (int(n) if n else OUTPUTS for n in match.groups())
+            if 1 <= keep < group <= 64 and 1 <= outputs <= 256:
+                return Pattern(1, outputs, keep, group)
         elif text == "1x1":
             return Pattern(1, 1)
         raise PruningError(f"pattern is {text!r}; it can be block4x16 (4 input by 16 output channels, or other numbers "
-                           "up to 64 and 256), 2:4 (n of m input channels), or 1x1 (single weights)")
+                           "up to 64 and 256), 2:4 or 2:4x32 (n of m input channels, the same for 16 or 32 output "
+                           "channels), or 1x1 (single weights)")
 
     def __str__(self) -> str:
         if self.group:
-            return f"{self.keep}:{self.group}"
+            return f"{self.keep}:{self.group}" + (f"x{self.outputs}" if self.outputs != OUTPUTS else "")
         return "1x1" if self.inputs == self.outputs == 1 else f"block{self.inputs}x{self.outputs}"
 
 

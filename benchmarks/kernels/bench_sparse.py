@@ -211,6 +211,10 @@ def main() -> None:
                 line += f" | {1 - left:4.0%} {us:8.1f} us {dense / us:5.2f}x"
             if not options.json and (i + 1 == len(cases) or cases[i + 1][2] is None):
                 print(line, flush=True)
+    if not options.json and len({len(r["sparse"]) for r in rows}) == 1:
+        dense = sum(r["dense_us"] for r in rows)
+        totals = [sum(s["us"] for s in column) for column in zip(*(r["sparse"] for r in rows), strict=True)]
+        print(f"all together: dense {dense:.1f} us" + "".join(f" | {us:.1f} us {dense / us:.2f}x" for us in totals))
     if options.fit:
         names = ("kept", *(["place", "lane"] if patterns else []), "output", "dense output")
         print(", ".join(f"{name} {v:.2f}" for name, v in zip(names, fitted(rows, bool(patterns)), strict=True)))

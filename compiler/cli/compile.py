@@ -69,7 +69,8 @@ BELONGS_TO = {"ranges": "quantize", "rounding": "quantize", "integer_only": "qua
                    "lose when a layer alone is cut, which takes longer and loses least.")
 @click.option("--sparsify", metavar="PATTERN@FRACTION",
               help="Make this fraction of the blocks of weights zero: block4x16@0.75, of 4 input by 16 output "
-                   "channels; 2:4 (n of m input channels stay); 1x1@0.9 (single weights). With --calibrate what is "
+                   "channels; 2:4 or 2:4x32 (n of m input channels stay, the same for 16 or 32 output "
+                   "channels); 1x1@0.9 (single weights). With --calibrate what is "
                    "left is fitted to the data.")
 @click.option("--sparsify-criterion", type=click.Choice(["magnitude", "activation", "reconstruction", "random"]),
               help="Which blocks count least: reconstruction with --calibrate, magnitude without it, by default.")

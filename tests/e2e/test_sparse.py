@@ -114,6 +114,17 @@ def test_integers_are_those_of_the_dense_kernels(target: str, monkeypatch: pytes
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
+def test_n_of_m_input_channels_in_integers() -> None:
+    data = features()[0][:32]
+    module = compiled(sparsify=skive.Sparsify("2:4", calibration=data),
+                      quantize=skive.Quantize("int8", calibration=data))
+    report = module.report
+    assert report["verification"]["passed"] and report["sparsity"]["pattern"] == "2:4"
+    used = [layer for layer in report["sparsity"]["layers"] if not layer["refused"]]
+    assert len(used) >= 4 and all(layer["kept"] <= 0.6 and layer["pattern"].startswith("block1x") for layer in used)
+
+
 def test_code_does_not_grow_with_the_layer() -> None:
     """The places are data: twice the weights are the same instructions."""
     host = resolve("host", skive._native.cpu_features())
