@@ -10,11 +10,11 @@ samples, where they lose `--drop` points of what the network had before it got e
 half, both ways round; the mean of both stands here. `us` is the mean over samples of the smallest time of a call,
 beside that of the same network compiled without exits, to which shares of multiply-accumulates refer, too.
 
-There are 600 keyword recordings, none of them a training part: 500 judge, a third of them with each seed, whose heads
-and thresholds come from the others. Heads (and the network, `--joint`) learn from the other two thirds and 100 more,
-thresholds (and gates) come from three quarters of that third and meet the last, four ways round. With three seeds every
-recording has judged once, and `all seeds` is printed with the 95 % interval of the paired difference. Settings of the
-training were chosen on those 100 by agreement with the network as it came, without classes.
+There are 600 keyword recordings, none of them a training part: 500 judge, a third of them with each seed. Heads (and
+the network, `--joint`) learn from the other two thirds and 100 more, thresholds (and gates) come from three quarters of
+that third and meet the last, four ways round. `all seeds` is over all that judged, with three seeds each of the 500
+once; `difference` is the 95 % interval of the paired one. Settings of the training were chosen on those 100 by
+agreement with the network as it came, without classes.
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def main() -> int:
                     done.append({"model": name, "seed": seed, **row})
                     print(line(name, f"seed {seed}", row), flush=True)
         rows += done
-        if plan.folds > 1 and a.seeds == plan.folds:  # else samples have judged more than once or never
+        if 1 < a.seeds <= plan.folds:  # no sample has judged twice
             for kind in dict.fromkeys((r["criterion"], r["dtype"]) for r in done):
                 row = together([r for r in done if (r["criterion"], r["dtype"]) == kind])
                 rows.append({**row, "model": name, "seed": "all"})
