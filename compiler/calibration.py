@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,8 @@ log = logging.getLogger("skive.calibration")
 
 BINS = 4096  # of a histogram over [-limit, limit]
 SUBSAMPLE = 32768  # elements of one value of one sample that enter its histogram and channel sums
+FLAT = 0.02  # of the pixels are equal where an image has uniform parts,
+FLAT_PIXELS = 1024  # among so many of one sample
 SAVE_EVERY = 16  # samples between two saved states
 STATE_FORMAT = 1
 MOST_WORKERS = 8  # samples computed at the same time: each holds all its values
@@ -340,6 +342,38 @@ def observe(
     if state is not None and statistics.samples != done:
         statistics.save(state)
     return statistics
+
+
+# ----------------------------------------------------------------------------------- uniform parts
+
+
+def flat_parts(
+    run: Run, observed: Mapping[Node, Observation], samples: Iterable[Sequence[np.ndarray]]
+) -> dict[Node, np.ndarray]:
+    """By value [C] float32, the pixel that recurs most often in its images [N, H, W, C], where it is at least FLAT
+    of all pixels; NaN for channels that are exactly 0 more often.
+
+    `run` gives the values of `observed`, in order, for each of the `samples`. Letterboxing leaves such parts, and
+    silence, black borders and paper do. Pixels count as equal if they differ by less than one in 2^20.
+    """
+    pixels: dict[Node, list[np.ndarray]] = {v: [] for v in observed}
+    for turn, sample in enumerate(samples):
+        for v, x in zip(observed, run(sample), strict=True):
+            rows = x.reshape(-1, x.shape[-1])
+            stride = max(1, len(rows) // FLAT_PIXELS) | 1
+            pixels[v].append(rows[turn % stride :: stride].astype(np.float32))
+    found: dict[Node, np.ndarray] = {}
+    for v, o in observed.items():
+        rows = np.concatenate(pixels.pop(v))
+        names = np.random.default_rng(0).standard_normal(rows.shape[1])  # of a pixel: its products' sum
+        sums = np.rint(rows.astype(np.float64) @ names * (2**20 / max(o.magnitude, 1e-30)))
+        values, counts = np.unique(sums, return_counts=True)
+        if counts.max() < FLAT * len(rows):
+            continue
+        equal = sums == values[counts.argmax()]
+        row = rows[equal][0]
+        found[v] = np.where((rows == 0).sum(0) > equal.sum(), np.nan, row).astype(np.float32)
+    return found
 
 
 # ----------------------------------------------------------------------------------------- ranges

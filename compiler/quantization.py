@@ -36,6 +36,7 @@ METHODS = ("minmax", "percentile", "mse", "entropy")
 ROUNDINGS = ("nearest", "adaround")
 REPORTED = ("per_channel", "integer_only", "bias_correction", "equalise", "rounding", "smooth")
 ROUNDING_SAMPLES = 32  # whose activations decide which weights are rounded up
+FLAT_SAMPLES = 16  # at least, in which uniform parts of images are looked for
 MEASURED = 8  # samples, at least, on which the quantized network is compared with the float one,
 MEASURED_MACS = 4_000_000_000  # and as many more as this work allows
 
@@ -153,7 +154,8 @@ def requested(value: Quantize | str) -> Quantize:
 @dataclass(frozen=True)
 class Calibrated:
     """A float network, balanced where that was asked for, and what its values look like: all that fixed point
-    in any element type follows from. `room`: by how much ranges of balanced values are widened."""
+    in any element type follows from. `room`: by how much ranges of balanced values are widened; `flat`: what uniform
+    parts of images hold."""
 
     graph: Graph
     samples: Samples
@@ -161,6 +163,7 @@ class Calibrated:
     room: Mapping[Node, float]
     count: int  # samples seen
     target: str
+    flat: Mapping[Node, np.ndarray] = field(default_factory=dict)
 
     def quantizer(
         self,
@@ -194,6 +197,7 @@ class Calibrated:
             keep,
             {v: observed[v].mean_square for v in ranges},
             dtypes=dtypes or {},
+            flat=self.flat,
         )
         if options.bias_correction:
             scheme.biases = _corrected_biases(Quantizer(self.graph, scheme, storage), observed)
@@ -241,6 +245,7 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
     """The canonical float `graph` observed on the calibration data. QuantizationError if there is no data or
     nothing to quantize."""
     from skive import calibration
+    from skive.passes.fuse_elementwise import is_elementwise
     from skive.passes.quantize import Storage
 
     storage = options.storage(graph)
@@ -260,7 +265,15 @@ def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str)
     room: dict[Node, float] = {}
     if options.equalise or options.smooth != 0:
         graph, observed, room = _equalised(graph, storage, observed, options)
-    return Calibrated(graph, samples, observed, room, statistics.samples, target)
+    flat: dict[Node, np.ndarray] = {}
+    signed = [v for v in Storage(graph, options.keeps).sources if v.type.rank == 4 and is_elementwise(v)
+              and v in observed and observed[v].low < 0]
+    if signed and not options.integer_only:
+        run = calibration.runner(graph, signed, also=_every_value(graph), target=target)
+        chosen = itertools.islice(iter(samples), 0, None, max(1, statistics.samples // FLAT_SAMPLES))
+        flat = calibration.flat_parts(run, {v: observed[v] for v in signed}, chosen)
+        log.info("%s: %d values have uniform parts", graph.name, len(flat))
+    return Calibrated(graph, samples, observed, room, statistics.samples, target, flat)
 
 
 def _why_nothing(graph: Graph, options: Quantize) -> str:
@@ -434,6 +447,8 @@ def signal_to_noise(
         for i, (w, g) in enumerate(zip(want, got, strict=True)):
             if i < len(forms):
                 g = (g.astype(np.int32) - forms[i].zero) * np.float32(forms[i].scale)
+                offset = quantizer.offset_of(stored[i]) if i < len(stored) else None
+                g = g if offset is None else g - offset
             difference = (g - w).reshape(-1)
             flat = w.reshape(-1)
             signal[i] += float(np.vdot(flat, flat))

@@ -69,12 +69,18 @@ def _places(count: int, rows: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, rows, replace=False))
 
 
-def moments(layers: Sequence[Layer], forms: Sequence[Format], run: Run, samples: Iterable[Sequence[np.ndarray]]
-            ) -> dict[Node, Moments]:
-    """Moments of the `layers` whose inputs, in this order, `run` gives for each sample."""
+def moments(
+    layers: Sequence[Layer],
+    forms: Sequence[Format],
+    offsets: Sequence[np.ndarray | None],
+    run: Run,
+    samples: Iterable[Sequence[np.ndarray]],
+) -> dict[Node, Moments]:
+    """Moments of the `layers` whose inputs, in this order, `run` gives for each sample; `offsets`: by channel, with
+    which they are stored."""
     found: dict[Node, Moments] = {}
     for turn, sample in enumerate(samples):
-        for layer, form, x in zip(layers, forms, run(sample), strict=True):
+        for layer, form, offset, x in zip(layers, forms, offsets, run(sample), strict=True):
             groups = layer.node.attrs.get("groups", 1)
             size = layer.weights[0].size
             if size > MOST_INPUTS:
@@ -82,7 +88,11 @@ def moments(layers: Sequence[Layer], forms: Sequence[Format], run: Run, samples:
             rows = patches(layer.node, x, min(ROWS, max(FEWEST_ROWS, ROW_INPUTS // size)), turn)
             if rows is None:
                 continue
-            stored = form.real(rows)
+            if offset is None:
+                stored = form.real(rows)
+            else:
+                more = np.tile(offset.reshape(groups, -1), size * groups // len(offset))  # [G, K]
+                stored = form.real(rows + more) - more
             m = found.get(layer.node)
             if m is None:
                 m = found[layer.node] = Moments(
@@ -143,7 +153,8 @@ def adapt(
     work = 0
     layers = list(quantizer.layers.values())
     forms = [quantizer.format_of(layer.node.inputs[0]) for layer in layers]
-    found = moments(layers, forms, run, samples)
+    offsets = [quantizer.offset_of(layer.node.inputs[0]) for layer in layers]
+    found = moments(layers, forms, offsets, run, samples)
     weights: dict[Node, np.ndarray] = {}
     biases: dict[Node, np.ndarray] = {}
     for layer, form in zip(layers, forms, strict=True):

@@ -198,16 +198,20 @@ def fit(function: Function, quantizers: Quantizers) -> Fit | None:
     return None
 
 
-def _fitted(graph: Graph, root: Node, index: dict[Node, int]) -> tuple[Function, Fit, np.ndarray] | None:
-    """(function, its form, the steps of the quantizer) if the operand of the quantizer `root` has a form."""
+def _fitted(graph: Graph, root: Node, index: dict[Node, int]) -> tuple[Function, Fit, np.ndarray, np.ndarray] | None:
+    """(function, its form, the steps of the quantizer, what it adds to the function) if the operand of the quantizer
+    `root` has a form."""
     value, scale, zero = root.inputs
     if not (scale.is_const and zero.is_const and scale.type.size):
         return None
     steps = scale.value.astype(np.float64)
     steps = steps if root.op == "quantize" else 1 / steps
-    user = root
+    user, added = root, np.zeros(())
+    if value.op == "add" and value.inputs[1].is_const and graph.users[value] == [user]:
+        user, value, added = value, value.inputs[0], value.inputs[1].value.astype(np.float64)
     while value.op == "mul" and value.inputs[1].is_const and graph.users[value] == [user]:
         steps = steps / value.inputs[1].value.astype(np.float64)  # a factor of the channel: smaller steps
+        added = added / value.inputs[1].value.astype(np.float64)
         user, value = value, value.inputs[0]
     if value.dtype is not DType.f32 or not is_elementwise(value) or value.shape != root.shape:
         return None
@@ -221,7 +225,7 @@ def _fitted(graph: Graph, root: Node, index: dict[Node, int]) -> tuple[Function,
     limits, zeros = np.iinfo(root.dtype.numpy), zero.value.astype(np.int64)
     quantizers = Quantizers(_grouped(steps.reshape(-1)), limits.min - int(zeros.max()), limits.max - int(zeros.min()))
     found = fit(function, quantizers)
-    return None if found is None else (function, found, steps)
+    return None if found is None else (function, found, steps, added)
 
 
 def _argument(source: Node, width: float) -> Node:
@@ -248,11 +252,13 @@ def fit_functions(graph: Graph, options: object) -> Graph:
         new[n] = rebuilt(n, tuple(new[i] for i in n.inputs))
         if n not in fits:
             continue
-        function, found, steps = fits[n]
+        function, found, steps, added = fits[n]
         origin = function.nodes[-1].origin
         argument = _argument(new[function.sources[0]], found.width)
         unit = float(steps.min())
         values = ops.make("piecewise", argument, origin=origin, **found.attrs(unit))
+        if added.any():
+            values = ops.make("add", values, constant(np.asarray(added / unit, np.float32)), origin=origin)
         factor = np.asarray(unit / steps, np.float32)
         new[n] = ops.make("requantize", values, constant(factor), new[n.inputs[2]], to=n.dtype, origin=n.origin,
                           label=n.name)

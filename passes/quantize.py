@@ -124,7 +124,10 @@ class Scheme:
     stored for the widest that reads it, and all that read it follow. `spill`: chains of 16-bit products may be
     spilled, which needs float32. `weights`: replaced float weights or
     biases by constant node are not a part of this; see `biases` (float, by contraction) and `rounded`
-    (integers, by contraction).
+    (integers, by contraction). `flat`: the values of channels [C] in uniform parts of images (NaN: none), such as the
+    border of a picture that was made square. There rounding is the same error everywhere, which sums do not average
+    out: what only contractions read is stored with an offset per channel that makes it exact, and their biases take
+    the offset back.
     """
 
     ranges: Mapping[Node, Range]
@@ -135,6 +138,7 @@ class Scheme:
     biases: Mapping[Node, np.ndarray] = field(default_factory=dict)
     rounded: Mapping[Node, np.ndarray] = field(default_factory=dict)
     dtypes: Mapping[Node, str] = field(default_factory=dict)
+    flat: Mapping[Node, np.ndarray] = field(default_factory=dict)
     spill: bool = True
 
     @property
@@ -237,6 +241,17 @@ class Storage:
     def _from_integers(self, node: Node) -> bool:
         """True if an integer kernel computes `node`: a contraction, or what moves or sums values."""
         return any(self.is_product(n) or n.op in MOVES or n.op in SUMS for n in self._members.get(node, [node]))
+
+    def only_products(self, node: Node) -> bool:
+        """True if contractions alone read the channels of the image `node`, directly, joined with others or as
+        window maxima."""
+        for user in self.graph.users[node]:
+            if self.is_product(user) and user.op == "conv2d" and user.inputs[0] is node:
+                continue
+            moves = user.op == "max_pool2d" or user.op == "concat" and user.attrs["axis"] % user.type.rank == 3
+            if not (moves and user in self.stored and self.is_moved(user) and self.only_products(user)):
+                return False
+        return node.type.rank == 4 and not self.integer_only and not self.graph.is_output(node)
 
     def source_of(self, node: Node) -> Node:
         """The source or concatenation whose format the stored `node` has."""
@@ -342,6 +357,7 @@ class Quantizer:
         self._power: dict[Node, float] = {}
         self._scales = _Scales(self.storage, scheme.ranges, WIDENING if scheme.dtype == "int8" else 4.0)
         self._formats: dict[Node, Format] = {}
+        self._offsets: dict[Node, np.ndarray] = {}
         self._reach: dict[tuple[Node, int], np.ndarray] = {}
         self._readers: dict[Node, list[Node]] = {}
         for node in self.storage.products:
@@ -351,6 +367,7 @@ class Quantizer:
             self._power[group] = max(self._power.get(group, 0.0), scheme.power.get(node, 0.0))
         for node in dict.fromkeys(map(self._scales.find, self._scales.range)):
             self._formats[node] = self._format(node)
+        self._offsets = {v: self._offset(v, row) for v, row in scheme.flat.items() if self.storage.only_products(v)}
         self.layers = {n: self._layer(n) for n in self.storage.products}
 
     def _group(self, node: Node) -> Node:
@@ -359,6 +376,23 @@ class Quantizer:
     def format_of(self, node: Node) -> Format:
         """The format of a stored value."""
         return self._formats[self._group(node)]
+
+    def _offset(self, node: Node, flat: np.ndarray) -> np.ndarray:
+        """[C] float32, at most half a step: `flat` plus this is stored exactly."""
+        form = self.format_of(node)
+        x = np.nan_to_num(flat).astype(np.float32)
+        offset = form.real(x) - x
+        return np.where(np.isfinite(flat) & (np.abs(offset) <= 0.501 * form.scale), offset, 0).astype(np.float32)
+
+    def offset_of(self, node: Node) -> np.ndarray | None:
+        """[C] what the stored integers of `node` are larger by than it, None if nothing."""
+        if node in self._offsets or not self._offsets or not self.storage.is_moved(node):
+            return self._offsets.get(node)
+        parts = [self.offset_of(i) for i in node.inputs]
+        if node.op != "concat" or all(p is None for p in parts):
+            return parts[0]
+        return np.concatenate([np.zeros(i.shape[-1], np.float32) if p is None else p
+                               for p, i in zip(parts, node.inputs, strict=True)])
 
     def groups(self) -> list[tuple[list[Node], list[Node]]]:
         """(sources, contractions) that have one element type, in execution order; a contraction is in one group.
@@ -430,12 +464,18 @@ class Quantizer:
     # ------------------------------------------------------------------------------- weights
 
     def _bias(self, node: Node) -> np.ndarray:
-        """[OC] float64."""
+        """[OC] float64, without what offsets of the inputs add to the sums."""
+        w, offset = node.inputs[1].value, self.offset_of(node.inputs[0])
+        bias = np.zeros(len(w))
         if node in self.scheme.biases:
-            return self.scheme.biases[node].astype(np.float64)
-        if len(node.inputs) > 2:
-            return node.inputs[2].value.astype(np.float64)
-        return np.zeros(node.inputs[1].shape[0])
+            bias = self.scheme.biases[node].astype(np.float64)
+        elif len(node.inputs) > 2:
+            bias = node.inputs[2].value.astype(np.float64)
+        if offset is None:
+            return bias
+        groups = node.attrs.get("groups", 1)
+        taps = w.astype(np.float64).reshape(groups, len(w) // groups, -1, w.shape[-1]).sum(2)  # [G, OC/G, IC/G]
+        return bias - np.einsum("goi,gi->go", taps, offset.reshape(groups, -1)).reshape(-1)
 
     def _layer(self, node: Node) -> Layer:
         form = self.format_of(node.inputs[0])
@@ -523,7 +563,10 @@ class Quantizer:
                 if node not in storage.stored:
                     floats[node] = exact[node] = value
                     continue
-                integers = self._quantized(value, self.format_of(node), node)
+                stored = value
+                if node in self._offsets:
+                    stored = ops.make("add", value, constant(self._offsets[node]), origin=node.origin)
+                integers = self._quantized(stored, self.format_of(node), node)
             self.integers[node] = integers
             form = self.format_of(node)
             floats[node] = ops.make("dequantize", integers, *_constants(form), origin=node.origin)

@@ -10,12 +10,13 @@ import pytest
 
 import skive
 from skive import _native, ops
-from skive.ir import Graph
+from skive.ir import Graph, constant
 from skive.passes import FUSED, fit_functions
 from skive.pipeline import PassManager
 from skive.reference import evaluate_graph
 from skive.targets.base import TARGETS
 from skive.text import parse_graph
+from skive.types import DType
 
 FUNCTIONS = ["sigmoid", "silu", "gelu", "gelu_tanh", "tanh", "mish", "erf", "exp", "softplus", "elu"]
 COMPILED = ["sigmoid", "silu", "gelu", "exp"]  # of 16 and 32 intervals, degree 2 to 4
@@ -100,3 +101,20 @@ def test_no_further_than_a_part_of_a_step(name: str, dtype: str, step: str, zero
     far = np.abs(exact - np.floor(exact) - 0.5) > TOLERANCE + 1e-3  # and the rounding of float32
     assert 0.5 < far.mean() < 1
     np.testing.assert_array_equal(got[far], want[far])
+
+
+def test_an_offset_and_a_factor_of_channels_join() -> None:
+    """quantize(f(x) * a + b) is one polynomial, one addition and one rounding."""
+    graph = network(["silu"], "u8", "0.05", 30)
+    (q,) = (n for n in graph.nodes if n.op == "quantize")
+    factors, offsets = np.linspace(0.5, 2, 64, dtype=np.float32), np.linspace(-0.024, 0.024, 64, dtype=np.float32)
+    shifted = ops.make("add", ops.make("mul", q.inputs[0], constant(factors)), constant(offsets))
+    whole = ops.make("quantize", shifted, *q.inputs[1:], to=DType.u8)
+    graph = Graph("fits", graph.inputs, (whole,), ("y",))
+    assert fits(graph) == 1
+    fused, _ = PassManager().run(graph, FUSED)
+    x = sums(graph)
+    ((got,), (exact,)) = (evaluate_graph(fused, [x]), evaluate_graph(Graph("x", graph.inputs, (shifted,), ("y",)), [x]))
+    inside = (exact / 0.05 + 30 > 0) & (exact / 0.05 + 30 < 255)
+    error = np.abs((got.astype(np.float64) - 30) - exact / np.float64(np.float32(0.05)))
+    assert inside.any() and error[inside].max() <= 0.5 + TOLERANCE + 1e-4

@@ -285,3 +285,35 @@ def test_ranges_in_text() -> None:
     assert form.inputs[1].value == np.float32(4 / 255) and form.inputs[2].value == 64
     with pytest.raises(QuantizationError, match="range"):
         PassManager().run(parse_graph(text), "quantize{ranges=other:-1:3}")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_uniform_parts_are_stored_exactly(dtype: str) -> None:
+    """What only convolutions read, also joined with another value, has an offset per channel; a sum that others read
+    has none, and no result moves."""
+    x = image(1, 8, 8, 3)
+    a, b, c = (ops.make("silu", conv(x, 4, name=n), origin=n, label=n) for n in "abc")
+    joined = ops.make("concat", a, b, axis=3)
+    y = conv(joined, 5, name="p")
+    z = ops.make("add", conv(c, 4, kernel=3, groups=4, name="d"), c)
+    graph = graph_of(y, z)
+    storage = Storage(graph)
+    flat = {n: np.float32([0.111, -0.2, np.nan, 0.777]) for n in (a, b, c)}
+    plain, _ = quantized(graph, dtype=dtype)
+    quantizer, built = quantized(graph, dtype=dtype, flat=flat)
+    assert c in storage.stored and quantizer.offset_of(c) is None
+    for v in (a, b):
+        offset, form = quantizer.offset_of(v), quantizer.format_of(v)
+        assert offset is not None and offset[2] == 0 and offset.any()
+        want = flat[v][[0, 1, 3]]
+        np.testing.assert_allclose(form.real(want + offset[[0, 1, 3]]) - offset[[0, 1, 3]], want, atol=1e-6)
+    whole = quantizer.offset_of(joined)
+    np.testing.assert_array_equal(whole, np.r_[quantizer.offset_of(a), quantizer.offset_of(b)])
+    (product,) = (n for n in quantizer.layers if n.inputs[0] is joined)
+    shift = product.inputs[1].value.reshape(5, 8).astype(np.float64) @ whole
+    np.testing.assert_allclose(plain._bias(product) - quantizer._bias(product), shift)
+    inputs = random_inputs(graph)
+    for g, w in zip(*(evaluate_graph(h, inputs) for h in (built, graph)), strict=True):
+        np.testing.assert_allclose(g, w, atol=0.2 if dtype == "int8" else 1e-3)
+    for g, w in zip(*(evaluate_graph(h, inputs) for h in (integer_arithmetic(built), built)), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)

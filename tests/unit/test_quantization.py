@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from skive import calibration, ops
-from skive.calibration import Observation, Statistics, value_range
+from skive.calibration import Observation, Statistics, flat_parts, value_range
 from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant
 from skive.quantization import Quantize, apply, requested
@@ -222,3 +222,25 @@ def test_nothing_to_quantize_is_an_error() -> None:
     quantized, _ = apply(network(), Quantize(calibration=data(2)), measure=False)
     with pytest.raises(QuantizationError, match="comes quantized; leave quantize out"):
         apply(quantized, Quantize(calibration=data(2)))
+
+
+def test_uniform_parts_are_found_by_their_pixel() -> None:
+    """A border of one colour makes uniform parts in every layer; photos without one have none."""
+    x = ops.make("input", shape=(1, 32, 32, 3), dtype=DType.f32, label="x")
+    w = constant(RNG.standard_normal((4, 3, 3, 3)).astype(np.float32))
+    y = ops.make("silu", ops.make("conv2d", x, w, pad=(1, 1, 1, 1)), label="y")
+    bordered = [RNG.standard_normal((1, 32, 32, 3)).astype(np.float32) for _ in range(4)]
+    for sample in bordered[1:]:
+        sample[:, 20:] = np.float32([0.1, -0.2, 0.3])
+    graph = Graph("g", (x,), (y,), ("y",))
+
+    def parts(samples: list[np.ndarray]) -> dict[Node, np.ndarray]:
+        values = [evaluate_graph(graph, [s])[0] for s in samples]
+        o = Observation.empty(4)
+        for turn, v in enumerate(values):
+            o.add(v, turn)
+        return flat_parts(lambda sample: evaluate_graph(graph, sample), {y: o}, [[s] for s in samples])
+
+    found = parts(bordered)
+    np.testing.assert_allclose(found[y], evaluate_graph(graph, [bordered[1]])[0][0, 25, 15], atol=1e-5)
+    assert parts(bordered[:1]) == {}
