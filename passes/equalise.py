@@ -186,7 +186,7 @@ def equalised(
         balanced = share < (most if producer is not None else most * MULTIPLIED)
         if not balanced:
             chosen = np.ones(len(known.magnitude))
-        if bytes_ == 2 and producer is not None:
+        if bytes_ == 2 and (producer is not None or balanced):
             largest = float((known.magnitude * chosen).max())
             fill = _filling(largest * (HEADROOM[bytes_] if balanced else 1.0))
             chosen = chosen * (fill if fill > FILLS else 1.0)

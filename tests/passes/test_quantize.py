@@ -317,3 +317,16 @@ def test_uniform_parts_are_stored_exactly(dtype: str) -> None:
         np.testing.assert_allclose(g, w, atol=0.2 if dtype == "int8" else 1e-3)
     for g, w in zip(*(evaluate_graph(h, inputs) for h in (integer_arithmetic(built), built)), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_of_16_bits_fill_a_power_of_two() -> None:
+    """Also where a multiplication balances the channels: it takes one more factor for all of them at no cost."""
+    x = image(1, 6, 6, 3)
+    a = ops.make("silu", conv(x, 8, name="a"), origin="a", label="act")
+    graph = graph_of(conv(a, 8, kernel=3, groups=8, name="d"))
+    spread = np.float64([1, 2, 4, 8, 16, 32, 64, 90])
+    result = equalised(graph, Storage(graph), {a: Channels(spread, spread**2 / 9)}, bytes_=2, worth=1.0)
+    largest = float((spread * result.factors[a]).max()) * 2.0 * 1.6  # with both rooms above what was seen
+    assert result.balanced == {a} and 0.99 < largest / fixed(-largest, largest, 16).range[1] <= 1
+    for g, w in zip(*(evaluate_graph(h, random_inputs(graph)) for h in (result.graph, graph)), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
