@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from skive.errors import InvalidModelError
+from skive.errors import InvalidModelError, ShapeError
 from skive.ir import Graph
 
 log = logging.getLogger("skive.frontend")
@@ -135,6 +135,8 @@ def _open_onnx(
                     ", ".join(changed))
     if example is not None:
         names = [i.name for i in proto.graph.input if i.name not in {t.name for t in proto.graph.initializer}]
+        if not isinstance(example, Mapping) and len(example) > len(names):
+            raise ShapeError(f"{len(example)} example_inputs are given; the inputs of the model are {', '.join(names)}")
         given = dict(example) if isinstance(example, Mapping) else dict(zip(names, example, strict=False))
         shapes = {**{k: tuple(np.shape(v)) for k, v in given.items()}, **shapes}
 

@@ -148,23 +148,3 @@ def _register(result: Any) -> None:
             raise InvalidModelError(f"forward returns {type(unknown).__name__}, of which PyTorch does not know the "
                                     "parts; return tensors, or tuples, lists, dicts or dataclasses of them")
         torch.export.register_dataclass(type(unknown))
-
-
-def where_masked(program: ExportedProgram) -> ExportedProgram:
-    """`program` with `x[mask] = value` as `torch.where`, where `value` does not depend on how many are chosen."""
-    if all("index_put" not in str(n.target) for n in program.graph.nodes):
-        return program
-
-    def put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
-        masks = [i for i in indices if i is not None]
-        lead = next((k for k, i in enumerate(indices) if i is not None), 0)
-        if len(masks) != 1 or len(indices) != lead + 1 or masks[0].dtype != torch.bool or accumulate:
-            return NotImplemented
-        behind = x.dim() - lead - masks[0].dim()  # axes that the mask leaves whole
-        if values.numel() == 1:
-            values = values.reshape(())
-        elif values.dim() > behind:
-            return NotImplemented
-        return torch.where(masks[0].reshape(*masks[0].shape, *[1] * behind), values, x)
-
-    return program.run_decompositions({torch.ops.aten.index_put.default: put})

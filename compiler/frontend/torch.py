@@ -9,7 +9,6 @@ is exported by `skive.frontend.control`.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import importlib
@@ -397,24 +396,25 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         import onnxscript  # noqa: F401 - torch.onnx translates with it
     except ImportError:
         raise SkiveError("a PyTorch model needs onnxscript; pip install 'skive-compiler[torch]'") from None
-    names = _output_names(program)
+    from skive.frontend import repairs, translated
+
+    names = translated.output_names(program)
     if not names:
         raise InvalidModelError("forward returns no tensor; return what the compiled network is to compute")
-    from skive.frontend import modules
-
     with _quiet():
         if _may_write(program):
             _refuse_state(program.run_decompositions({}))
-            program = modules.where_masked(program)
+        program = repairs.repaired(program)
         try:
-            translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET, output_names=names,
-                                           optimize=True, verbose=False,
-                                           custom_translation_table=_own_operators(program))
+            result = torch.onnx.export(program, dynamo=True, opset_version=OPSET,
+                                       output_names=[f"{OWN_DOMAIN}.output.{i}" for i in range(len(names))],
+                                       optimize=True, verbose=False, custom_translation_table=_own_operators(program))
         except torch.onnx.OnnxExporterError as e:
             raise _translation_error(program, e) from None
-        model = translated.model_proto
-    _name_inputs(model, {str(i) for i in program.graph_signature.user_inputs})
-    _name_nodes(model)
+        model = result.model_proto
+    translated.name_ports(model, {str(i) for i in program.graph_signature.user_inputs}, names)
+    translated.name_nodes(model)
+    translated.resize_as_torch(model.graph)
     return model
 
 
@@ -486,64 +486,6 @@ def onnx_value(name: str) -> onnx.ValueInfoProto:
     from onnx import ValueInfoProto
 
     return ValueInfoProto(name=name)
-
-
-def _output_names(program: ExportedProgram) -> list[str]:
-    """One name per output tensor: the path in the structure that `forward` returns; None is skipped."""
-    from torch.utils import _pytree as pytree
-
-    spec = program.call_spec.out_spec
-    leaves = list(range(spec.num_leaves))
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, spec))
-    taken = {str(i) for i in program.graph_signature.user_inputs}
-    names, problems = [], []
-    results = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]
-    for (path, _), result in zip(paths, results, strict=True):
-        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-        name = ".".join(parts)
-        if not name or name[0].isdigit():
-            name = "_".join(["output", *filter(None, [name])])
-        while name in taken:
-            name += "_out"
-        taken.add(name)
-        if getattr(result, "value", result) is None:
-            continue
-        if type(result).__name__ != "TensorArgument":
-            problems.append((name, f"forward returns {getattr(result, 'value', result)!r}, which is not a tensor",
-                             "return tensors or None"))
-        names.append(name)
-    if problems:
-        raise UnsupportedOpError(problems)
-    return names
-
-
-def _name_inputs(model: onnx.ModelProto, names: set[str]) -> None:
-    """Gives an input that is also an output its own name back; the translation calls it `x_orig`."""
-    graph = model.graph
-    used = {i.name for i in graph.input} | {o for n in graph.node for o in n.output}
-    for formal in graph.input:
-        old, new = formal.name, formal.name.removesuffix("_orig")
-        if old in names or new not in names or new in used:
-            continue
-        formal.name = new
-        for node in graph.node:
-            for i, operand in enumerate(node.input):
-                if operand == old:
-                    node.input[i] = new
-
-
-def _name_nodes(model: onnx.ModelProto) -> None:
-    """Calls each node by the path of its torch module and its operator, `layer1.0.conv1/Conv`."""
-    counts: dict[str, int] = {}
-    for node in model.graph.node:
-        scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
-        try:
-            modules = [s for s in ast.literal_eval(scopes)[:-1] if isinstance(s, str) and s]
-        except (ValueError, SyntaxError):
-            modules = []
-        name = f"{modules[-1]}/{node.op_type}" if modules else node.op_type
-        counts[name] = counts.get(name, 0) + 1
-        node.name = name if counts[name] == 1 else f"{name}_{counts[name] - 1}"
 
 
 def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError:

@@ -15,6 +15,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from skive.errors import InvalidModelError, ShapeError, SkiveError, UnsupportedOpError
+from skive.frontend import open_model
 from skive.frontend.onnx import import_onnx, model_sha256
 
 
@@ -150,6 +151,11 @@ def nested(depth: int) -> ModelProto:
     body.input.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [1]))
     body.initializer.append(numpy_helper.from_array(np.array(True), "c"))
     return helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_more_examples_than_inputs() -> None:
+    with pytest.raises(ShapeError, match="2 example_inputs are given; the inputs of the model are x"):
+        open_model(small_model(), example_inputs=(np.zeros((2, 3)), np.zeros(4)))
 
 
 def test_nesting() -> None:

@@ -27,6 +27,7 @@ pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'skive-c
 
 from torch import nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
+from torch.utils import _pytree as pytree  # noqa: E402
 
 TOLERANCE = 1e-4  # of the output's range
 
@@ -192,6 +193,60 @@ def test_names_come_from_forward_and_its_result() -> None:
     assert [i.name for i in graph.inputs] == ["image", "bias"]
     assert graph.output_names == ("mask", "parts.0", "parts.1.0")
     assert "stem.0/Conv" in {n.origin for n in graph.nodes}
+
+
+def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]:
+    """What PyTorch's translation to ONNX computes otherwise, or does not know; some outputs have the names of values
+    inside it."""
+    index = i[:, :2] % 3
+    return {
+        "mul": x * 2 + x.sin(), "val_0": torch.trunc(x * 3) + 1,
+        "softmax": i.softmax(-1, dtype=torch.float32), "log_softmax": i.log_softmax(0, dtype=torch.float32),
+        "masks": mask + (x > 0), "bytes": (bits >> 2, bits << 1), "shift": (i - 4) >> 1,
+        "mean": x.scatter_reduce(1, index, x + 1, "mean"),
+        "own mean": x.scatter_reduce(1, index, x + 1, "mean", include_self=False),
+        "largest": x.scatter_reduce(1, index, x + 1, "amax"), "sum": x.scatter_add(1, index, x + 1),
+        "scatter": x.scatter(1, index[:, :1], x), "sort": torch.sort(i % 2, dim=1, descending=True, stable=True),
+        "argsort": torch.argsort(i % 3, dim=1, stable=True),
+        "pools": (F.adaptive_avg_pool2d(image, (3, 4)), F.adaptive_max_pool2d(image, (None, 2))),
+        "pools1": (F.adaptive_avg_pool1d(image[0], 5), F.adaptive_max_pool1d(image[0], 4)),
+        "nearest": (F.interpolate(image, scale_factor=(0.6, 1.7)), F.interpolate(image, scale_factor=(1 / 7, 1.05)),
+                    F.interpolate(image, size=(3, 29))),
+        "linear": [F.interpolate(image, scale_factor=s, mode="bilinear", align_corners=c)
+                   for s in ((0.6, 1.7), 1.05) for c in (False, True)],
+        "antialias": F.interpolate(image, size=(3, 5), mode="bilinear", antialias=True, align_corners=True),
+        "divisor": [F.avg_pool2d(image, (3, 2), 2, 1, ceil_mode=c, divisor_override=5) for c in (False, True)],
+        "blind": F.scaled_dot_product_attention(image, image, image, mask.all(1)[:, None] | (image[0] > 0)[:, :, :7]),
+    }
+
+
+def test_what_the_translation_of_pytorch_gets_wrong() -> None:
+    inputs = (noise(7, 6), torch.arange(42).reshape(7, 6), noise(1, 2, 7, 9),
+              torch.arange(200, 206, dtype=torch.uint8), torch.arange(42).reshape(7, 6) % 11 > 4)
+    inputs[2][0, 1, 2] = -1  # a query that may look nowhere
+
+    class Repaired(nn.Module):
+        def forward(self, val_2: Any, i: Any, image: Any, bits: Any, mask: Any) -> Any:
+            return repaired(val_2, i, image, bits, mask)
+
+    graph = open_model(Repaired().eval(), example_inputs=inputs).graph()
+    want = pytree.tree_leaves(repaired(*inputs))
+    assert [n.name for n in graph.inputs] == ["val_2", "i", "image", "bits", "mask"]
+    assert graph.output_names[:3] == ("mul", "val_0", "softmax")
+    for name, a, b in zip(graph.output_names, want, evaluate_graph(graph, [v.numpy() for v in inputs]), strict=True):
+        try:
+            close(b, a)
+        except AssertionError as e:
+            raise AssertionError(f"{name}: {e}") from None
+
+
+def test_what_the_translation_of_pytorch_forgets_is_refused() -> None:
+    """The scale of antialiased resizing, if it makes no whole length, and the smoothing of labels."""
+    module = Lambda(lambda x, t: (F.interpolate(x, scale_factor=0.45, mode="bilinear", antialias=True),
+                                  F.cross_entropy(x[0, 0], t, label_smoothing=0.1))).eval()
+    with pytest.raises(UnsupportedOpError, match="2 places") as caught:
+        open_model(module, example_inputs=(noise(1, 1, 5, 5), torch.arange(5))).graph()
+    assert "ends within a pixel" in str(caught.value) and "labels are smoothed" in str(caught.value)
 
 
 def test_inputs_by_name_and_plain_python_arguments() -> None:

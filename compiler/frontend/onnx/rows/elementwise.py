@@ -8,6 +8,7 @@ from skive.errors import InvalidModelError
 from skive.frontend.onnx.load import DTYPES
 from skive.frontend.onnx.table import Call, Unsupported, Value, onnx_op
 from skive.ir import Node
+from skive.ops import broadcast_shapes
 from skive.types import DType
 
 UNARY = {
@@ -144,7 +145,12 @@ def is_inf(c: Call) -> Node:
 
 @onnx_op("Where")
 def where(c: Call) -> Node:
-    return c.make("where", c[0], c[1], c[2])
+    condition, a, b = c[0], c[1], c[2]
+    for taken, other, always in ((a, b, True), (b, a, False)):
+        if (condition.is_const and (condition.value == always).all() and taken.dtype is other.dtype
+                and broadcast_shapes(condition.shape, a.shape, b.shape) == taken.shape):
+            return taken
+    return c.make("where", condition, a, b)
 
 
 @onnx_op("Cast")

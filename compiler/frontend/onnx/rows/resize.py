@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,12 @@ def source_positions(mode: str, size: int, out: int, scale: float, roi: tuple[fl
     if mode == "half_pixel":
         return (x + real(0.5)) / factor - real(0.5)
     raise InvalidModelError(f"coordinate_transformation_mode {mode!r}")
+
+
+def as_written(scale: float) -> float:
+    """The number that someone wrote for the float32 `scale`: 0.7 or 1 / 7, not what float32 makes of them."""
+    simple = float(Fraction(scale).limit_denominator(1000))
+    return simple if np.float32(simple) == np.float32(scale) else float(str(np.float32(scale)))
 
 
 def nearest(mode: str, x: np.ndarray, size: int) -> np.ndarray:
@@ -177,14 +184,17 @@ def resize(c: Call) -> Node:
         given = [float(v) for v in c.const(roi_in, "roi").reshape(-1)]
         roi |= {a: (given[i], given[len(axes) + i]) for i, a in enumerate(axes)}
     rounding = "floor" if old else c.attr("nearest_mode", "round_prefer_floor")
-    if transform.startswith("torch_") and scales is not None:  # as written: 0.7, not the float32 next to it
-        factor = [float(str(np.float32(f))) for f in factor]
+    torch = transform.startswith("torch_")
+    if torch and scales is not None:
+        factor = [as_written(f) for f in factor]
     whole = c.importer.model.producer_name == "pytorch"  # whose own lengths are integers
     outside = []
     tables: dict[int, np.ndarray] = {}
     for a in range(rank):
         if x.shape[a] == shape[a] and factor[a] == 1.0 and transform != "tf_crop_and_resize" or a not in axes:
             continue
+        if torch and x.shape[a] == shape[a] and (mode == "linear" or (mode == "nearest" and rank > 3)):
+            continue  # PyTorch leaves an axis alone that keeps its length, whatever the scale
         if x.shape[a] == 0:
             raise InvalidModelError(f"resize of {x.type}")
         c.room(shape[a], "an axis")

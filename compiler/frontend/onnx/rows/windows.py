@@ -154,8 +154,8 @@ def conv_transpose(c: Call) -> Node:
     wanted = c.attr("output_shape")
     if wanted is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
         target = [int(t) for t in (wanted or [d * s for d, s in zip(sizes, stride)])][-n:]
-        total = [f + o - t for f, o, t in zip(full, out_pad, target)]
-        small, large = [t // 2 for t in total], [t - t // 2 for t in total]
+        total = [f + o - t for f, o, t in zip(full, out_pad, target)]  # negative where stride > kernel
+        small, large = [int(t / 2) for t in total], [t - int(t / 2) for t in total]
         before, after = (small, large) if auto == "SAME_UPPER" else (large, small)
         if wanted is not None and auto == "NOTSET":
             before, after = large, small

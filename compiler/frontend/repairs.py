@@ -1,0 +1,290 @@
+"""Operators of PyTorch that its translation to ONNX lacks or gets wrong, in terms of others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from skive.errors import UnsupportedOpError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+aten = torch.ops.aten
+
+
+def repaired(program: ExportedProgram) -> ExportedProgram:
+    """`program` without operators that PyTorch's translation to ONNX computes otherwise or does not know, as far as
+    others can say the same; itself where it has none of them. UnsupportedOpError for what no others can say."""
+    _refuse(program)
+    table = {target: make for target, (make, wanted) in REPAIRS.items()
+             if any(wanted(node) for node in _calls(program, target))}
+    return program.run_decompositions(table) if table else program
+
+
+def _refuse(program: ExportedProgram) -> None:
+    """UnsupportedOpError for what the translation forgets: the smoothing of labels, and the scale of antialiased
+    resizing where it makes no whole length."""
+    problems = [(node.name, "labels are smoothed", "leave the loss out of forward, or give label_smoothing=0")
+                for node in _calls(program, aten.cross_entropy_loss.default)
+                if _argument(node, 5, "label_smoothing", 0.0)]
+    for target in (aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec):
+        for node in _calls(program, target):
+            sizes, scales = _argument(node, 0, "input").shape[-2:], _argument(node, 3, "scale_factors")
+            if scales is not None and not _argument(node, 2, "align_corners") and any(
+                    float(n * s) != round(n * s) for n, s in zip(sizes, scales, strict=True)):
+                problems.append((node.name, f"antialiased resizing of {list(map(int, sizes))} by {list(scales)} ends "
+                                 "within a pixel", "give size=(height, width), or recompute_scale_factor=True"))
+    if problems:
+        raise UnsupportedOpError(problems)
+
+
+def _calls(program: ExportedProgram, target: Any) -> Iterator[Any]:
+    """The nodes that call `target` or its form in place, in all graphs of `program`."""
+    name, _, overload = str(target).partition("aten.")[2].rpartition(".")
+    names = {f"aten.{name}.{overload}", f"aten.{name}_.{overload}"}
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            yield from (n for n in part.graph.nodes if n.op == "call_function" and str(n.target) in names)
+
+
+def _value(argument: Any) -> Any:
+    """What is known of an argument of a node: a tensor without values, or the argument."""
+    return argument.meta.get("val") if isinstance(argument, torch.fx.Node) else argument
+
+
+def _argument(node: Any, i: int, name: str, default: Any = None) -> Any:
+    return _value(node.args[i] if i < len(node.args) else node.kwargs.get(name, default))
+
+
+def _put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Any:
+    """`x[mask] = value` as `torch.where`, where `value` does not depend on how many are chosen."""
+    masks = [i for i in indices if i is not None]
+    lead = next((k for k, i in enumerate(indices) if i is not None), 0)
+    if len(masks) != 1 or len(indices) != lead + 1 or masks[0].dtype != torch.bool or accumulate:
+        return NotImplemented
+    behind = x.dim() - lead - masks[0].dim()  # axes that the mask leaves whole
+    if values.numel() == 1:
+        values = values.reshape(())
+    elif values.dim() > behind:
+        return NotImplemented
+    return torch.where(masks[0].reshape(*masks[0].shape, *[1] * behind), values, x)
+
+
+def _softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The translation computes in the type of `x`, an integer too, and casts the result."""
+    return aten._softmax(x if dtype is None else x.to(dtype), dim, False)
+
+
+def _log_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return aten._log_softmax(x if dtype is None else x.to(dtype), dim, False)
+
+
+def _add(a: Tensor, b: Any, alpha: Any = 1) -> Any:
+    """A sum of masks is their union."""
+    if a.dtype != torch.bool or not isinstance(b, Tensor) or b.dtype != torch.bool or not alpha:
+        return NotImplemented
+    return torch.logical_or(a, b)
+
+
+def _shifted(shift: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Any]:
+    """A shift of uint8, which the translation gives the type int8, in 32 bits."""
+
+    def make(x: Tensor, by: Any) -> Any:
+        if x.dtype != torch.uint8:
+            return NotImplemented
+        return shift(x.to(torch.int32), by.to(torch.int32) if isinstance(by, Tensor) else by).to(torch.uint8)
+
+    return make
+
+
+def _fitting(index: Tensor, source: Tensor) -> Tensor:
+    """The part of `source` that `index` has places for; ONNX wants equal shapes."""
+    return source[tuple(slice(0, n) for n in index.shape)]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+               is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+    """Attention under a mask of bools: queries that may look nowhere get zeros, where the translation averages."""
+    assert attn_mask is not None
+    if enable_gqa:
+        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    seen = torch.where(attn_mask, 0.0, torch.finfo(q.dtype).min)
+    weights = aten._softmax(torch.matmul(q * root, k.transpose(-2, -1) * root) + seen, -1, False)
+    return torch.where(attn_mask.any(-1, keepdim=True), torch.matmul(weights, v), 0.0)
+
+
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    if source.shape == index.shape:
+        return NotImplemented
+    return aten.scatter_add(x, dim, index, _fitting(index, source))
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    if source.shape == index.shape:
+        return NotImplemented
+    return aten.scatter(x, dim, index, _fitting(index, source))
+
+
+def _scatter_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, include_self: bool = True) -> Any:
+    """A mean is a sum divided by how many were added; the translation leaves the last one."""
+    if reduce != "mean":
+        if source.shape == index.shape:
+            return NotImplemented
+        return aten.scatter_reduce(x, dim, index, _fitting(index, source), reduce, include_self=include_self)
+    source = _fitting(index, source)
+    start = x if include_self else aten.scatter(x, dim, index, 0)
+    count = aten.scatter_add(torch.ones_like(x) if include_self else torch.zeros_like(x), dim, index,
+                             torch.ones_like(source))
+    total = aten.scatter_add(start, dim, index, source)
+    return torch.div(total, count.clamp(min=1), rounding_mode=None if x.is_floating_point() else "floor")
+
+
+def _sort(x: Tensor, *, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """Ours is always stable."""
+    return torch.sort(x, dim, descending)
+
+
+def _argsort(x: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Tensor:
+    return torch.sort(x, dim, descending)[1]
+
+
+def _adaptive(axes: int, reduce: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, list[int]], Tensor]:
+    """Windows of unequal sizes, joined: result i of n along an axis of `size` is of size i / n to size (i + 1) / n."""
+
+    def make(x: Tensor, sizes: list[int]) -> Tensor:
+        for axis, n in zip(range(-axes, 0), sizes, strict=True):
+            size = x.shape[axis]
+            if n in (None, size):
+                continue
+            windows = [x.narrow(axis, i * size // n, -(-(i + 1) * size // n) - i * size // n) for i in range(n)]
+            x = torch.cat([reduce(w, axis) for w in windows], axis)
+        return x
+
+    return make
+
+
+def _divided(axes: int) -> Callable[..., Any]:
+    """Sums of windows by the divisor given, which the translation forgets: means of windows that are all whole."""
+
+    def make(x: Tensor, kernel: list[int], stride: list[int] | None = None, padding: list[int] | int = 0,
+             ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: int | None = None) -> Any:
+        if divisor_override is None:
+            return NotImplemented
+        sizes, moves, pads = (_each(v, axes) for v in (kernel, stride or kernel, padding))
+        margins: list[int] = []
+        for n, k, s, p in zip(x.shape[-axes:], sizes, moves, pads, strict=True):
+            count = (-((k - n - 2 * p) // s) if ceil_mode else (n + 2 * p - k) // s) + 1
+            if ceil_mode and (count - 1) * s >= n + p:
+                count -= 1  # a window must not start in the padding behind
+            margins = [p, max(p, (count - 1) * s + k - n - p), *margins]
+        pool = {2: aten.avg_pool2d.default, 3: aten.avg_pool3d.default}[axes]
+        return pool(aten.constant_pad_nd(x, margins), sizes, moves) * (math.prod(sizes) / divisor_override)
+
+    return make
+
+
+def _each(v: list[int] | int, axes: int) -> list[int]:
+    values = [v] if isinstance(v, int) else list(v)
+    return values * axes if len(values) == 1 else values
+
+
+def _mean(x: Tensor, axis: int) -> Tensor:
+    return x.mean(axis, keepdim=True)
+
+
+def _largest(x: Tensor, axis: int) -> Tensor:
+    return x.amax(axis, keepdim=True)
+
+
+def _with_indices(make: Callable[[Tensor, list[int]], Tensor]) -> Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]:
+    def both(x: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+        y = make(x, sizes)
+        return y, torch.zeros_like(y, dtype=torch.int64)  # used by no one: see `wanted`
+
+    return both
+
+
+def _uneven(axes: int) -> Callable[[Any], bool]:
+    """Whether an adaptive pooling has windows of unequal sizes; ordinary ones are translated as they are."""
+
+    def wanted(node: Any) -> bool:
+        x, sizes = _argument(node, 0, "self"), _argument(node, 1, "output_size")
+        pairs = list(zip(x.shape[-axes:], sizes, strict=True))
+        known = all(type(d) is int for d, _ in pairs) and all(n is None or type(n) is int and n > 0 for _, n in pairs)
+        return known and any(n is not None and d % n for d, n in pairs) and not _second_used(node)
+
+    return wanted
+
+
+def _second_used(node: Any) -> bool:
+    return any(u.op == "call_function" and u.args[1:] == (1,) and u.users for u in node.users
+               if getattr(u.target, "__name__", "") == "getitem")
+
+
+def _integers(node: Any) -> bool:
+    return not _argument(node, 0, "self").is_floating_point()
+
+
+def _masks(node: Any) -> bool:
+    return getattr(node.meta.get("val"), "dtype", None) == torch.bool
+
+
+def _bytes(node: Any) -> bool:
+    return _argument(node, 0, "self").dtype == torch.uint8
+
+
+def _unlike(node: Any) -> bool:
+    """Whether a scattered source is larger than its index."""
+    return _argument(node, 2, "index").shape != _argument(node, 3, "src").shape
+
+
+def _unlike_or_mean(node: Any) -> bool:
+    return _argument(node, 4, "reduce") == "mean" or _unlike(node)
+
+
+def _masked(node: Any) -> bool:
+    mask = _argument(node, 3, "attn_mask")
+    return (mask is not None and mask.dtype == torch.bool and not _argument(node, 4, "dropout_p", 0.0)
+            and (_argument(node, 6, "scale") or 1.0) > 0)
+
+
+def _gives_divisor(node: Any) -> bool:
+    return _argument(node, 6, "divisor_override") is not None
+
+
+def _always(_node: Any) -> bool:
+    return True
+
+
+_left, _right = (_shifted(f) for f in (torch.bitwise_left_shift, torch.bitwise_right_shift))
+_means = {n: _adaptive(n, _mean) for n in (1, 2, 3)}
+_tops = {n: _with_indices(_adaptive(n, _largest)) for n in (1, 2, 3)}
+
+# operator: (what takes its place, which nodes need it)
+REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
+    aten.index_put.default: (_put, _always),
+    aten.softmax.int: (_softmax, _integers),
+    aten.log_softmax.int: (_log_softmax, _integers),
+    aten.add.Tensor: (_add, _masks),
+    aten.__lshift__.Scalar: (_left, _bytes), aten.__rshift__.Scalar: (_right, _bytes),
+    aten.bitwise_left_shift.Tensor: (_left, _bytes), aten.bitwise_right_shift.Tensor: (_right, _bytes),
+    aten.bitwise_left_shift.Tensor_Scalar: (_left, _bytes), aten.bitwise_right_shift.Tensor_Scalar: (_right, _bytes),
+    aten.scaled_dot_product_attention.default: (_attention, _masked),
+    aten.avg_pool2d.default: (_divided(2), _gives_divisor), aten.avg_pool3d.default: (_divided(3), _gives_divisor),
+    aten.scatter_add.default: (_scatter_add, _unlike),
+    aten.scatter.src: (_scatter, _unlike),
+    aten.scatter_reduce.two: (_scatter_reduce, _unlike_or_mean),
+    aten.sort.stable: (_sort, _always), aten.argsort.stable: (_argsort, _always),
+    aten.adaptive_avg_pool1d.default: (_means[1], _uneven(1)),
+    aten.adaptive_avg_pool2d.default: (_means[2], _uneven(2)),
+    aten.adaptive_avg_pool3d.default: (_means[3], _uneven(3)),
+    aten.adaptive_max_pool1d.default: (_tops[1], _uneven(1)),
+    aten.adaptive_max_pool2d.default: (_tops[2], _uneven(2)),
+    aten.adaptive_max_pool3d.default: (_tops[3], _uneven(3)),
+}
