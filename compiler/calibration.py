@@ -356,23 +356,28 @@ def flat_parts(
     `run` gives the values of `observed`, in order, for each of the `samples`. Letterboxing leaves such parts, and
     silence, black borders and paper do. Pixels count as equal if they differ by less than one in 2^20.
     """
-    pixels: dict[Node, list[np.ndarray]] = {v: [] for v in observed}
+    names: dict[Node, list[np.ndarray]] = {v: [] for v in observed}  # of pixels: one number stands for all channels
+    zeros = {v: np.zeros(len(o.channel_low), np.int64) for v, o in observed.items()}
+    frequent: dict[Node, dict[float, np.ndarray]] = {v: {} for v in observed}  # the most frequent pixel of each sample
     for turn, sample in enumerate(samples):
-        for v, x in zip(observed, run(sample), strict=True):
+        for (v, o), x in zip(observed.items(), run(sample), strict=True):
             rows = x.reshape(-1, x.shape[-1])
             stride = max(1, len(rows) // FLAT_PIXELS) | 1
-            pixels[v].append(rows[turn % stride :: stride].astype(np.float32))
+            rows = rows[turn % stride :: stride].astype(np.float64)
+            mixed = rows @ np.random.default_rng(0).standard_normal(rows.shape[1])
+            names[v].append(np.rint(mixed * (2**20 / max(o.magnitude, 1e-30))))
+            zeros[v] += (rows == 0).sum(0)
+            values, first, counts = np.unique(names[v][-1], return_index=True, return_counts=True)
+            if len(values):
+                frequent[v].setdefault(values[counts.argmax()], rows[first[counts.argmax()]])
     found: dict[Node, np.ndarray] = {}
-    for v, o in observed.items():
-        rows = np.concatenate(pixels.pop(v))
-        names = np.random.default_rng(0).standard_normal(rows.shape[1])  # of a pixel: its products' sum
-        sums = np.rint(rows.astype(np.float64) @ names * (2**20 / max(o.magnitude, 1e-30)))
-        values, counts = np.unique(sums, return_counts=True)
-        if counts.max() < FLAT * len(rows):
+    for v in observed:
+        every = np.concatenate(names[v])
+        values, counts = np.unique(every, return_counts=True)
+        if counts.max(initial=0) < FLAT * len(every) or values[counts.argmax()] not in frequent[v]:
             continue
-        equal = sums == values[counts.argmax()]
-        row = rows[equal][0]
-        found[v] = np.where((rows == 0).sum(0) > equal.sum(), np.nan, row).astype(np.float32)
+        pixel = frequent[v][values[counts.argmax()]]
+        found[v] = np.where(zeros[v] > counts.max(), np.nan, pixel).astype(np.float32)
     return found
 
 
