@@ -454,17 +454,21 @@ def _exit_outputs(model: onnx.ModelProto) -> tuple[str, ...]:
     """Turns every marked exit of `model` into an output; their names. ExitError if two have one name."""
     from onnx import helper
 
+    from skive.frontend import translated
+
     graph = model.graph
     marks = [n for n in graph.node if n.domain == OWN_DOMAIN and n.op_type == "ExitPoint"]
     names: list[str] = []
-    taken = {o.name for o in graph.output}
-    renamed = {}
+    taken = {port.name for port in (*graph.input, *graph.output)}
     for number, mark in enumerate(marks):
         given = next((a.s.decode() for a in mark.attribute if a.name == "name"), "")
         name = given or f"exit{number}"
         if name in taken or name in names:
-            raise ExitError(f"exit_point: there are two outputs called {name!r}; give each exit a name of its own")
+            raise ExitError(f"exit_point: another input or output is called {name!r}; give each exit a name of its own")
         names.append(name)
+    translated.set_aside(model, names)
+    renamed = {}
+    for name, mark in zip(names, marks, strict=True):
         renamed[mark.output[0]] = mark.input[0]
         graph.node.append(helper.make_node("Identity", [mark.input[1]], [name], name=name))
         graph.output.append(onnx_value(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from skive.errors import UnsupportedOpError
@@ -58,10 +58,22 @@ def name_ports(model: onnx.ModelProto, inputs: set[str], outputs: Sequence[str])
         name = formal.name.removesuffix("_orig")
         if formal.name not in inputs and name in inputs - given:
             wanted[formal.name] = name
+    _rename(graph, {**_others(graph, wanted.values(), set(wanted)), **wanted})
+
+
+def set_aside(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Gives values inside that have one of `names`, which no port has, another one."""
+    _rename(model.graph, _others(model.graph, names, set()))
+
+
+def _others(graph: onnx.GraphProto, names: Iterable[str], ports: set[str]) -> dict[str, str]:
+    """New names for the values of `names` that are there and none of `ports`."""
     used = {v for g in _graphs(graph) for v in _values(g)}
     fresh = (f"{OWN}.value.{i}" for i in itertools.count())
-    renamed = {name: next(f for f in fresh if f not in used) for name in wanted.values() if name in used - set(wanted)}
-    renamed |= wanted
+    return {name: next(f for f in fresh if f not in used) for name in names if name in used - ports}
+
+
+def _rename(graph: onnx.GraphProto, renamed: Mapping[str, str]) -> None:
     for part in _graphs(graph):
         for port in (*part.input, *part.output, *part.initializer, *part.value_info):
             port.name = renamed.get(port.name, port.name)

@@ -41,11 +41,11 @@ def test_exit_point_is_nothing_in_eager_mode() -> None:
 
 
 def test_marked_exits(tmp_path: Path) -> None:
-    model = Marked().eval()
+    model = Marked("tanh").eval()  # as the translation calls a value inside
     x = torch.randn(40, 6)
-    exits = ["exit0:max-prob=0.5", "middle:margin=0.1"]
+    exits = ["exit0:max-prob=0.5", "tanh:margin=0.1"]
     module = skive.compile(model, example_inputs=(x[:1],), exits=exits, batch_max=40)
-    assert [e.name for e in module.exits] == ["exit0", "middle", "output"]
+    assert [e.name for e in module.exits] == ["exit0", "tanh", "output"]
     result = module.run(x)
     with torch.no_grad():
         h = torch.tanh(model.first(x))
@@ -68,9 +68,10 @@ def test_marked_exits(tmp_path: Path) -> None:
     assert saved.run(x[:1].numpy()).exit.tolist() == [0]
 
 
-def test_two_exits_of_one_name_are_refused() -> None:
-    with pytest.raises(ExitError, match="two outputs called 'exit0'"):
-        skive.compile(Marked("exit0").eval(), example_inputs=(torch.randn(1, 6),), exits=["exit0:max-prob=1"])
+@pytest.mark.parametrize("name", ["exit0", "x"])
+def test_exits_called_as_another_port_are_refused(name: str) -> None:
+    with pytest.raises(ExitError, match=f"called '{name}'"):
+        skive.compile(Marked(name).eval(), example_inputs=(torch.randn(1, 6),), exits=["exit0:max-prob=1"])
 
 
 class Stack(nn.Module):
