@@ -1141,7 +1141,8 @@ _add(Op("resize2d", (5, 5), _infer_resize, _ref_resize, {}, "window", 1e-5, epil
 
 
 def _infer_softmax(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
-    _axis(a["axis"], types[0].rank, "softmax")
+    if "axis" in a:  # an attribute that is missing is found elsewhere
+        _axis(a["axis"], types[0].rank, "softmax")
     if not types[0].dtype.is_float:
         raise ShapeError(f"softmax is not defined for {types[0].dtype.value}; cast to float32 first")
     return types[0]

@@ -305,6 +305,15 @@ def test_corners_of_models_that_pytorch_wrote() -> None:
     np.testing.assert_allclose(evaluate_graph(import_onnx(model), [x])[0].reshape(-1), [0, 2, 4], rtol=1e-6)
 
 
+@pytest.mark.parametrize("attrs", [{"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}, {"output_shape": [6]}],
+                         ids=str)
+def test_strides_beyond_the_window_leave_empty_rows_behind(attrs: dict[str, Any]) -> None:
+    model = model_of([helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[3], **attrs)],
+                     {"x": ((1, 1, 2), "float32")}, ["y"], {"w": np.ones((1, 1, 1), np.float32)})
+    y = evaluate_graph(import_onnx(model), [np.array([[[1, 2]]], np.float32)])[0]
+    assert y.reshape(-1).tolist() == [1, 0, 0, 2, 0, 0]
+
+
 def test_shifts_of_64_bits_are_exact() -> None:
     """Constants are folded with all bits, those beyond float64 too."""
     node = helper.make_node("BitShift", ["a", "b"], ["y"], direction="RIGHT")

@@ -154,11 +154,10 @@ def conv_transpose(c: Call) -> Node:
     wanted = c.attr("output_shape")
     if wanted is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
         target = [int(t) for t in (wanted or [d * s for d, s in zip(sizes, stride)])][-n:]
-        total = [f + o - t for f, o, t in zip(full, out_pad, target)]  # negative where stride > kernel
-        small, large = [int(t / 2) for t in total], [t - int(t / 2) for t in total]
-        before, after = (small, large) if auto == "SAME_UPPER" else (large, small)
-        if wanted is not None and auto == "NOTSET":
-            before, after = large, small
+        total = [f + o - t for f, o, t in zip(full, out_pad, target)]
+        # Negative where the stride is beyond the window: empty rows, all of them behind.
+        before = [max(0, t // 2 if auto == "SAME_UPPER" else t - t // 2) for t in total]
+        after = [t - b for t, b in zip(total, before)]
     else:
         before, after = window_pads(c, sizes, kernel, stride, dilation)
     if groups < 1 or w.shape[0] != x.shape[1] or x.shape[1] % groups:
