@@ -13,23 +13,15 @@ using GatheredBase = U8Tile;
 
 #else
 
-struct GatheredBase : IntegerTile<int16_t, int8_t> {
-  static constexpr int kInputRegisters = 2, kWeightRegisters = 1;  // one for the product
-  template <int L> using Weights = Lanes<L>;
-
+// Bytes become 16-bit numbers on the way; weights stay bytes in memory.
+struct GatheredBase : I16Tile {
+  using Weight = int8_t;
   template <int L>
   static SKIVE_INLINE Weights<L> load_weights(const int8_t* p) {
     if constexpr (L == 16) return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
     else if constexpr (L == 12) return {_mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(0xffffff, p))};
     else if constexpr (L == 8) return {_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
     else return {_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))};
-  }
-  template <int L> static SKIVE_INLINE Lanes<L> broadcast(const int16_t* p) { return broadcast_bytes<L>(p); }
-  template <int L, int From> static SKIVE_INLINE Lanes<L> narrow(Lanes<From> a) { return first<L>(a); }
-  // acc + the sum of the two products.
-  template <int L>
-  static SKIVE_INLINE Lanes<L> multiply_add(Lanes<L> acc, Lanes<L> x, Weights<L> w) {
-    return add_pairs<L>(acc, x, w);
   }
 };
 
