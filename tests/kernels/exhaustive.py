@@ -4,11 +4,12 @@
     python tests/kernels/exhaustive.py --report         # the table of what has been compared
 
 For each kernel (exhaustive_kernels.py) 500 random instantiations are compiled for each target as an artefact is, with
-g++ -O2, and run on the worst operands there are and on random ones; the first 60 of them also with g++ and clang at
+g++ -O2, and run on the worst operands there are and on random ones; the first 50 of them also with g++ and clang at
 -O0, -O1, -O2 and -O3. Results must be equal, what lies between and around them untouched, whatever the number of
-workers; with ten instantiations in one file this is a piece of work. Pieces run in processes of their own: a crash is
-a finding, not the end. What was found is kept in build/exhaustive.json, by piece, with a hash of the kernel headers
-(without comments), the flags and the compiler: a changed kernel is measured anew and an unchanged one is not.
+workers; with 50 instantiations in one file this is a piece of work. Pieces run in processes of their own: a crash is
+a finding, not the end. What was found is kept in exhaustive.json beside this file, by piece, with a hash of the C++
+text, the kernel headers (without comments), the flags and the compiler: a changed kernel is measured anew and an
+unchanged one is not, on whatever machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import faulthandler
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -30,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import Connection
@@ -44,21 +47,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 from batch import CTYPE  # noqa: E402
 from exhaustive_kernels import GAP, KERNELS, Array, Sample, Subject  # noqa: E402
 
-from skive import _native, pack  # noqa: E402
+from skive import _native  # noqa: E402
 from skive.build import header_closure  # noqa: E402
 from skive.emit.cxx import FLAGS  # noqa: E402
 from skive.kernels import include_dir  # noqa: E402
 from skive.targets.base import TARGETS  # noqa: E402
 
-PIECE = 10  # instantiations in one file
+PIECE = 50  # instantiations in one file
 SHAPES = 500  # per kernel and target, as shipped
-MATRIX_SHAPES = 60  # per kernel and target, with every compiler and level
+MATRIX_SHAPES = 50  # per kernel and target, with every compiler and level
 LEVELS = ("-O0", "-O1", "-O2", "-O3")
 SHIPPED = "-O2"
-OUTPUTS = 200_000  # results per instantiation and target, as shipped
-MATRIX_OUTPUTS = 20_000
+OUTPUTS = 20_000  # results per instantiation and target at least, as shipped: 2 * 10^8 of all kernels
+MATRIX_OUTPUTS = 5_000
 WORK = 40_000_000  # multiply-adds per instantiation at most
-STATE = Path(__file__).resolve().parents[2] / "build" / "exhaustive.json"
+STATE = Path(__file__).resolve().with_suffix(".json")
 
 
 @dataclass
@@ -66,7 +69,6 @@ class Finding:
     """What one piece gave on one target."""
 
     key: str = ""  # of the C++ text, headers, flags and compiler
-    origin: str = ""  # of the same with the Python text that draws the C++ text: quick to tell
     shapes: int = 0
     outputs: int = 0
     differences: int = 0  # results that differ, or calls that crashed or wrote elsewhere
@@ -139,14 +141,6 @@ def header_text(headers: tuple[str, ...], vectors: str) -> str:
             lines = [re.sub(r"\s*//.*", "", line) for line in (root / name).read_text().splitlines()]
             text += [name, *filter(None, lines)]
     return "\n".join(text)
-
-
-@lru_cache(maxsize=1)
-def python_text() -> str:
-    """What draws the instantiations: the modules that are loaded from this folder, and the one that packs weights."""
-    here = Path(__file__).parent
-    files = {Path(m.__file__) for m in list(sys.modules.values()) if getattr(m, "__file__", None)}
-    return "\0".join(f.read_text() for f in sorted(files) if f.parent == here or f == Path(pack.__file__))
 
 
 def short_hash(*parts: str) -> str:
@@ -239,10 +233,10 @@ def samples_of(subject: Subject, rng: np.random.Generator, outputs: int) -> Iter
         calls -= some
 
 
-def _measure(piece: Piece, libraries: dict[str, str], keys: dict[str, tuple[str, str]], pipe: Connection) -> None:
+def _measure(piece: Piece, libraries: dict[str, str], keys: dict[str, str], pipe: Connection) -> None:
     """In a process of its own: compares all of the piece and sends the findings by target."""
     faulthandler.disable()  # pytest's would print the crash that is only recorded here
-    findings = {isa: Finding(*keys[isa], PIECE) for isa in libraries}
+    findings = {isa: Finding(keys[isa], PIECE) for isa in libraries}
     loaded = {isa: ctypes.CDLL(path) for isa, path in libraries.items()}
     for n, subject in enumerate(piece.subjects()):
         rng = np.random.default_rng([n, piece.number])
@@ -265,40 +259,40 @@ def conditions(piece: Piece, isa: str) -> list[str]:
             version(piece.compiler), str(piece.outputs)]  # fmt: skip
 
 
-def run_piece(piece: Piece, state: State, folder: Path) -> dict[str, Finding]:
-    """Compiles and compares what of `piece` is not known yet."""
+@lru_cache(maxsize=8)
+def sources(kernel: str, number: int, isa: str) -> str:
+    """The C++ text of a piece, the same for every compiler and level."""
+    subjects = Piece(kernel, number, "", "", (isa,)).subjects()
+    samples = [s.draw(np.random.default_rng(0), 1, False) for s in subjects]
+    return source(subjects, samples, kernel, isa)
+
+
+def key_of(piece: Piece, isa: str) -> str:
+    return short_hash(*conditions(piece, isa), sources(piece.kernel, piece.number, isa))
+
+
+def run_piece(piece: Piece, known: dict[str, Finding]) -> dict[str, Finding]:
+    """Compiles and compares what of `piece` has not agreed yet."""
     results: dict[str, Finding] = {}
     libraries, keys = {}, {}
-    subjects: list[Subject] = []
-    samples: list[Sample] = []
-    for isa in piece.targets:
-        command, parts = command_of(piece, isa), conditions(piece, isa)
-        origin = short_hash(*parts, python_text())
-        if state.known(piece.name(isa), origin=origin):
-            continue
-        if not subjects:
-            subjects = piece.subjects()
-            samples = [s.draw(np.random.default_rng(0), 1, False) for s in subjects]
-        text = source(subjects, samples, piece.kernel, isa)
-        key = short_hash(*parts, text)
-        if state.known(piece.name(isa), key=key):
-            state.findings[piece.name(isa)].origin = origin
-            continue
-        file, library = folder / f"{isa}.cpp", folder / f"{isa}.so"
-        file.write_text(text)
-        done = subprocess.run([*command, f"-I{include_dir()}", "-shared", "-nodefaultlibs", str(file), "-lm", "-lc",
-                               "-o", str(library)], capture_output=True, text=True)  # fmt: skip
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line][:2]
-            results[isa] = Finding(key, origin, PIECE, 0, 1, [f"does not compile: {' / '.join(errors)[:600]}"])
-        else:
-            libraries[isa], keys[isa] = str(library), (key, origin)
-    if libraries:
-        results |= _in_process(piece, libraries, keys)
-    return results
+    with tempfile.TemporaryDirectory() as folder:
+        for isa in piece.targets:
+            key, before = key_of(piece, isa), known.get(piece.name(isa))
+            if before is not None and before.key == key and not before.differences:
+                continue
+            file, library = Path(folder) / f"{isa}.cpp", Path(folder) / f"{isa}.so"
+            file.write_text(sources(piece.kernel, piece.number, isa))
+            command = [*command_of(piece, isa), f"-I{include_dir()}", "-shared", "-nodefaultlibs", str(file)]
+            done = subprocess.run([*command, "-lm", "-lc", "-o", str(library)], capture_output=True, text=True)
+            if done.returncode:
+                errors = [line for line in done.stderr.splitlines() if "error" in line][:2]
+                results[isa] = Finding(key, PIECE, 0, 1, [f"does not compile: {' / '.join(errors)[:600]}"])
+            else:
+                libraries[isa], keys[isa] = str(library), key
+        return results | (_in_process(piece, libraries, keys) if libraries else {})
 
 
-def _in_process(piece: Piece, libraries: dict[str, str], keys: dict[str, tuple[str, str]]) -> dict[str, Finding]:
+def _in_process(piece: Piece, libraries: dict[str, str], keys: dict[str, str]) -> dict[str, Finding]:
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(piece, libraries, keys, there), daemon=True)
@@ -318,50 +312,41 @@ def _in_process(piece: Piece, libraries: dict[str, str], keys: dict[str, tuple[s
         # The others are compared again without the one that crashed.
         others = {k: v for k, v in libraries.items() if k != isa}
         found = {isa if isa in libraries else piece.targets[0]:
-                 Finding(*keys.get(isa, ("", "")), PIECE, 0, 1, [crashed])}  # fmt: skip
+                 Finding(keys.get(isa, ""), PIECE, 0, 1, [crashed])}  # fmt: skip
         return found | (_in_process(piece, others, keys) if others and isa in libraries else {})
     finally:
         process.join()
 
 
 class State:
-    """What has been found, kept in a JSON file after each piece."""
+    """What has been found, kept in a JSON file after each piece: a line each, what is zero or empty left out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.findings: dict[str, Finding] = {}
         if path.exists():
-            self.findings = {k: Finding(**v) for k, v in json.loads(path.read_text())["findings"].items()}
-
-    def known(self, name: str, *, key: str | None = None, origin: str | None = None) -> bool:
-        """Whether the piece agreed when it had this key, or this origin."""
-        f = self.findings.get(name)
-        return f is not None and not f.differences and (f.key == key or f.origin == origin)
+            self.findings = {k: Finding(**v) for k, v in json.loads(path.read_text()).items()}
 
     def add(self, found: dict[str, Finding]) -> None:
         self.findings |= found
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"findings": {k: asdict(v) for k, v in sorted(self.findings.items())}}, indent=0)
+        rows = (f"{json.dumps(name)}: {json.dumps({k: v for k, v in asdict(f).items() if v})}"
+                for name, f in sorted(self.findings.items()))  # fmt: skip
         temporary = self.path.with_suffix(".new")
-        temporary.write_text(text)
+        temporary.write_text("{\n" + ",\n".join(rows) + "\n}\n")
         os.replace(temporary, self.path)
 
 
 def pieces(kernels: Sequence[str], targets: Sequence[str], shapes: int, matrix: int) -> list[Piece]:
-    """All pieces, what matters most first: as shipped for the targets of the promise, with one piece of every compiler
-    and level in between, and avx512 without VNNI at the end."""
+    """All pieces, one kernel after the other, and avx512 without VNNI at the end."""
     first = tuple(t for t in targets if t != "avx512")
-    order: list[tuple[float, Piece]] = []
-    for kernel in kernels:
-        for number in range(-(-shapes // PIECE)):
-            for late, chosen in ((0, first), (2, tuple(t for t in targets if t not in first))):
-                if not chosen:
-                    continue
-                order.append((late + number / 1000, Piece(kernel, number, "g++", SHIPPED, chosen)))
-                if number * PIECE < matrix:
-                    ways = [(c, level) for c in ("g++", "clang") for level in LEVELS if (c, level) != ("g++", SHIPPED)]
-                    order += [(late + (number * 8 + 4.5) / 1000, Piece(kernel, number, *way, chosen)) for way in ways]
-    return [p for _, p in sorted(order, key=lambda o: o[0]) if p.compiler in compilers()]
+    order = []
+    for chosen in filter(None, (first, tuple(t for t in targets if t not in first))):
+        for kernel in kernels:
+            for compiler, level in [(c, level) for c in compilers() for level in LEVELS]:
+                count = shapes if (compiler, level) == ("g++", SHIPPED) else matrix
+                order += [Piece(kernel, n, compiler, level, chosen) for n in range(-(-count // PIECE))]
+    return order
 
 
 def table(state: State) -> str:
@@ -373,8 +358,7 @@ def table(state: State) -> str:
     for name, f in state.findings.items():
         kernel, isa, compiler, level, number = name.split("/")
         present = kernel in KERNELS and isa in TARGETS and compiler in compilers()
-        if not present or f.origin != short_hash(*conditions(Piece(kernel, int(number), compiler, level, (isa,)), isa),
-                                                 python_text()):  # fmt: skip
+        if not present or f.key != key_of(Piece(kernel, int(number), compiler, level, (isa,)), isa):
             past += 1
             continue
         row = rows.setdefault((kernel, isa), {"shapes": 0, "shipped": 0, "all": 0, "differ": 0})
@@ -412,35 +396,41 @@ def run(
     matrix: int,
     state: State,
     seconds: float | None = None,
+    jobs: int = 1,
     report: bool = False,
 ) -> int:
     """Runs what is not known yet until `seconds` have passed; the number of pieces that differ."""
-    todo = pieces(kernels, targets, shapes, matrix)
+    todo = iter(enumerate(pieces(kernels, targets, shapes, matrix), 1))
     for missing in {"g++", "clang"} - set(compilers()):
         print(f"{missing} is not there: left out (pip install ziglang==0.17.0, or SKIVE_CLANG=command)", flush=True)
-    started, bad = time.monotonic(), 0
-    for i, piece in enumerate(todo):
-        if seconds is not None and time.monotonic() - started > seconds:
-            break
-        before = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            found = run_piece(piece, state, Path(folder))
-        if found:
-            state.add({piece.name(isa): f for isa, f in found.items()})
-        wrong = {isa: f for isa, f in found.items() if f.differences}
-        bad += bool(wrong)
-        for isa, f in wrong.items():
-            print(f"\n{piece.name(isa)}: {f.differences} differences; {f.problems[0]}", flush=True)
-        if report:
-            _progress(i + 1, len(todo), piece, found, time.monotonic() - before)
-    return bad
+    of, bad, end = len(pieces(kernels, targets, shapes, matrix)), 0, math.inf if seconds is None else seconds
+    started = time.monotonic()
+    running: dict[Future[dict[str, Finding]], tuple[int, Piece]] = {}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        while True:
+            while len(running) < jobs and time.monotonic() - started < end and (one := next(todo, None)):
+                names = [one[1].name(isa) for isa in one[1].targets]
+                known = {n: state.findings[n] for n in names if n in state.findings}
+                running[pool.submit(run_piece, one[1], known)] = one
+            if not running:
+                return bad
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                (number, piece), found = running.pop(done), done.result()
+                if found:
+                    state.add({piece.name(isa): f for isa, f in found.items()})
+                wrong = {isa: f for isa, f in found.items() if f.differences}
+                bad += bool(wrong)
+                for isa, f in wrong.items():
+                    print(f"\n{piece.name(isa)}: {f.differences} differences; {f.problems[0]}", flush=True)
+                if report:
+                    _progress(number, of, piece, found)
 
 
-def _progress(done: int, of: int, piece: Piece, found: dict[str, Finding], took: float) -> None:
+def _progress(done: int, of: int, piece: Piece, found: dict[str, Finding]) -> None:
     outputs = sum(f.outputs for f in found.values())
     filled = 30 * done // of
     line = (f"[{'#' * filled}{'.' * (30 - filled)}] {done}/{of} {piece.kernel} {piece.compiler} {piece.level} "
-            f"{piece.number}: " + (f"{outputs:,} results, {took:.1f} s" if found else "known"))  # fmt: skip
+            f"{piece.number}: " + (f"{outputs:,} results" if found else "known"))  # fmt: skip
     if sys.stdout.isatty():
         print(f"\r\x1b[K{line}", end="", flush=True)
     elif found:
@@ -454,6 +444,7 @@ def main() -> int:
     p.add_argument("--shapes", type=int, default=SHAPES)
     p.add_argument("--matrix", type=int, default=MATRIX_SHAPES, help="shapes for every compiler and level")
     p.add_argument("--seconds", type=float, help="begin no more pieces after this time")
+    p.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="pieces at once")
     p.add_argument("--state", type=Path, default=STATE)
     p.add_argument("--report", action="store_true", help="print the table of what is known and stop")
     a = p.parse_args()
@@ -461,7 +452,7 @@ def main() -> int:
     bad = 0
     if not a.report:
         bad = run(kernels=a.kernel or list(KERNELS), targets=a.target or runnable(), shapes=a.shapes,
-                  matrix=a.matrix, state=state, seconds=a.seconds, report=True)  # fmt: skip
+                  matrix=a.matrix, state=state, seconds=a.seconds, jobs=a.jobs, report=True)  # fmt: skip
         print()
     print(table(state))
     hours = sum(resource.getrusage(who).ru_utime for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 3600

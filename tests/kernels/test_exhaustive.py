@@ -16,6 +16,7 @@ def one_piece(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """Arguments of `run` for two instantiations of `lookup` as shipped."""
     if "g++" not in exhaustive.compilers():
         pytest.skip("no g++ on PATH")
+    exhaustive.sources.cache_clear()
     monkeypatch.setattr(exhaustive, "PIECE", 2)
     monkeypatch.setattr(exhaustive, "OUTPUTS", 1000)
     return {"kernels": ["lookup"], "targets": ["generic"], "shapes": 2, "matrix": 0}
@@ -23,6 +24,7 @@ def one_piece(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 def planted(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
     """Makes `change` of each subject of `lookup`."""
+    exhaustive.sources.cache_clear()
     kernel = KERNELS["lookup"]
     monkeypatch.setitem(KERNELS, "lookup", Kernel(lambda rng: change(kernel.make(rng)), kernel.headers))
 
@@ -72,8 +74,10 @@ def test_crashes_and_stray_writes_are_findings(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_ten_shapes_of_each_kernel(kernel: str, tmp_path: Path) -> None:
+def test_ten_shapes_of_each_kernel(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As shipped and by every compiler at every level, on every target."""
+    monkeypatch.setattr(exhaustive, "PIECE", 10)
+    exhaustive.sources.cache_clear()
     state = exhaustive.State(tmp_path / "state.json")
     targets = exhaustive.runnable()
     bad = exhaustive.run(kernels=[kernel], targets=targets, shapes=10, matrix=10, state=state)
