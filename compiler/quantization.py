@@ -1,6 +1,6 @@
 """`skive.Quantize`: what is asked for when a model becomes fixed point, and the calibration data.
 
-The work is done elsewhere: `calibration` observes the float network, `passes/quantize.py` writes
+The work is done elsewhere: `calibration` observes the float network, `passes/quantize` writes
 the graph with integers, `apply` here drives both.
 """
 

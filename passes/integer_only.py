@@ -30,7 +30,7 @@ from skive.ir import Graph, Node, constant
 from skive.passes.fixed_expressions import fixed, is_byte, is_fixed, is_stored
 from skive.passes.fuse_elementwise import is_elementwise
 from skive.passes.integer_arithmetic import NO_ZERO, RULES, per_tensor
-from skive.passes.quantize import PRODUCTS, SUMS, Quantizer, Scheme, _constants, _is_move, affine
+from skive.passes.quantize import PRODUCTS, SUMS, Quantizer, Scheme, affine, constants, is_move
 from skive.passes.quantize import Storage as AnyStorage
 from skive.passes.tabulate import tabulated
 from skive.pipeline import PassManager, pass_
@@ -80,7 +80,7 @@ class Storage(AnyStorage):
         return wide
 
     def is_moved(self, node: Node) -> bool:
-        return _is_move(node) and any(i in self.stored for i in node.inputs)
+        return is_move(node) and any(i in self.stored for i in node.inputs)
 
     def _is_stored(self, node: Node) -> bool:
         if node.dtype is not DType.f32 or node.is_const or node.type.size == 0:
@@ -211,7 +211,7 @@ def _as_bytes(node: Node) -> Node | None:
         return None
     form = affine(float(node.value.min()), float(node.value.max()))
     q = constant(form.integers(node.value).astype(np.uint8), name=node.name, origin=node.origin)
-    return ops.make("dequantize", q, *_constants(form))
+    return ops.make("dequantize", q, *constants(form))
 
 
 @rule(op("resize2d", op("dequantize", name="x", where=is_byte), Var(), Var(), Var(), Var()))

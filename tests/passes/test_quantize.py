@@ -311,7 +311,7 @@ def test_uniform_parts_are_stored_exactly(dtype: str) -> None:
     np.testing.assert_array_equal(whole, np.r_[quantizer.offset_of(a), quantizer.offset_of(b)])
     (product,) = (n for n in quantizer.layers if n.inputs[0] is joined)
     shift = product.inputs[1].value.reshape(5, 8).astype(np.float64) @ whole
-    np.testing.assert_allclose(plain._bias(product) - quantizer._bias(product), shift)
+    np.testing.assert_allclose(plain.bias_of(product) - quantizer.bias_of(product), shift)
     inputs = random_inputs(graph)
     for g, w in zip(*(evaluate_graph(h, inputs) for h in (built, graph)), strict=True):
         np.testing.assert_allclose(g, w, atol=0.2 if dtype == "int8" else 1e-3)
