@@ -40,7 +40,7 @@ def compiler() -> tuple[str, ...]:
         if shutil.which(name):
             return (name,)
     try:
-        import ziglang  # type: ignore[import-not-found]  # noqa: F401
+        import ziglang  # noqa: F401
     except ImportError:
         raise ToolchainError(
             "no C++ compiler on PATH (tried c++, g++, clang++); install one, set CXX, "
