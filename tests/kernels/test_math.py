@@ -224,7 +224,7 @@ def test_integers(isa: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("isa", ["generic"])
 def test_log2_fixed(isa: str, tmp_path: Path) -> None:
-    """Against its meaning in ops.py, which stays below log2 by a unit of 2^-24 and a little."""
+    """Against its meaning in the op table, which stays below log2 by a unit of 2^-24 and a little."""
     rng = np.random.default_rng(5)
     powers = 2 ** np.arange(31, dtype=np.int64)
     others = rng.integers(-(2**31), 2**31, 4000), 2 ** rng.uniform(0, 31, 4000)
