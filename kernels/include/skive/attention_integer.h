@@ -19,18 +19,23 @@
 namespace skive {
 inline namespace SKIVE_ISA {
 
-// 255 * 2^x for x <= 0, relative error 3e-6 (minimax); NaN and what is below -30 give 0 when rounded.
-template <int N>
-SKIVE_INLINE Vec<N> byte_exponential(Vec<N> x) {
-  const Vec<N> least = splat<N>(-30.0f);
-  x = select(less(least, x), x, least);
-  const Vec<N> n = round_even(x), f = x - n;
-  Vec<N> p = splat<N>(2.443626f);
-  p = p * f + splat<N>(14.256141f);
-  p = p * f + splat<N>(61.26145f);
-  p = p * f + splat<N>(176.74667f);
-  p = p * f + splat<N>(255.0f);
-  return scale_exponent(p, n);
+// 255 * 2^x of Count vectors, x <= 0, relative error 3e-6 (minimax); NaN and what is below -30 give 0 when rounded.
+// Step by step for all of them: one chain of these operations after the other would fill the scheduler.
+template <int N, int Count>
+SKIVE_INLINE void byte_exponentials(Vec<N> (&x)[Count]) {
+  const auto each = [](const auto& step) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) step(i);
+  };
+  Vec<N> n[Count], p[Count];
+  each([&](int i) { x[i] = vmax(x[i], splat<N>(-30.0f)); });
+  each([&](int i) { n[i] = round_even(x[i]); });
+  each([&](int i) { x[i] = x[i] - n[i]; });
+  each([&](int i) { p[i] = splat<N>(2.443626f) * x[i] + splat<N>(14.256141f); });
+  each([&](int i) { p[i] = p[i] * x[i] + splat<N>(61.26145f); });
+  each([&](int i) { p[i] = p[i] * x[i] + splat<N>(176.74667f); });
+  each([&](int i) { p[i] = p[i] * x[i] + splat<N>(255.0f); });
+  each([&](int i) { x[i] = scale_exponent(p[i], n[i]); });
 }
 
 // Four bytes, each less 128.
@@ -219,7 +224,7 @@ struct quantized_attention {
     float* scores;     // whole numbers
     uint8_t* weights;
     int32_t* offset;   // of each row: what the zero point of the keys adds to its scores
-    float* factor;     // of each row: factor / sum of the weights
+    float* factor;     // of each row: its largest score, then factor / sum of the weights
     int32_t* shift;    // of each row: what the zero point of the values adds
     char* copy;
   };
@@ -267,12 +272,18 @@ struct quantized_attention {
                         if constexpr (Mask::present) s = s * splat<n>(numbers.scale);
                         return masked<Mask, Causal>(s, at, row, key);
                       });
+    // All maxima first: a row's exponentials need not wait for its own.
     for (int r = 0; r < Rows; ++r) {
-      const float sum = weigh(room.scores + static_cast<ptrdiff_t>(r) * kScoreRow,
-                              room.weights + static_cast<ptrdiff_t>(r) * kWeightRow,
-                              Mask::present ? 1.442695041f : numbers.exponent);
-      room.factor[r] = numbers.factor / sum;
-      room.shift[r] = kValueShift * static_cast<int32_t>(sum);
+      const float* const s = room.scores + static_cast<ptrdiff_t>(r) * kScoreRow;
+      room.factor[r] =
+          max_row<Nk>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(s + i); });
+    }
+    for (int r = 0; r < Rows; ++r) {
+      const int32_t sum = weigh(room.scores + static_cast<ptrdiff_t>(r) * kScoreRow,
+                                room.weights + static_cast<ptrdiff_t>(r) * kWeightRow, room.factor[r],
+                                Mask::present ? 1.442695041f : numbers.exponent);
+      room.factor[r] = numbers.factor / static_cast<float>(sum);
+      room.shift[r] = kValueShift * sum;
     }
     Results<Rows>::run(room.weights, room.values, room.zeros, at.y, nullptr, Part{},
                        [=](auto acc, ptrdiff_t row, int) __attribute__((always_inline)) {
@@ -285,18 +296,37 @@ struct quantized_attention {
                            return rounded<Out>(v, numbers.y_zero);
                        });
   }
-  // The weights of a row of scores; their sum, which is exact.
-  static SKIVE_NOINLINE float weigh(const float* s, uint8_t* p, float exponent) {
-    const float top =
-        max_row<Nk>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(s + i); });
-    for (int i = Nk; i < kKeys; ++i) p[i] = 0;
-    return sum_row<Nk>([&](ptrdiff_t i, auto lanes) {
+  // The weights of a row of scores, of which `top` is the largest; their sum.
+  static SKIVE_NOINLINE int32_t weigh(const float* s, uint8_t* p, float top, float exponent) {
+    const auto weights = [&](ptrdiff_t i, auto lanes, auto& x) __attribute__((always_inline)) {
       constexpr int n = decltype(lanes)::count;
-      const Vec<n> e =
-          round_even(byte_exponential((load<n>(s + i) - splat<n>(top)) * splat<n>(exponent)));
-      store(p + i, rounded<uint8_t, true>(e, 0));
-      return e;
+#pragma GCC unroll 4
+      for (auto& v : x) {
+        v = (load<n>(s + i) - splat<n>(top)) * splat<n>(exponent);
+        i += n;
+      }
+      byte_exponentials(x);
+    };
+    constexpr int kFour = 4 * kLanes, kWhole = Nk / kFour * kFour;
+    IVec<kLanes> sums = splat<kLanes>(0);
+    for (int i = 0; i < kWhole; i += kFour) {
+      Vec<kLanes> x[4];
+      weights(i, Lanes<kLanes>{}, x);
+      const IVec<kLanes> a = round_to_int(x[0]), b = round_to_int(x[1]), c = round_to_int(x[2]),
+                         d = round_to_int(x[3]);
+      store(p + i, a, b, c, d);
+      sums = sums + ((a + b) + (c + d));
+    }
+    int32_t sum = kWhole == 0 ? 0 : hsum(sums);
+    each_vector<Nk - kWhole>([&](ptrdiff_t i, auto lanes) {
+      Vec<decltype(lanes)::count> x[1];
+      weights(kWhole + i, lanes, x);
+      const auto e = round_to_int(x[0]);
+      store(p + kWhole + i, e);
+      sum += hsum(e);
     });
+    for (int i = Nk; i < kKeys; ++i) p[i] = 0;
+    return sum;
   }
 };
 
