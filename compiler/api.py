@@ -22,6 +22,7 @@ from skive import exits as early
 from skive.artifact import write_folder
 from skive.changes import Changes, Progress
 from skive.emit import cxx
+from skive.emit.names import identifier
 from skive.errors import InvalidModelError, SkiveError, TargetError
 from skive.execute import temporary_folder
 from skive.ir import Graph
@@ -148,7 +149,7 @@ def compile(
         return _finished(folder, request)
 
     progress("import", 0.05)
-    imported = dataclasses.replace(source.graph(), name=cxx.identifier(name or source.name))
+    imported = dataclasses.replace(source.graph(), name=identifier(name or source.name))
     if batch_max is not None and imported.batch_max != batch_max:
         raise SkiveError(f"batch_max={batch_max}: the graph itself says "
                          f"{imported.batch_max or 'that its batch is fixed'}; set Graph.batch_max")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from skive.plan import Exit, Plan
@@ -169,9 +169,21 @@ def layer_table(names: Sequence[str]) -> list[str]:
     ]
 
 
-def functions(
-    plan: Plan, steps: Sequence[tuple[str, str]], pointers_of_sample: Callable[[Plan], list[str]]
-) -> list[str]:
+def pointers_of_sample(plan: Plan) -> list[str]:
+    """Declarations of `in` and `out`: the tensors of sample `b`."""
+    lines = []
+    for kind, ports, ctype in (("in", plan.inputs, "const void*"), ("out", plan.outputs, "void*")):
+        source = "inputs" if kind == "in" else "outputs"
+        items = ", ".join(
+            f"static_cast<{'const ' if kind == 'in' else ''}unsigned char*>({source}[{i}])"
+            f" + static_cast<size_t>(b) * {p.bytes}"
+            for i, p in enumerate(ports)
+        )
+        lines.append(f"    {ctype} {'const ' if kind == 'out' else ''}{kind}[] = {{{items or 'nullptr'}}};")
+    return lines
+
+
+def functions(plan: Plan, steps: Sequence[tuple[str, str]]) -> list[str]:
     """The host program, for the namespace of the model. `steps`: what `sequence` gave."""
     tests = [e for e in plan.exits if e.score is not None]
     out = [

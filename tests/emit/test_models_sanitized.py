@@ -13,7 +13,7 @@ import onnx
 import pytest
 from test_clean_code import HOST, sanitized
 
-from skive.emit import cxx
+from skive.emit.names import identifier
 from skive.frontend.onnx import import_onnx
 
 FOLDERS = [Path(__file__).resolve().parents[3] / "shared" / "data" / "models",
@@ -40,4 +40,4 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def test_sanitizers_find_nothing(path: Path, tmp_path: Path) -> None:
     # The weights as assembly: as a C array, megabytes of them take a compiler minutes.
     graph = import_onnx(path, input_shapes=shapes(path))
-    sanitized(replace(graph, name=cxx.identifier(graph.name)), tmp_path, HOST, weights_in_c=False)
+    sanitized(replace(graph, name=identifier(graph.name)), tmp_path, HOST, weights_in_c=False)

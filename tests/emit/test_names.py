@@ -13,7 +13,7 @@ from emitted import cmake_or_skip, run
 from onnx import TensorProto, helper
 
 import skive
-from skive.emit import cxx
+from skive.emit.names import identifier
 
 HOSTILE = {
     "quotes": "a\"b'c`d",
@@ -108,8 +108,8 @@ def test_names_that_mean_something_elsewhere(tmp_path: Path) -> None:
 
 def test_names_that_become_one_identifier(tmp_path: Path) -> None:
     """Two artefacts may share a name; ports that differ only in symbols stay apart."""
-    assert cxx.identifier("a-b") == cxx.identifier("a b") == "a_b"
-    assert len(cxx.identifier("x" * 100_000)) <= 64
+    assert identifier("a-b") == identifier("a b") == "a_b"
+    assert len(identifier("x" * 100_000)) <= 64
     x = np.ones((2, 3), np.float32)
     first, second = (skive.compile(model(t), output=tmp_path / t, target="generic") for t in ("a-b", "a b"))
     assert first.manifest["name"] == second.manifest["name"] == "a_b"

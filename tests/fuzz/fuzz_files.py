@@ -447,13 +447,14 @@ def sources_of(path: Path) -> None:
 
     from skive import passes
     from skive.emit import cxx
+    from skive.emit.names import identifier
     from skive.frontend import open_model
     from skive.lower import lower
     from skive.pipeline import PassManager
     from skive.targets.base import resolve
 
     source = open_model(path, batch_max=None)
-    graph = dataclasses.replace(source.graph(), name=cxx.identifier(source.name))
+    graph = dataclasses.replace(source.graph(), name=identifier(source.name))
     optimised, _ = PassManager().run(graph, passes.EXACT, check="never")
     target = resolve("generic", [])
     cxx.emit(lower(optimised, target, 1), target)
