@@ -117,13 +117,12 @@ def build_shared(
     target: Target,
     *,
     threads: int = 1,
-    extra_flags: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, all_: None,
 ) -> Path:
     """Builds `libNAME.so` in `folder` and returns its path; ToolchainError with the compiler's message."""
     command = compiler()
     version = compiler_version(command)
-    flags = [*FLAGS, *target.flags, *extra_flags, *user_flags()]
+    flags = [*FLAGS, *target.flags, *user_flags()]
     done = 0
 
     def includes(unit: str, file: str) -> bool:

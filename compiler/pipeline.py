@@ -15,7 +15,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from skive import ops
 from skive.errors import InvalidModelError, SkiveError, VerificationError
-from skive.ir import Graph, Node, constant, rebuilt
+from skive.ir import Graph, constant, rebuilt
 from skive.verify import verify
 
 log = logging.getLogger("skive.pipeline")
@@ -213,18 +213,16 @@ def difference(got: np.ndarray, want: np.ndarray) -> float:
     return float(np.max(np.abs(got[~same] - want[~same])) / max(scale, 1e-30))
 
 
-@dataclass
 class PassManager:
-    """Runs pipelines. `check`: "always", "never", or "auto" (small graphs only, see AUTO_CHECK_MACS)."""
-
-    seed: int = 0
-    announce: Callable[[str], None] = log.info
+    """Runs pipelines."""
 
     def run(self, graph: Graph, passes: str | Sequence[str | Pass | Step], *, dump_dir: str | Path | None = None,
             check: str = "auto") -> tuple[Graph, list[Record]]:
         """(the transformed graph, one record per pass).
 
-        Every pass is verified. An exact pass is compared with the graph before it on random inputs.
+        Every pass is verified. An exact pass is compared with the graph before it on random inputs; `check`:
+        "always", "never", or "auto" (small graphs only, see AUTO_CHECK_MACS). `dump_dir`: a folder for the text
+        of the graph after each pass.
         Raises VerificationError naming the pass whose result differs, InvalidModelError if a pass
         leaves a malformed graph.
         """
@@ -233,12 +231,12 @@ class PassManager:
         steps = _steps(passes)
         check_exact = check == "always" or (check == "auto" and total_macs(graph) <= AUTO_CHECK_MACS)
         verify(graph)
-        inputs = random_inputs(graph, self.seed) if check_exact else []
+        inputs = random_inputs(graph) if check_exact else []
         reference: list[np.ndarray] | None = None
         records: list[Record] = []
         dump = _Dump(Path(dump_dir), graph) if dump_dir is not None else None
         for index, step in enumerate(steps, 1):
-            self.announce(str(step))
+            log.info(str(step))
             start = time.perf_counter()
             after = step.pass_.fn(graph, step.options)
             ms = (time.perf_counter() - start) * 1e3
@@ -256,7 +254,7 @@ class PassManager:
                                   weight_bytes(after), step.pass_.exact, changed and step.pass_.exact and check_exact))
             graph = after
             if dump is not None:
-                dump.add(index, step.pass_.name, graph, records)
+                dump.add(index, step.pass_.name, graph)
         if dump is not None:
             dump.close(records)
         return graph, records
@@ -314,13 +312,9 @@ def _evaluate(graph: Graph, inputs: list[np.ndarray]) -> list[np.ndarray]:
 def _warn_of_nan(before: Graph, after: Graph, name: str) -> None:
     """Logs constants with NaN that the pass made: legal, but worth knowing."""
     known = {id(n.value) for n in before.nodes if n.is_const}
-    for n in _float_constants(after.nodes):
-        if id(n.value) not in known and np.isnan(n.value).any():
+    for n in after.nodes:
+        if n.is_const and n.dtype.is_float and id(n.value) not in known and np.isnan(n.value).any():
             log.warning("%s: pass %s made a constant that holds NaN", n.label(), name)
-
-
-def _float_constants(nodes: Iterable[Node]) -> Iterable[Node]:
-    return (n for n in nodes if n.is_const and n.dtype.is_float)
 
 
 class _Dump:
@@ -335,7 +329,7 @@ class _Dump:
         self._last, self._last_name = print_graph(graph), "00-input.txt"
         (folder / self._last_name).write_text(self._last, encoding="utf-8")
 
-    def add(self, index: int, name: str, graph: Graph, records: list[Record]) -> None:
+    def add(self, index: int, name: str, graph: Graph) -> None:
         text, file = self._print(graph), f"{index:02d}-{name}.txt"
         (self._folder / file).write_text(text, encoding="utf-8")
         diff = difflib.unified_diff(self._last.splitlines(True), text.splitlines(True), self._last_name, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import enum
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -122,9 +122,6 @@ class TensorType:
     @property
     def bytes(self) -> int:
         return self.size * self.dtype.bytes
-
-    def with_shape(self, shape: tuple[int, ...]) -> TensorType:
-        return replace(self, shape=tuple(int(d) for d in shape))
 
     def with_dtype(self, dtype: DType) -> TensorType:
         return TensorType(self.shape, dtype)

@@ -28,7 +28,7 @@ def _infer_transpose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     return TensorType(tuple(types[0].shape[p] for p in perm), types[0].dtype)
 
 
-def _slices(shape: tuple[int, ...], a: FrozenDict) -> tuple[slice, ...]:
+def _slices(a: FrozenDict) -> tuple[slice, ...]:
     out = []
     for start, size, step in zip(a["start"], a["size"], a["step"], strict=True):
         stop = start + size * step
@@ -50,7 +50,7 @@ def _infer_slice(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
 def _ref_slice(x: Sequence[Array], a: FrozenDict) -> Array:
     if 0 in a["size"]:
         return np.zeros(a["size"], x[0].dtype)
-    return x[0][_slices(x[0].shape, a)]
+    return x[0][_slices(a)]
 
 
 def _infer_concat(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
