@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from skive.quantization import Quantize
     from skive.sparsity import Sparsify
 
-log = logging.getLogger("skive.api")
-
 PROFILE_SECONDS = 0.2  # what measuring the layers may add to a compile
 
 
@@ -66,7 +63,7 @@ class Options:
 def compile(
     model: Any,
     *,
-    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,  # noqa: A001 - the contract's name
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     name: str | None = None,
     target: str = "host",
@@ -90,19 +87,24 @@ def compile(
 ) -> Module:
     """A callable module compiled from `model` (path, `onnx.ModelProto`, `torch.nn.Module`, `ExportedProgram`, `Graph`).
 
-    `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an
-    ONNX model. `output`: the artefact folder to write (a temporary one that lives as long as the
-    process if not given). `quantize`: "int8", "int16", "auto", "weights8", "weights4" or a `skive.Quantize`,
-    which also holds the calibration data (weights8 and weights4 need none). `prune`: the fraction of
-    multiply-accumulates to remove with whole channels, or a `skive.Prune`. `sparsify`: the blocks of
-    weights that become zero, as "block4x16@0.75", or a `skive.Sparsify`. `exits`: where a call may
-    end early, as `skive.Exit` or in the text form "exit0:max-prob=0.9". `tune`: seconds that may go into measuring
-    other ways to compute
-    each layer on this processor; what was measured is remembered, and what was chosen stands in the
-    manifest. `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear and DequantizeLinear
-    where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this many samples
-    a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones otherwise.
-    `backend`: "skive", or "tvm", which has Apache TVM compile the stages of a float32 network (extra `tvm`).
+    `example_inputs`: a tuple or a dict by name; needed for torch, and fixes symbolic dimensions of an ONNX model;
+    `input_shapes` does so by input name. `output`: the artefact folder to write (a temporary one that lives as long
+    as the process if not given). `name`: of the C functions and files, that of the model if not given. `target`:
+    one of `skive targets`, "host" the best that runs here; `threads`: 1 to 256 that share a call, which changes no
+    bit of the results. `verify`: compare the artefact with the numpy reference of the model as imported,
+    VerificationError if they differ; `strict`: the graph after every pass too. `quantize`: "int8", "int16", "auto",
+    "weights8", "weights4" or a `skive.Quantize`, which also holds the calibration data (weights8 and weights4 need
+    none). `prune`: the fraction of multiply-accumulates to remove with whole channels, or a `skive.Prune`.
+    `sparsify`: the blocks of weights that become zero, as "block4x16@0.75", or a `skive.Sparsify`. `exits`: where a
+    call may end early, as `skive.Exit` or in the text form "exit0:max-prob=0.9". `tune`: seconds that may go into
+    measuring other ways to compute each layer on this processor; what was measured is remembered, and what was
+    chosen stands in the manifest. `emit_only`: write sources and run no compiler; the result has a `folder` and a
+    `report`, and cannot be called. `export_onnx`: an ONNX file to write the optimised graph to, with QuantizeLinear
+    and DequantizeLinear where it is quantized. `batch_max`: compile a model with a symbolic batch for 1 to this
+    many samples a call. `fixed_inputs`: inputs that become constants. `data`: inputs to verify with, random ones
+    otherwise. `dump_ir`: a folder for the text of the graph after each pass. `progress(step, fraction)` is called
+    as it goes on. `backend`: "skive", or "tvm", which has Apache TVM compile the stages of a float32 network (extra
+    `tvm`).
     Raises the errors of `skive.errors`; nothing is written unless all went well.
     """
     request = dict(locals())

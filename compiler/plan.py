@@ -154,6 +154,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
+    """A network on the target `isa`: `calls` in order, with their places in an arena of `arena_bytes` and in the blob
+    of packed `weights`. `arena_lower_bound`: what no placement can do without."""
+
     name: str
     isa: str
     threads: int
@@ -186,14 +189,14 @@ class WeightPool:
     def add(self, array: np.ndarray) -> int:
         """The byte offset of `array` in the blob."""
         data = np.ascontiguousarray(array).tobytes()
-        key = data
-        if key not in self._offsets:
-            self._offsets[key] = self._size
+        if data not in self._offsets:
+            self._offsets[data] = self._size
             self._chunks.append(data + b"\0" * (aligned(len(data)) - len(data)))
             self._size += aligned(len(data))
-        return self._offsets[key]
+        return self._offsets[data]
 
     def blob(self) -> bytes:
+        """All constants, each at its offset."""
         return b"".join(self._chunks)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def open_source(model: str, **request: Any) -> Source:
+    """The model, its shapes as `request` (arguments of `frontend.open_model`) says."""
     from skive import frontend
 
     if Path(model).is_dir():
@@ -22,6 +23,7 @@ def open_source(model: str, **request: Any) -> Source:
 
 
 def graph_ports(nodes: Sequence[Any], names: Sequence[str] | None = None) -> list[TensorInfo]:
+    """What a caller sees of these nodes, under `names` or their own."""
     from skive.runtime import TensorInfo
 
     return [TensorInfo(name, n.shape, str(n.dtype.numpy))
@@ -29,6 +31,7 @@ def graph_ports(nodes: Sequence[Any], names: Sequence[str] | None = None) -> lis
 
 
 def load_artefact(artefact: str) -> Module:
+    """The artefact in this folder; InvalidModelError if there is none."""
     from skive.runtime import load
 
     if not Path(artefact).is_dir():

@@ -94,7 +94,7 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def requested_shapes(inputs: Sequence[tuple[str, tuple[int, ...]]], batch_max: int | None,
-               example: str | None) -> dict[str, Any]:
+                     example: str | None) -> dict[str, Any]:
     """The keyword arguments of `frontend.open_model` that the shape options ask for."""
     if batch_max is None and any(shape[:1] == (-1,) for _, shape in inputs):
         raise click.UsageError("a shape with a leading N needs --batch-max")

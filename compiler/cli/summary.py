@@ -102,11 +102,13 @@ def _quantization_lines(fixed: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_lines(lines: Sequence[tuple[str, str]]) -> None:
+    """Prints what `summary_lines` gives as two columns."""
     for key, value in lines:
         click.echo(f"  {key:<12} {printable(value)}")
 
 
 def verdict_text(verdict: Mapping[str, Any] | None) -> str:
+    """The `verification` of report.json in one line."""
     if verdict is None:
         return "no"
     ratio = f", SQNR {verdict['sqnr_db']:.0f} dB" if verdict.get("sqnr_db") is not None else ""
