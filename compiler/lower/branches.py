@@ -8,7 +8,6 @@ from skive import ops
 from skive.ir import Graph, Node
 from skive.lower.calls import Lowering, lowers
 from skive.lower.storage import Guards
-from skive.plan import Arg
 
 
 def guards_of(graph: Graph) -> dict[Node, Guards]:
@@ -36,15 +35,11 @@ def guards_of(graph: Graph) -> dict[Node, Guards]:
         common = uses[0]
         for other in uses[1:]:
             length = 0
-            while length < min(len(common), len(other)) and _same(common[length], other[length]):
+            while length < min(len(common), len(other)) and common[length] == other[length]:
                 length += 1
             common = common[:length]
         found[node] = common
     return found
-
-
-def _same(a: tuple[Node, bool], b: tuple[Node, bool]) -> bool:
-    return a[0] is b[0] and a[1] is b[1]
 
 
 def path_macs(nodes: Iterable[Node], guards: Mapping[Node, Guards]) -> tuple[int, int]:
@@ -83,7 +78,7 @@ def _choose(ctx: Lowering, node: Node) -> None:
             "copy.h",
             [node.dtype.ctype, dense, dense, dense],
             ["y", "x", "part"],
-            [(ctx.view(node), Arg("y", node.dtype.ctype, "", const=False)), ctx.read("x", value)],
+            [ctx.write("y", node), ctx.read("x", value)],
         )
     ctx.guards = around
 

@@ -152,7 +152,7 @@ class Lowering(Storage):
             self._write_outputs(range(len(graph.outputs)))
         if self.problems:
             raise UnsupportedOpError(self.problems)
-        blocks = [r.block for r in self._roots if r.block and r.block.last >= 0]
+        blocks = [b for r in self._roots if (b := r.block) and b.last >= 0]
         size, bound = place(blocks)
         calls = list(self.calls)
         for args, index, holds in self._pending:
@@ -170,7 +170,7 @@ class Lowering(Storage):
                 list(zip(graph.output_names, graph.outputs, strict=True)),
             )
         ]
-        stages, ways, steps = self._host_program(exits, [b for b in blocks if b])
+        stages, ways, steps = self._host_program(exits, blocks)
         calls, stages = self._all_trips(calls, stages)
         return Plan(
             graph.name,
@@ -230,8 +230,9 @@ class Lowering(Storage):
         if not text:
             return Fn((), (Access("value"),), True, True), []
         e = expressions.parse(text)
+        extras = node.inputs[ops.op_of(node.op).epilogue or 0 :]
         operands, args = [Access("value")], []
-        for i, extra in enumerate(node.inputs[ops.op_of(node.op).epilogue or 0 :], 1):
+        for i, extra in enumerate(extras, 1):
             access = fusible_operand(extra, node)
             assert access is not None, "legalise() lets only fusible epilogues through"
             if access.mode != "literal":
@@ -240,9 +241,8 @@ class Lowering(Storage):
                     access = replace(access, stride=self.pixel(extra))
                 args.append(self.read(f"e{i}", extra, strided=access.mode in ("full", "sample")))
             operands.append(access)
-        types = [sum_dtype(node), *(i.dtype for i in node.inputs[ops.op_of(node.op).epilogue or 0 :])]
-        steps = steps_of(e, types)
-        steps = without_divisions(e, steps, [None, *node.inputs[ops.op_of(node.op).epilogue or 0 :]])
+        types = [sum_dtype(node), *(i.dtype for i in extras)]
+        steps = without_divisions(e, steps_of(e, types), [None, *extras])
         if is_integer_conv(node) or is_integer_depthwise(node):
             steps = rounded_by_store(node, e, steps, operands, types)
         return Fn(steps, tuple(operands), True, True), args
