@@ -265,6 +265,22 @@ def test_sixteen_bits_need_opset_21() -> None:
         export_onnx(graph, opset=7)
 
 
+@pytest.mark.parametrize(("op", "attrs"), [
+    ("clip", {"lo": -5.0, "hi": 300.0}), ("relu", {}), ("min", {}), ("max", {}), ("concat", {"axis": 3}),
+    ("max_pool2d", {"kernel": (3, 3), "pad": (1, 1, 1, 1)}), ("reduce_max", {"axes": (1, 2)}),
+    ("pad", {"before": (0, 1, 0, 2), "after": (0, 0, 3, 0), "value": -7}),
+    ("pad", {"before": (0, 1, 2, 0), "after": (0, 2, 0, 1), "mode": "reflect"}),
+], ids=lambda v: v if isinstance(v, str) else "")
+def test_sixteen_bits_pass_every_operation(op: str, attrs: dict[str, object]) -> None:
+    """Also those that ONNX or onnxruntime has for other integers only."""
+    a, b = (value(n, 1, 6, 8, 4, dtype=DType.i16) for n in "ab")
+    operands = (a, b) if op in ("min", "max", "concat") else (a,)
+    graph = Graph("g", operands, (ops.make(op, *operands, **attrs),), ("y",))
+    rng = np.random.default_rng(0)
+    values = [rng.integers(-32768, 32768, i.shape).astype(np.int16) for i in operands]
+    np.testing.assert_array_equal(run(export_onnx(graph), *values)[0], reference.evaluate_graph(graph, values)[0])
+
+
 def test_every_node_without_an_equivalent_is_named() -> None:
     x = ops.make("input", shape=(4,), dtype=DType.i32, label="x")
     y = ops.make("shift_left", x, x, origin="layer1")

@@ -8,7 +8,7 @@ import onnx
 
 from skive.errors import InvalidModelError, SkiveError
 from skive.export.onnx import rows as _rows  # noqa: F401 - fills the table
-from skive.export.onnx.prepare import columns_as_stored, takes_any_batch, unfused
+from skive.export.onnx.prepare import columns_as_stored, takes_any_batch, unfused, without_16_bits
 from skive.export.onnx.writer import ROWS, WIDE, Writer, has_blocks
 from skive.ir import Graph
 
@@ -34,7 +34,7 @@ def export_onnx(graph: Graph, path: str | Path | None = None, *, opset: int | No
         opset = 21 if any(n.dtype in WIDE or has_blocks(n) for n in graph.nodes) else 20
     if opset not in OPSETS:
         raise InvalidModelError(f"opset {opset}: {OPSETS.start} to {OPSETS.stop - 1} can be written")
-    plain_graph = columns_as_stored(unfused(graph))
+    plain_graph = without_16_bits(columns_as_stored(unfused(graph)))
     model = Writer(plain_graph, opset, graph.batch_max is not None and takes_any_batch(plain_graph)).model()
     if path is not None:
         big = model.ByteSize() > LARGEST

@@ -10,7 +10,7 @@ import numpy as np
 from skive import expr as expressions
 from skive import ops
 from skive.errors import ShapeError
-from skive.export.onnx.writer import IMAGE, is_quantized_constant
+from skive.export.onnx.writer import F32, IMAGE, WIDE, is_quantized_constant
 from skive.frontend.onnx.batch import check_separable
 from skive.ir import Graph, Node, constant, rebuilt
 
@@ -84,6 +84,23 @@ def columns_as_stored(graph: Graph) -> Graph:
             x = ops.make(step.op, *operands, origin=step.origin, label=step.name, **step.attrs)
         new[node] = rebuilt(node, (x, weights, *inputs[2:]))
     return graph.with_nodes(new)
+
+
+# What ONNX or onnxruntime 1.31 has for floats and other integers than those of 16 bits; exact in float32.
+NOT_OF_16_BITS = {"clip", "max", "max_pool2d", "min", "pad", "reduce_max", "reduce_min", "relu", "resize2d", "where"}
+
+
+def without_16_bits(graph: Graph) -> Graph:
+    """The graph with integers of 16 bits as float32 where ONNX has no operator for them."""
+
+    def one(node: Node, inputs: tuple[Node, ...]) -> Node:
+        if node.op not in NOT_OF_16_BITS or node.dtype not in WIDE:
+            return rebuilt(node, inputs)
+        wide = [ops.make("cast", i, to=F32, origin=node.origin) if i.dtype in WIDE else i for i in inputs]
+        result = ops.make(node.op, *wide, label=node.name, origin=node.origin, **node.attrs)
+        return ops.make("cast", result, to=node.dtype, origin=node.origin)
+
+    return graph.map_nodes(one)
 
 
 def takes_any_batch(graph: Graph) -> bool:
