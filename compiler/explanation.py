@@ -64,6 +64,7 @@ def layers(
     stored value costs: that step squared by 12, beside the observed power.
     """
     from skive.calibration import narrowing_gain_db
+    from skive.passes.quantize import is_move
 
     storage = quantizer.storage
     root_of, members_of = storage._root, storage._members
@@ -91,6 +92,9 @@ def layers(
             entry["weight_bytes"] = w.size * x.dtype.bytes
             error = (layer.real_weights - w).astype("f8")
             entry["weight_sqnr_db"] = decibels(float((w.astype("f8") ** 2).sum()), float((error**2).sum()))
+        elif quantizer.is_recurrent(core):
+            entry |= {"dtype": _BITS[1], "bits": {"activations": 8, "weights": 8}}
+            entry["weight_bytes"] = core.inputs[1].type.size
         elif ops.macs(core):
             entry["weight_bytes"] = sum(i.type.bytes for i in core.inputs if i.is_const)
         if stored:
@@ -98,7 +102,7 @@ def layers(
             entry |= {"stored": form.dtype.value, "scale": form.scale, "zero": form.zero}
             entry["bytes"] = root.type.size * form.dtype.bytes
             entry["sqnr_db"] = measured.get(root)
-            if layer is None and (core.op in ("input", "concat") or read and not _is_float_work(core)):
+            if layer is None and (core.op == "input" or is_move(core) or read and not _is_float_work(core)):
                 entry["dtype"] = _BITS[form.dtype.bytes]
             if root in observed:
                 o = observed[root]

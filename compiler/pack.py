@@ -361,33 +361,43 @@ def pack_gates(weights: np.ndarray, rows: int, isa: str) -> Floats:
     return pack_conv2d(weights[:, None, None, :], _gate_block(weights.shape[0], rows, isa))
 
 
+def _gate_bias(outputs: int, rows: int, isa: str) -> int:
+    """gate_product::bias_floats of rnn.h."""
+    return _round_up(_round_up(outputs, _gate_block(outputs, rows, isa)), 16)
+
+
+def steps_scratch_bytes(gates: int, batch: int, hidden: int, isa: str) -> int:
+    """`scratch_bytes` of lstm_steps (4 gates) and gru_steps (3) of rnn.h; with 1 what the steps of rnn take."""
+    n = gates * hidden
+    total = _round_up(batch * n, 16) + _gate_bias(n, batch, isa) + _product_copy(batch, hidden, hidden)
+    if gates == 3:
+        total += 2 * _round_up(batch * hidden, 16) + _gate_bias(hidden, batch, isa)
+    return 4 * total
+
+
 def recurrent_scratch_bytes(
     gates: int, steps: int, batch: int, inputs: int, hidden: int, packed: bool, isa: str
 ) -> int:
     """`scratch_bytes` of lstm (4 gates), gru (3) and rnn (1) of rnn.h; `packed`: weights by pack_gates."""
 
-    def bias(outputs: int, rows: int) -> int:
-        block = _gate_block(outputs, rows, isa)
-        return _round_up(_round_up(outputs, block), 16)
-
     def weights(outputs: int, width: int, rows: int) -> int:
         return _panel_floats(width, outputs, _gate_block(outputs, rows, isa))
 
     n = gates * hidden
-    total = (
-        _round_up(steps * batch * n, 16)
-        + _round_up(batch * n, 16)
-        + 2 * max(bias(n, steps * batch), bias(n, batch))
-    )
-    total += _round_up(batch * hidden, 16)
-    total += max(_product_copy(steps * batch, inputs, inputs), _product_copy(batch, hidden, hidden))
+    total = _round_up(steps * batch * n, 16) + _gate_bias(n, steps * batch, isa)
+    total += _product_copy(steps * batch, inputs, inputs)
     if not packed:
         total += weights(n, inputs, steps * batch) + weights(n, hidden, batch)
-    if gates == 3:
-        total += _round_up(batch * hidden, 16) + bias(hidden, batch)
-        if not packed:
+        if gates == 3:
             total += weights(2 * hidden, hidden, batch) + weights(hidden, hidden, batch)
-    return 4 * total
+    return 4 * total + steps_scratch_bytes(gates, batch, hidden, isa)
+
+
+def quantized_steps_scratch_bytes(gates: int, batch: int, hidden: int) -> int:
+    """`scratch_bytes` of quantized_lstm (4 gates) and quantized_gru (3) of rnn_integer.h."""
+    row = _round_up(hidden, 64)
+    row += 64 if row % 4096 == 0 else 0
+    return batch * row + 4 * _round_up(batch, 16) + _round_up(4 * batch * gates * hidden, 64)
 
 
 @dataclass(frozen=True)

@@ -318,6 +318,10 @@ def apply(
 
         graph = prepared(graph)
         require_integer_forms(graph)  # before the data is looked at
+    elif options.dtype == "int8":
+        from skive.passes.split_recurrences import recurrences_split
+
+        graph = recurrences_split(graph, options.keeps)
     known = calibrated(graph, options, progress, name)
     quantizer = known.quantizer(options, options.dtype)
     quantized = quantizer.build()

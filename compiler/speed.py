@@ -409,18 +409,20 @@ def uniform_plans(graph: Graph, target: Target, threads: int = 1) -> dict[str, P
     from skive.passes.compress_weights import Scheme as Weights
     from skive.passes.compress_weights import compress
     from skive.passes.quantize import Quantizer, Scheme, Storage
+    from skive.passes.split_recurrences import recurrences_split
     from skive.pipeline import PassManager
 
     plans = {}
     for dtype in (*DTYPES, WEIGHTS):
-        form, storage = graph, Storage(graph, attention=dtype == "int8")
+        form = recurrences_split(graph) if dtype == "int8" else graph
+        storage = Storage(form, attention=dtype == "int8")
         if dtype == WEIGHTS:
             form, compressed = compress(graph, Weights())
             if not compressed:
                 continue
         elif dtype != "float32" and storage.products:
             ranges = {n: guessed_range(n) for n in storage.sources}
-            form = Quantizer(graph, Scheme(ranges, dtype), storage).build()
+            form = Quantizer(form, Scheme(ranges, dtype), storage).build()
         fused, _ = PassManager().run(form, passes.FUSED, check="never")
         try:
             plans[dtype] = lower(fused, target, threads)

@@ -21,6 +21,7 @@ from skive.passes.quantize import quantize
 from skive.passes.recognise_patterns import recognise_patterns
 from skive.passes.sink_reshapes import sink_reshapes
 from skive.passes.sink_transposes import sink_transposes
+from skive.passes.split_recurrences import split_recurrences
 from skive.passes.tabulate import tabulate
 from skive.passes.transpose_free_attention import transpose_free_attention
 from skive.pipeline import PassManager, Record
@@ -28,8 +29,8 @@ from skive.pipeline import PassManager, Record
 __all__ = ["CANONICAL", "CLEANED", "EXACT", "FUSED", "INTEGER_ONLY", "canonical", "compress_weights",
            "eliminate_common", "eliminate_dead", "eliminate_identity", "equalise", "fit_functions", "fold_batchnorm",
            "fold_constants", "fold_padding", "fuse_elementwise", "integer_arithmetic", "integer_only", "join_factors",
-           "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes", "tabulate",
-           "transpose_free_attention"]
+           "merge_linear", "optimize", "quantize", "recognise_patterns", "sink_reshapes", "sink_transposes",
+           "split_recurrences", "tabulate", "transpose_free_attention"]
 
 # The model in its simplest form, every operation still by itself: where quantization, pruning and
 # early exits start from.

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from timing import aligned, arguments, build, peak_gmacs, pointer, print_rows, seconds
 
+from skive import pack
+
 # name, heads, queries, keys, features
 ATTENTION = [
     ("bert-base 128", 12, 128, 128, 64),
@@ -29,6 +31,9 @@ PRODUCTS = [
 ]
 # name, kernel, T, I, H, gates
 RECURRENT = [("lstm speech", "lstm", 50, 40, 128, 4), ("gru denoise", "gru", 50, 42, 96, 3)]
+# name, kernel, T, H, gates: the steps alone, in float32 and with 8-bit weights
+STEPS = [("lstm 64", "lstm", 50, 64, 4), ("lstm 256", "lstm", 50, 256, 4), ("gru 128", "gru", 50, 128, 3),
+         ("gru 512", "gru", 50, 512, 3)]
 
 
 def main() -> None:
@@ -56,14 +61,23 @@ def main() -> None:
                 float(t * gates * h * (i + h)),
             )
         )
+    for name, kind, t, h, gates in STEPS:
+        states, null = ("x, x", ", nullptr") if kind == "lstm" else ("x, x", "")
+        macs = float(t * gates * h * h)
+        real = f"{kind}_steps<{t}, 1, {h}>"
+        calls.append((f"{name} f32", f"{real}::run(x, x, {states}{null}, y, scratch, Part{{}})", macs))
+        block = pack.conv2d_block(gates * h, args.isa, 1, element_size=1, depth=h)
+        bytes_ = "reinterpret_cast<const int8_t*>(x), zeros, x"
+        calls.append((f"{name} int8", f"quantized_{kind}<{t}, 1, {h}, {block}>::run(x, {bytes_}, {states}, y, scratch, "
+                      "Part{})", macs))
     calls = [call for call in calls if args.only in call[0]]
-    body = "alignas(64) static float scratch[1 << 22];\n"
+    body = "alignas(64) static float scratch[1 << 22];\nalignas(64) static const int32_t zeros[1 << 12] = {};\n"
     body += "".join(
         f'extern "C" void bench_{n}(const float* x, float* y, int samples, double* times) {{\n'
         f"  repeat([=] {{ {call[1]}; }}, samples, times);\n}}\n"
         for n, call in enumerate(calls)
     )
-    library = build(["attention", "rnn"], body, args.isa, args.opt)
+    library = build(["attention", "rnn", "rnn_integer"], body, args.isa, args.opt)
     peak = peak_gmacs(library)
     rng = np.random.default_rng(0)
     x = aligned((rng.standard_normal(1 << 21) * 0.1).astype(np.float32))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "kernels"))
-from driver import ISA_FLAGS, aligned, compile_library, cpu_isas, pointer  # noqa: E402
+from driver import INTEGER_ISA_FLAGS, aligned, compile_library, cpu_isas, pointer  # noqa: E402
 
 __all__ = ["aligned", "arguments", "build", "peak_gmacs", "pointer", "print_rows", "seconds"]
 
@@ -70,7 +70,7 @@ using namespace skive;
 def arguments(description: str | None) -> argparse.Namespace:
     """`--isa`, `--only` (part of a network's or layer's name), `--opt` and `--json`."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--isa", choices=list(ISA_FLAGS), default=cpu_isas()[0])
+    parser.add_argument("--isa", choices=list(INTEGER_ISA_FLAGS), default=cpu_isas(INTEGER_ISA_FLAGS)[0])
     parser.add_argument("--only", default="", help="layers whose name contains this")
     parser.add_argument("--opt", default="-O2", help="optimisation level")
     parser.add_argument("--json", action="store_true")

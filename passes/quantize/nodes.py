@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from skive.ir import Node, constant
 from skive.passes.quantize.formats import Format
 from skive.passes.quantize.weights import INT32, Layer
 from skive.types import DType
+
+RECURRENT = {"lstm_steps": "quantized_lstm", "gru_steps": "quantized_gru"}
 
 
 def constants(form: Format) -> tuple[Node, Node]:
@@ -69,3 +72,13 @@ def contraction(x: Node, layer: Layer, form: Format, bias: np.ndarray, per_chann
             )
         )
     return ops.make(node.op, *operands, origin=node.origin, label=node.name, **node.attrs)
+
+
+def recurrent(node: Node, inputs: Sequence[Node]) -> Node:
+    """The steps of a recurrent layer on 8-bit weights, a scale for each gate of each unit."""
+    pre, r, *rest = inputs
+    largest = np.abs(r.value).max(1, initial=0)
+    scale = np.where(largest > 1e-30, largest / np.float32(127), np.float32(1)).astype(np.float32)
+    weights = np.clip(np.rint(r.value / scale[:, None]), -127, 127).astype(np.int8)
+    return ops.make(RECURRENT[node.op], pre, constant(weights, name=r.name, origin=r.origin),
+                    constant(scale, origin=node.origin), *rest, origin=node.origin, label=node.name)  # fmt: skip

@@ -12,7 +12,7 @@ from skive import ops
 from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.passes.quantize.formats import HEADROOM, Format, Range, affine, fixed
-from skive.passes.quantize.nodes import constants, contraction, quantized
+from skive.passes.quantize.nodes import RECURRENT, constants, contraction, quantized, recurrent
 from skive.passes.quantize.shared_ranges import SharedRanges
 from skive.passes.quantize.storage import Storage
 from skive.passes.quantize.weights import Layer, Weights
@@ -50,7 +50,7 @@ class Scheme:
 
     @property
     def attention(self) -> bool:
-        """True if all stored values are bytes, which attention can read."""
+        """True if all stored values are bytes, which attention and recurrent layers can read."""
         return "int16" not in {self.dtype, *self.dtypes.values()}
 
     def dtype_of(self, products: Iterable[Node]) -> str:
@@ -218,10 +218,17 @@ class Quantizer:
             i in self.storage.stored and self.format_of(i).dtype is DType.u8 for i in node.inputs[:3]
         ):
             return ops.make(node.op, *inputs, origin=node.origin, label=node.name, **{**node.attrs, "levels": 255})
+        if self.is_recurrent(node):
+            return recurrent(node, inputs)
         if node not in self.layers:
             return rebuilt(node, inputs)
         form = self.format_of(node.inputs[0])
         return contraction(inputs[0], self.layers[node], form, self.bias_of(node), self.scheme.per_channel)
+
+    def is_recurrent(self, node: Node) -> bool:
+        """True for the steps of a recurrent layer that run on 8-bit weights."""
+        return (node.op in RECURRENT and self.scheme.attention and not self.scheme.keep(node)
+                and node.inputs[1].is_const)
 
     def _moved(self, node: Node, floats: Mapping[Node, Node]) -> Node:
         """The integers of a stored value that is made by moving others."""

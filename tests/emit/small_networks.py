@@ -143,6 +143,11 @@ def recurrent(net: Net) -> None:
     net.output(ops.make("lstm", x, *weights(4), h0, c0), ops.make("lstm", x, *weights(4), h0, c0, net.weights(24)),
                ops.make("gru", x, *weights(3), h0), ops.make("gru", x, *weights(3), h0, reset_after=True),
                ops.make("rnn", x, *weights(1), h0))
+    for name, gates, others in (("lstm", 4, [h0, c0]), ("gru", 3, [net.weights(8), h0])):
+        pre = ops.make("linear", x, net.weights(gates * 8, 9))
+        bytes_ = constant((net.weights(gates * 8, 8).value * 127).clip(-127, 127).astype(np.int8))
+        net.output(ops.make(f"{name}_steps", pre, net.weights(gates * 8, 8), *others),
+                   ops.make(f"quantized_{name}", pre, bytes_, net.weights(gates * 8), *others))
 
 
 @network

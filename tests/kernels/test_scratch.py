@@ -13,7 +13,8 @@ from skive import pack
 
 @pytest.mark.parametrize("isa", cpu_isas())
 def test_sizes_agree(isa: str, tmp_path: Path) -> None:
-    lines = ['#include "skive/attention_integer.h"', '#include "skive/rnn.h"', "using namespace skive;"]
+    lines = ['#include "skive/attention_integer.h"', '#include "skive/rnn.h"',
+             '#include "skive/rnn_integer.h"', "using namespace skive;"]
 
     def claim(kernel: str, size: int) -> None:
         lines.append(f'static_assert({kernel}::scratch_bytes() == {size}, "{kernel}");')
@@ -32,6 +33,9 @@ def test_sizes_agree(isa: str, tmp_path: Path) -> None:
                 pack.recurrent_scratch_bytes(3, t, n, i, h, packed, isa),
             )
             claim(angle("rnn", t, n, i, h, "TanhFn", text), pack.recurrent_scratch_bytes(1, t, n, i, h, packed, isa))
+        for name, gates in (("lstm", 4), ("gru", 3)):
+            claim(angle(f"{name}_steps", t, n, h), pack.steps_scratch_bytes(gates, n, h, isa))
+            claim(angle(f"quantized_{name}", t, n, h, 32), pack.quantized_steps_scratch_bytes(gates, n, h))
     shapes = [(1, 9, 9), (5, 7, 3), (40, 33, 200), (197, 64, 197), (384, 384, 1000), (9, 1024, 40), (90, 2048, 9)]
     for m, k, n in shapes:
         for trans in (False, True):

@@ -60,58 +60,49 @@ struct gate_product {
   static constexpr ptrdiff_t bias_floats = Product::bias_count;
 };
 
-// Scratch of a recurrent layer, in floats, each at a multiple of 16.
+// Scratch of the steps of a recurrent layer, in floats, each at a multiple of 16.
+template <int N, int H, int G>
+struct StepShape {
+  using Step = gate_product<N, H, G * H>;
+  static constexpr ptrdiff_t gates = 0;
+  static constexpr ptrdiff_t none = gates + round_up(N * G * H, 16);  // the bias of a product without one
+  static constexpr ptrdiff_t none_size = Step::bias_floats;
+  // Rows of states that lie whole pages apart are copied here by the products.
+  static constexpr ptrdiff_t copy = none + none_size;
+  static constexpr ptrdiff_t end = copy + product_copy(N, H, H);
+};
+
+// Scratch of a recurrent layer but for its steps.
 template <int T, int N, int I, int H, int G, bool Packed>
 struct RecurrentShape {
   using Input = gate_product<T * N, I, G * H>;
   using Step = gate_product<N, H, G * H>;
   static constexpr ptrdiff_t pre = 0;  // [T, N, G H]
-  static constexpr ptrdiff_t gates = pre + round_up(T * N * G * H, 16);
-  static constexpr ptrdiff_t bias = gates + round_up(N * G * H, 16);
-  static constexpr ptrdiff_t bias_size =
-      Input::bias_floats > Step::bias_floats ? Input::bias_floats : Step::bias_floats;
-  static constexpr ptrdiff_t w = bias + 2 * bias_size;
+  static constexpr ptrdiff_t bias = pre + round_up(T * N * G * H, 16);
+  static constexpr ptrdiff_t w = bias + Input::bias_floats;
   static constexpr ptrdiff_t r = w + (Packed ? 0 : Input::weight_floats);
-  static constexpr ptrdiff_t reset = r + (Packed ? 0 : Step::weight_floats);
-  // Rows of inputs or states that lie whole pages apart are copied here by the products.
-  static constexpr ptrdiff_t copy = reset + round_up(N * H, 16);
-  static constexpr ptrdiff_t input_copy = product_copy(T * N, I, I), state_copy = product_copy(N, H, H);
-  static constexpr ptrdiff_t end = copy + (input_copy > state_copy ? input_copy : state_copy);
+  static constexpr ptrdiff_t copy = r + (Packed ? 0 : Step::weight_floats);
+  static constexpr ptrdiff_t end = copy + product_copy(T * N, I, I);
 };
 
-// y [T, 2, N, H]: h and c after each step. peephole [3 H] (i o f) or null.
-template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, class Out = TanhFn,
-          bool Packed = false>
-struct lstm {
-  using S = RecurrentShape<T, N, I, H, 4, Packed>;
-  static constexpr size_t scratch_bytes(int = 1) {
-    return static_cast<size_t>(S::end) * sizeof(float);
-  }
+// y [T, 2, N, H]: h and c after each step. peephole [3 H] (i o f) or null. The inputs' share of the gates,
+// biases included, is there: pre [T, N, 4 H].
+template <int T, int N, int H, class F = SigmoidFn, class Cell = TanhFn, class Out = TanhFn>
+struct lstm_steps {
+  using S = StepShape<N, H, 4>;
+  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(S::end) * sizeof(float); }
 
-  static void run(const float* x, const float* w, const float* r, const float* bias,
-                  const float* h0, const float* c0, const float* peephole, float* y, void* scratch,
-                  Part part) {
+  static void run(const float* pre, const float* r, const float* h0, const float* c0, const float* peephole,
+                  float* y, void* scratch, Part part) {
     if (part.index != 0) return;
     float* const base = static_cast<float*>(scratch);
-    float* const both = base + S::bias;
-    float* const none = both + S::bias_size;
-    clear_floats(both, 2 * S::bias_size);
-    for (int g = 0; g < 4 * H; ++g) both[g] = bias[g] + bias[4 * H + g];
-    if constexpr (!Packed) {
-      S::Input::Pack::run(w, base + S::w);
-      S::Step::Pack::run(r, base + S::r);
-      w = base + S::w;
-      r = base + S::r;
-    }
-    S::Input::Product::run(x, w, both, base + S::pre, base + S::copy, Part{},
-                           [](auto v, ptrdiff_t, int) { return v; });
+    clear_floats(base + S::none, S::none_size);
     const float* h = h0;
     const float* c = c0;
-    for (int t = 0; t < T; ++t) {
+    for (int t = 0; t < T; ++t, pre += N * 4 * H) {
       float* const next_h = y + static_cast<ptrdiff_t>(t) * 2 * N * H;
       float* const next_c = next_h + N * H;
-      const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 4 * H;
-      S::Step::Product::run(h, r, none, base + S::gates, base + S::copy, Part{},
+      S::Step::Product::run(h, r, base + S::none, base + S::gates, base + S::copy, Part{},
                             [=](auto v, ptrdiff_t row, int g) {
                               return v + load<decltype(v)::lanes>(pre + row * 4 * H + g);
                             });
@@ -149,51 +140,59 @@ struct lstm {
   }
 };
 
-// y [T, N, H]. ResetAfter (linear_before_reset): the reset gate scales the recurrent product, else
-// it scales the state before it. Packed recurrent weights are two panels: z and r, then h.
-template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn,
-          bool ResetAfter = false, bool Packed = false>
-struct gru {
-  using S = RecurrentShape<T, N, I, H, 3, Packed>;
-  using Gates = gate_product<N, H, 2 * H>;  // z and r
-  using Candidate = gate_product<N, H, H>;  // h
-  static constexpr ptrdiff_t candidate =
-      Packed ? S::end : S::end + Gates::weight_floats + Candidate::weight_floats;
-  static constexpr ptrdiff_t end = candidate + round_up(N * H, 16) + Candidate::bias_floats;
+template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn, class Out = TanhFn,
+          bool Packed = false>
+struct lstm {
+  using S = RecurrentShape<T, N, I, H, 4, Packed>;
+  using Steps = lstm_steps<T, N, H, F, Cell, Out>;
   static constexpr size_t scratch_bytes(int = 1) {
-    return static_cast<size_t>(end) * sizeof(float);
+    return static_cast<size_t>(S::end) * sizeof(float) + Steps::scratch_bytes();
   }
 
   static void run(const float* x, const float* w, const float* r, const float* bias,
-                  const float* h0, float* y, void* scratch, Part part) {
+                  const float* h0, const float* c0, const float* peephole, float* y, void* scratch,
+                  Part part) {
     if (part.index != 0) return;
     float* const base = static_cast<float*>(scratch);
-    float* const sum = base + S::bias;
-    float* const none = sum + S::bias_size;
-    float* const hidden = base + candidate;
-    float* const hidden_bias = hidden + round_up(N * H, 16);
-    clear_floats(sum, 2 * S::bias_size);
-    clear_floats(hidden_bias, Candidate::bias_floats);
-    for (int g = 0; g < 2 * H; ++g) sum[g] = bias[g] + bias[3 * H + g];
-    for (int g = 0; g < H; ++g) {
-      sum[2 * H + g] = bias[2 * H + g];
-      hidden_bias[g] = bias[5 * H + g];
-    }
+    float* const both = base + S::bias;
+    clear_floats(both, S::Input::bias_floats);
+    for (int g = 0; g < 4 * H; ++g) both[g] = bias[g] + bias[4 * H + g];
     if constexpr (!Packed) {
       S::Input::Pack::run(w, base + S::w);
-      Gates::Pack::run(r, base + S::end);
-      Candidate::Pack::run(r + 2 * H * H, base + S::end + Gates::weight_floats);
+      S::Step::Pack::run(r, base + S::r);
       w = base + S::w;
-      r = base + S::end;
+      r = base + S::r;
     }
-    S::Input::Product::run(x, w, sum, base + S::pre, base + S::copy, Part{},
+    S::Input::Product::run(x, w, both, base + S::pre, base + S::copy, Part{},
                            [](auto v, ptrdiff_t, int) { return v; });
+    Steps::run(base + S::pre, r, h0, c0, peephole, y, base + S::end, part);
+  }
+};
+
+// y [T, N, H]. ResetAfter (linear_before_reset): the reset gate scales the recurrent product with its bias
+// `candidate` [H] (`pre` has the other biases), else it scales the state before it. The recurrent weights
+// are two panels: z and r, then h.
+template <int T, int N, int H, class F = SigmoidFn, class Cell = TanhFn, bool ResetAfter = true>
+struct gru_steps {
+  using S = StepShape<N, H, 3>;
+  using Gates = gate_product<N, H, 2 * H>;  // z and r
+  using Candidate = gate_product<N, H, H>;  // h
+  static constexpr ptrdiff_t hidden = S::end, scaled = hidden + round_up(N * H, 16),
+                             candidate_bias = scaled + round_up(N * H, 16),
+                             end = candidate_bias + Candidate::bias_floats;
+  static constexpr size_t scratch_bytes(int = 1) { return static_cast<size_t>(end) * sizeof(float); }
+
+  static void run(const float* pre, const float* r, const float* candidate, const float* h0, float* y,
+                  void* scratch, Part part) {
+    if (part.index != 0) return;
+    float* const base = static_cast<float*>(scratch);
+    clear_floats(base + S::none, S::none_size);
+    clear_floats(base + candidate_bias, end - candidate_bias);
+    for (int g = 0; g < H; ++g) base[candidate_bias + g] = candidate[g];
     const float* h = h0;
-    for (int t = 0; t < T; ++t, h = y, y += N * H) {
-      const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * 3 * H;
+    for (int t = 0; t < T; ++t, h = y, y += N * H, pre += N * 3 * H) {
       float* const gates = base + S::gates;
-      float* const scaled = base + S::reset;
-      Gates::Product::run(h, r, none, gates, base + S::copy, Part{},
+      Gates::Product::run(h, r, base + S::none, gates, base + S::copy, Part{},
                           [=](auto v, ptrdiff_t row, int g) {
                             return F::apply(v + load<decltype(v)::lanes>(pre + row * 3 * H + g));
                           });
@@ -202,16 +201,17 @@ struct gru {
         for (int n = 0; n < N; ++n)
           each_vector<H>([&](ptrdiff_t u, auto lanes) {
             constexpr int l = decltype(lanes)::count;
-            store(scaled + n * H + u, load<l>(gates + n * 2 * H + H + u) * load<l>(h + n * H + u));
+            store(base + scaled + n * H + u,
+                  load<l>(gates + n * 2 * H + H + u) * load<l>(h + n * H + u));
           });
-        operand = scaled;
+        operand = base + scaled;
       }
-      Candidate::Product::run(operand, r + Gates::weight_floats, hidden_bias, hidden,
+      Candidate::Product::run(operand, r + Gates::weight_floats, base + candidate_bias, base + hidden,
                               base + S::copy, Part{}, [](auto v, ptrdiff_t, int) { return v; });
       for (int n = 0; n < N; ++n)
         each_vector<H>([&](ptrdiff_t u, auto lanes) {
           constexpr int l = decltype(lanes)::count;
-          auto rec = load<l>(hidden + n * H + u);
+          auto rec = load<l>(base + hidden + n * H + u);
           if constexpr (ResetAfter) rec = rec * load<l>(gates + n * 2 * H + H + u);
           const auto fresh = Cell::apply(load<l>(pre + n * 3 * H + 2 * H + u) + rec);
           const auto z = load<l>(gates + n * 2 * H + u);
@@ -221,12 +221,47 @@ struct gru {
   }
 };
 
+template <int T, int N, int I, int H, class F = SigmoidFn, class Cell = TanhFn,
+          bool ResetAfter = false, bool Packed = false>
+struct gru {
+  using S = RecurrentShape<T, N, I, H, 3, Packed>;
+  using Steps = gru_steps<T, N, H, F, Cell, ResetAfter>;
+  // Two panels of recurrent weights.
+  static constexpr ptrdiff_t r = S::end;
+  static constexpr ptrdiff_t end =
+      r + (Packed ? 0 : Steps::Gates::weight_floats + Steps::Candidate::weight_floats);
+  static constexpr size_t scratch_bytes(int = 1) {
+    return static_cast<size_t>(end) * sizeof(float) + Steps::scratch_bytes();
+  }
+
+  static void run(const float* x, const float* w, const float* weights, const float* bias,
+                  const float* h0, float* y, void* scratch, Part part) {
+    if (part.index != 0) return;
+    float* const base = static_cast<float*>(scratch);
+    float* const sum = base + S::bias;
+    clear_floats(sum, S::Input::bias_floats);
+    for (int g = 0; g < 2 * H; ++g) sum[g] = bias[g] + bias[3 * H + g];
+    for (int g = 0; g < H; ++g) sum[2 * H + g] = bias[2 * H + g];
+    if constexpr (!Packed) {
+      S::Input::Pack::run(w, base + S::w);
+      Steps::Gates::Pack::run(weights, base + r);
+      Steps::Candidate::Pack::run(weights + 2 * H * H, base + r + Steps::Gates::weight_floats);
+      w = base + S::w;
+      weights = base + r;
+    }
+    S::Input::Product::run(x, w, sum, base + S::pre, base + S::copy, Part{},
+                           [](auto v, ptrdiff_t, int) { return v; });
+    Steps::run(base + S::pre, weights, bias + 5 * H, h0, y, base + end, part);
+  }
+};
+
 // y [T, N, H] = F(w x + r h + bias).
 template <int T, int N, int I, int H, class F = TanhFn, bool Packed = false>
 struct rnn {
   using S = RecurrentShape<T, N, I, H, 1, Packed>;
+  using Steps = StepShape<N, H, 1>;
   static constexpr size_t scratch_bytes(int = 1) {
-    return static_cast<size_t>(S::end) * sizeof(float);
+    return static_cast<size_t>(S::end + Steps::end) * sizeof(float);
   }
 
   static void run(const float* x, const float* w, const float* r, const float* bias,
@@ -234,8 +269,9 @@ struct rnn {
     if (part.index != 0) return;
     float* const base = static_cast<float*>(scratch);
     float* const both = base + S::bias;
-    float* const none = both + S::bias_size;
-    clear_floats(both, 2 * S::bias_size);
+    float* const steps = base + S::end;
+    clear_floats(both, S::Input::bias_floats);
+    clear_floats(steps + Steps::none, Steps::none_size);
     for (int g = 0; g < H; ++g) both[g] = bias[g] + bias[H + g];
     if constexpr (!Packed) {
       S::Input::Pack::run(w, base + S::w);
@@ -248,7 +284,7 @@ struct rnn {
     const float* h = h0;
     for (int t = 0; t < T; ++t, h = y, y += N * H) {
       const float* const pre = base + S::pre + static_cast<ptrdiff_t>(t) * N * H;
-      S::Step::Product::run(h, r, none, y, base + S::copy, Part{},
+      S::Step::Product::run(h, r, steps + Steps::none, y, steps + Steps::copy, Part{},
                             [=](auto v, ptrdiff_t row, int g) {
                               return F::apply(v + load<decltype(v)::lanes>(pre + row * H + g));
                             });
