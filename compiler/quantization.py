@@ -282,7 +282,7 @@ def _why_nothing(graph: Graph, options: Quantize) -> str:
         return "the model comes quantized; leave quantize out, it computes in integers as it is"
     if options.keep:
         return "keep names every one of them; narrow its patterns"
-    return ("these are convolutions and fully connected layers with constant weights, outside of recurrent layers; "
+    return ("these are convolutions, fully connected layers and, in int8, LSTM and GRU layers, with constant weights; "
             "leave quantize out")
 
 

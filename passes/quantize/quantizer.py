@@ -162,7 +162,7 @@ class Quantizer:
 
     def _chain(self, node: Node, form: Format) -> tuple[int, float]:
         """(after how many products to spill, the dB of relative noise and of price that this means)."""
-        power = self._power[self._group(node.inputs[0])]
+        power = self._power.get(self._group(node.inputs[0]), 0.0)
         return self._weights[node].chain(form, self.bias_of(node), power, self.scheme.spill)
 
     def bias_of(self, node: Node) -> np.ndarray:

@@ -66,6 +66,15 @@ def test_a_residual_operand_is_not_rounded() -> None:
     assert {n.name for n in storage.sources} == {"x", "a_relu", "s_relu"}  # neither b nor the sum before its relu
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_a_value_joined_with_a_much_larger_constant(dtype: str) -> None:
+    """The concatenation has a scale of its own, and nothing was observed of it."""
+    a = relu(conv(image(1, 4, 4, 3), 8, name="a"))
+    c = ops.make("concat", a, constant(np.full((1, 4, 4, 2), 1000, np.float32)), axis=3)
+    quantizer, _ = quantized(graph_of(conv(c, 2, name="b"), conv(a, 2, name="d")), dtype=dtype)
+    assert quantizer.format_of(c).scale > quantizer.format_of(a).scale
+
+
 def test_islands_and_outputs_stay_float() -> None:
     x = image(1, 5, 8)
     a = ops.make("linear", x, normal(8, 8), origin="a", label="a")
