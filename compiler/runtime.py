@@ -186,6 +186,8 @@ class Module:
             values.append(named.pop(name))
         if named or len(values) > len(self._names):
             extra = next(iter(named), f"number {len(self._names) + 1}")
+            if extra in self._names:
+                raise ShapeError(f"input {extra!r} is given twice, by position and by name")
             raise ShapeError(f"there is no input {extra}; the inputs are {', '.join(self._names)}")
         arrays = [self._array(v, p) for v, p in zip(values, self.inputs, strict=True)]
         try:

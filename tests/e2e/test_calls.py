@@ -141,6 +141,8 @@ def test_inputs_of_any_layout(compiled: Compile) -> None:
     for wrong in (x.astype(np.float64), x.astype(">f4"), x[:1], x.ravel(), [1.0]):
         with pytest.raises(ShapeError):
             module(wrong)
+    with pytest.raises(ShapeError, match="is given twice, by position and by name"):
+        module(x, **{module.inputs[0].name: x})
 
 
 class Capsule:
