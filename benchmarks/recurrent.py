@@ -3,10 +3,10 @@
     taskset -c 1 python benchmarks/recurrent.py [--cells LSTM,GRU] [--hidden 64,256] [--layers 3] [--steps 100]
         [--features 80] [--rounds 15] [--json FILE]
 
-Layers in both directions over a sequence, batch 1, random weights. All engines have turns in one process; a time is the
-median over rounds (`min` the fastest call), `ratio` the median of an engine's time over skive's in INT8, `sqnr` the dB of
-the output beside ONNX Runtime's float32. ONNX Runtime's dynamic quantization rounds weights ahead and activations as they
-come; skive calibrates the products of the inputs on eight other random sequences.
+Layers in both directions over a sequence, batch 1, random weights. All engines have turns in one process; a time is
+the median over rounds (`min` the fastest call), `ratio` the median of an engine's time over skive's in INT8, `sqnr` the
+dB of the output beside ONNX Runtime's float32. ONNX Runtime's dynamic quantization rounds weights ahead and activations
+as they come; skive calibrates the products of the inputs on eight other random sequences.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def layers(
     from skive.passes.quantize import is_move
 
     storage = quantizer.storage
-    root_of, members_of = storage._root, storage._members
+    root_of, members_of = storage.root_of, storage.members_of
     described: dict[Node, dict[str, Any]] = {}
     for node in graph.nodes:
         root = root_of.get(node, node)

@@ -67,7 +67,7 @@ class _Region:
 
 
 @dataclass
-class _Fusion:
+class Fusion:
     graph: Graph
     options: FuseElementwise
     index: dict[Node, int] = field(default_factory=dict)
@@ -251,7 +251,7 @@ def _fused(region: _Region, new: dict[Node, Node], narrow: dict[Node, Node]) -> 
 @pass_("fuse-elementwise", exact=True, options=FuseElementwise)
 def fuse_elementwise(graph: Graph, options: FuseElementwise) -> Graph:
     """Every elementwise operation as a step of an epilogue or of a `map`."""
-    fusion = _Fusion(graph, options)
+    fusion = Fusion(graph, options)
     regions = fusion.regions()
     if all(len(r.nodes) == 1 and r.root.op == "map" for r in regions.values()):
         return graph

@@ -54,10 +54,10 @@ class Storage(AnyStorage):
         self._end: dict[Node, Node] = {}  # of a value in registers: the stored one that it becomes
         super().__init__(graph, keep)
         # The report's layers: what is computed together.
-        self._root = {n: self._end.get(n, n) for n in graph.nodes if n in self._end or n in self.stored}
-        self._members = {}
-        for n, root in self._root.items():
-            self._members.setdefault(root, []).append(n)
+        self.root_of = {n: self._end.get(n, n) for n in graph.nodes if n in self._end or n in self.stored}
+        self.members_of = {}
+        for n, root in self.root_of.items():
+            self.members_of.setdefault(root, []).append(n)
         self._interior = set(self._end)
         self.wide = self._precise()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from skive import ops
 from skive.ir import Graph, Node
-from skive.passes.fuse_elementwise import FuseElementwise, _Fusion, is_elementwise
+from skive.passes.fuse_elementwise import FuseElementwise, Fusion, is_elementwise
 from skive.types import DType
 
 PRODUCTS = frozenset({"conv2d", "conv_transpose2d", "linear"})
@@ -31,17 +31,18 @@ class Storage:
     `sources`: values that are quantized where they are computed; their ranges must be known.
     `products`: contractions with constant weights that read integers. `attention`: attention reads its
     operands as bytes (there is no such kernel of 16 bits). `source_of` leads from a stored value through
-    operations that only move it to the source (or concatenation) whose format it has.
+    operations that only move it to the source (or concatenation) whose format it has. `root_of`: the last
+    operation of the kernel that a fused one will run in; `members_of`: all operations of that kernel.
     """
 
     def __init__(self, graph: Graph, keep: Callable[[Node], bool] = lambda node: False, attention: bool = True):
         self.graph = graph
         self._attention = attention
-        fusion = _Fusion(graph, FuseElementwise())
+        fusion = Fusion(graph, FuseElementwise())
         regions = fusion.regions()
-        self._root = {n: r.root for r in regions.values() for n in r.nodes}
-        self._members = {r.root: r.nodes for r in regions.values()}
-        self._interior = {n for n, root in self._root.items() if n is not root}
+        self.root_of = {n: r.root for r in regions.values() for n in r.nodes}
+        self.members_of = {r.root: r.nodes for r in regions.values()}
+        self._interior = {n for n, root in self.root_of.items() if n is not root}
         self._keep = keep
         self.stored: set[Node] = set()
         for node in reversed(graph.nodes):
@@ -100,7 +101,7 @@ class Storage:
             elif user.op in SUMS:
                 total = True
             elif is_elementwise(user) or user.op in MOVES or (user.op == "resize2d" and user.inputs[0] is node):
-                passed.append(self._root.get(user, user))
+                passed.append(self.root_of.get(user, user))
             else:
                 other = True
         if product or move:
@@ -111,7 +112,7 @@ class Storage:
 
     def _from_integers(self, node: Node) -> bool:
         """True if an integer kernel computes `node`: a contraction, or what moves or sums values."""
-        return any(self.is_product(n) or n.op in MOVES or n.op in SUMS for n in self._members.get(node, [node]))
+        return any(self.is_product(n) or n.op in MOVES or n.op in SUMS for n in self.members_of.get(node, [node]))
 
     def only_products(self, node: Node) -> bool:
         """True if contractions alone read the channels of the image `node`, directly, joined with others or as

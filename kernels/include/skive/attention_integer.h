@@ -9,7 +9,7 @@
 // The weights p are relative to their row's maximum and divided by the sum of what they were rounded
 // to: the 8 bits are used fully whatever the number of keys, and the weights of a row sum to 1. Every
 // operation is correctly rounded and none is a fused multiply-add, so all targets give the same bits
-// (the `quantized_attention` row of ops.py). Per head the keys and values are packed once in groups of
+// (the `quantized_attention` row of ops/attention.py). Per head the keys and values are packed once in groups of
 // four bytes.
 #ifndef SKIVE_ATTENTION_INTEGER_H
 #define SKIVE_ATTENTION_INTEGER_H
