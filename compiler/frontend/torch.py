@@ -407,10 +407,10 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
         program = repairs.repaired(program)
         try:
             result = torch.onnx.export(program, dynamo=True, opset_version=OPSET,
-                                       output_names=[f"{OWN_DOMAIN}.output.{i}" for i in range(len(names))],
-                                       optimize=True, verbose=False, custom_translation_table=_own_operators(program))
+                                       optimize=False, verbose=False, custom_translation_table=_own_operators(program))
         except torch.onnx.OnnxExporterError as e:
             raise _translation_error(program, e) from None
+        translated.tidied(result.model)
         model = result.model_proto
     translated.name_ports(model, {str(i) for i in program.graph_signature.user_inputs}, names)
     translated.name_nodes(model)

@@ -11,6 +11,7 @@ from skive.errors import UnsupportedOpError
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
     from torch.export import ExportedProgram
 
 OWN = "skive"
@@ -59,6 +60,29 @@ def name_ports(model: onnx.ModelProto, inputs: set[str], outputs: Sequence[str])
         if formal.name not in inputs and name in inputs - given:
             wanted[formal.name] = name
     _rename(graph, {**_others(graph, wanted.values(), set(wanted)), **wanted})
+
+
+def tidied(model: ir.Model) -> None:
+    """Writes functions out, computes what is constant and gives every output a value of its own, in place.
+
+    Not by `onnxscript.optimizer.optimize`: its rules compare numbers roughly and take `x + 1e-8` and `x * 0.999995`
+    for `x`.
+    """
+    import onnx_ir as ir
+    from onnxscript import optimizer
+
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
+    graph = model.graph
+    taken = {*graph.inputs, *graph.initializers.values()}
+    for i, value in enumerate(graph.outputs):
+        if value in taken:
+            graph.append(node := ir.Node("", "Identity", [value]))
+            node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
+            graph.outputs[i] = value = node.outputs[0]
+        value.name = f"{OWN}.output.{i}"
+        taken.add(value)
 
 
 def set_aside(model: onnx.ModelProto, names: Sequence[str]) -> None:

@@ -240,6 +240,18 @@ def test_what_the_translation_of_pytorch_gets_wrong() -> None:
             raise AssertionError(f"{name}: {e}") from None
 
 
+def test_small_constants_count() -> None:
+    """What an optimiser of ONNX that compares roughly takes for `x` itself."""
+    x = torch.tensor([[0.0, 3e-9, -2e-8, 1.0]])
+
+    def near(x: Any) -> list[Any]:
+        return [x + 1e-8, x - 5e-9, x / (x.abs() + 1e-12), x * torch.rsqrt(x.pow(2) + 1e-9), x * 0.999995]
+
+    graph = open_model(Lambda(near).eval(), example_inputs=(x,)).graph()
+    for got, want in zip(evaluate_graph(graph, [x.numpy()]), near(x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=5e-7)
+
+
 def test_what_the_translation_of_pytorch_forgets_is_refused() -> None:
     """The scale of antialiased resizing, if it makes no whole length, and the smoothing of labels."""
     module = Lambda(lambda x, t: (F.interpolate(x, scale_factor=0.45, mode="bilinear", antialias=True),
