@@ -5,6 +5,7 @@ Importing and running this needs numpy and the native loader only, neither onnx 
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -227,11 +228,18 @@ class Module:
         return json.loads((self.folder / "report.json").read_text())
 
     def save(self, folder: str | Path) -> None:
-        """Copies the artefact to `folder`, whole or not at all."""
+        """Copies the artefact to `folder`, whole or not at all, with the thresholds as they are now in its manifest.
+        In C, null stands for those it was compiled with."""
         from skive.artifact import write_folder
 
+        changed = self._thresholds != exit_calls.read(self.manifest, [p.name for p in self.outputs])[1]
+        manifest = copy.deepcopy(self.manifest)
+        for i in np.flatnonzero(changed):
+            manifest["exits"][i]["threshold"] = float(self._thresholds[i])
         with write_folder(Path(folder)) as temporary:
             shutil.copytree(self.folder, temporary, dirs_exist_ok=True)
+            if changed.any():
+                (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
     def __repr__(self) -> str:
         ports = [

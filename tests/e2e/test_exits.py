@@ -297,6 +297,17 @@ def test_a_fixed_batch_leaves_as_a_whole_and_says_so(caplog: pytest.LogCaptureFi
         assert result.exit.tolist() == [taken] and result.outputs.shape == (3, 5)
 
 
+def test_changed_thresholds_are_saved(batched: skive.Module, tmp_path: Path) -> None:
+    before, name = batched.thresholds, EXITS[0].output
+    batched.thresholds = {name: 0.125}
+    try:
+        batched.save(tmp_path / "copy")
+        again = skive.load(tmp_path / "copy")
+        assert again.thresholds == {**before, name: 0.125} and again.manifest.keys() == batched.manifest.keys()
+    finally:
+        batched.thresholds = before
+
+
 def test_an_unknown_threshold_is_refused(batched: skive.Module) -> None:
     with pytest.raises(ExitError, match="no exit 'y' with a threshold"):
         batched.thresholds = {"y": 1.0}
