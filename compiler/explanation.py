@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from skive import expr, ops
 from skive.ir import Graph, Node
+from skive.ops.recurrence import QUANTIZED_STEPS
 from skive.plan import Call
 from skive.types import DType
 
@@ -207,6 +208,10 @@ def why_float(node: Node, between_integers: bool = False, kept: Sequence[str] = 
     if node.op in ("conv2d", "conv_transpose2d", "linear"):
         variable = [i for i in node.inputs[1:3] if not i.is_const and i.op != "dequantize"]
         return "its weights are computed, not constant" if variable else "its operand is not stored as integers"
+    if node.op in ("lstm", "gru", "rnn"):
+        return "its activations, peepholes or reset gate before the product have no integer kernel"
+    if node.op in QUANTIZED_STEPS:
+        return "recurrent weights become 8-bit integers, where no layer has 16 bits"
     if row.kind == "contract":
         return f"{node.op} multiplies two computed operands; constant weights become integers"
     if row.kind in ("elementwise", "source"):
@@ -275,6 +280,8 @@ def conversions(graph: Graph, kept: Sequence[str] = ()) -> dict[str, list[dict[s
 
 def _computes_in_float(node: Node) -> bool:
     """True if the kernel's own work, not only its rounding, is on float32."""
+    if node.op in QUANTIZED_STEPS.values():
+        return False
     if ops.macs(node) or node.op in ("sum_pool2d", "max_pool2d"):
         return node.inputs[0].dtype is DType.f32
     if node.op == "map" and not (node.dtype is DType.f32 and node.inputs[0].dtype is DType.f32):
@@ -314,6 +321,8 @@ def kernel_types(call: Call) -> dict[str, Any]:
     tensors = [a for a in call.args if a.kind != "weights" and a.ctype in _CTYPES and a.name not in fn_reads]
     reads = list(dict.fromkeys(_CTYPES[a.ctype].value for a in tensors if a.const))
     writes = [_CTYPES[a.ctype].value for a in tensors if not a.const]
+    if call.op in QUANTIZED_STEPS.values():
+        return {"dtype": _BITS[1], "reads": reads, "writes": writes[-1]}
     first = next((a.ctype for a in call.args if a.const and a.ctype in _CTYPES), writes[-1] if writes else "float")
     operand = _CTYPES.get(first, DType.f32)
     steps = {s.name.partition("<")[0].rstrip("_") for s in call.fn.steps} if call.fn else set()

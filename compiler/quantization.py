@@ -242,12 +242,15 @@ def _every_value(graph: Graph) -> list[Node]:
 
 
 def calibrated(graph: Graph, options: Quantize, progress: Progress, target: str) -> Calibrated:
-    """The canonical float `graph` observed on the calibration data. QuantizationError if there is no data or
-    nothing to quantize."""
+    """The canonical float `graph` observed on the calibration data, its recurrent layers split. QuantizationError if
+    there is no data or nothing to quantize."""
     from skive import calibration
     from skive.passes.fuse_elementwise import is_elementwise
     from skive.passes.quantize import Storage
+    from skive.passes.split_recurrences import recurrences_split
 
+    if not options.integer_only:
+        graph = recurrences_split(graph, options.keeps)
     storage = options.storage(graph)
     if not storage.products:
         raise QuantizationError(f"{graph.name}: no layer can be computed in integers: {_why_nothing(graph, options)}")
@@ -282,7 +285,7 @@ def _why_nothing(graph: Graph, options: Quantize) -> str:
         return "the model comes quantized; leave quantize out, it computes in integers as it is"
     if options.keep:
         return "keep names every one of them; narrow its patterns"
-    return ("these are convolutions, fully connected layers and, in int8, LSTM and GRU layers, with constant weights; "
+    return ("these are convolutions, fully connected layers, LSTM and GRU layers with constant weights; "
             "leave quantize out")
 
 
@@ -318,10 +321,6 @@ def apply(
 
         graph = prepared(graph)
         require_integer_forms(graph)  # before the data is looked at
-    elif options.dtype == "int8":
-        from skive.passes.split_recurrences import recurrences_split
-
-        graph = recurrences_split(graph, options.keeps)
     known = calibrated(graph, options, progress, name)
     quantizer = known.quantizer(options, options.dtype)
     quantized = quantizer.build()

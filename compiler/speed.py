@@ -414,7 +414,7 @@ def uniform_plans(graph: Graph, target: Target, threads: int = 1) -> dict[str, P
 
     plans = {}
     for dtype in (*DTYPES, WEIGHTS):
-        form = recurrences_split(graph) if dtype == "int8" else graph
+        form = graph if dtype in ("float32", WEIGHTS) else recurrences_split(graph)
         storage = Storage(form, attention=dtype == "int8")
         if dtype == WEIGHTS:
             form, compressed = compress(graph, Weights())

@@ -19,6 +19,8 @@ from skive.types import DType, TensorType
 ROWS: list[Op] = []
 
 
+# The steps of a layer, and the same on 8-bit recurrent weights.
+QUANTIZED_STEPS = {"lstm_steps": "quantized_lstm", "gru_steps": "quantized_gru"}
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"sigmoid": sigmoid, "tanh": np.tanh, "relu": lambda x: np.maximum(x, 0), "identity": lambda x: x}
 
 

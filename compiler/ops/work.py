@@ -6,6 +6,7 @@ import math
 
 from skive.ir import Node
 from skive.ops.attention import heads_first
+from skive.ops.recurrence import QUANTIZED_STEPS
 
 
 def macs(node: Node) -> int:
@@ -21,7 +22,7 @@ def macs(node: Node) -> int:
     if node.op in ("attention", "quantized_attention"):
         q, k, v = (heads_first(i.shape, node.attrs["token_major"]) for i in node.inputs[:3])
         return math.prod(q[:3]) * k[2] * (q[3] + v[3])
-    if node.op in ("lstm_steps", "gru_steps", "quantized_lstm", "quantized_gru"):
+    if node.op in QUANTIZED_STEPS or node.op in QUANTIZED_STEPS.values():
         return node.inputs[0].shape[0] * node.inputs[0].shape[1] * node.inputs[1].type.size
     if node.op in ("lstm", "gru", "rnn"):
         return node.inputs[0].shape[0] * node.inputs[0].shape[1] * (node.inputs[1].type.size + node.inputs[2].type.size)

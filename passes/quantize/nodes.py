@@ -9,11 +9,10 @@ import numpy as np
 
 from skive import ops
 from skive.ir import Node, constant
+from skive.ops.recurrence import QUANTIZED_STEPS
 from skive.passes.quantize.formats import Format
 from skive.passes.quantize.weights import INT32, Layer
 from skive.types import DType
-
-RECURRENT = {"lstm_steps": "quantized_lstm", "gru_steps": "quantized_gru"}
 
 
 def constants(form: Format) -> tuple[Node, Node]:
@@ -80,5 +79,5 @@ def recurrent(node: Node, inputs: Sequence[Node]) -> Node:
     largest = np.abs(r.value).max(1, initial=0)
     scale = np.where(largest > 1e-30, largest / np.float32(127), np.float32(1)).astype(np.float32)
     weights = np.clip(np.rint(r.value / scale[:, None]), -127, 127).astype(np.int8)
-    return ops.make(RECURRENT[node.op], pre, constant(weights, name=r.name, origin=r.origin),
+    return ops.make(QUANTIZED_STEPS[node.op], pre, constant(weights, name=r.name, origin=r.origin),
                     constant(scale, origin=node.origin), *rest, origin=node.origin, label=node.name)  # fmt: skip

@@ -11,8 +11,9 @@ import numpy as np
 from skive import ops
 from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant, rebuilt
+from skive.ops.recurrence import QUANTIZED_STEPS
 from skive.passes.quantize.formats import HEADROOM, Format, Range, affine, fixed
-from skive.passes.quantize.nodes import RECURRENT, constants, contraction, quantized, recurrent
+from skive.passes.quantize.nodes import constants, contraction, quantized, recurrent
 from skive.passes.quantize.shared_ranges import SharedRanges
 from skive.passes.quantize.storage import Storage
 from skive.passes.quantize.weights import Layer, Weights
@@ -227,7 +228,7 @@ class Quantizer:
 
     def is_recurrent(self, node: Node) -> bool:
         """True for the steps of a recurrent layer that run on 8-bit weights."""
-        return (node.op in RECURRENT and self.scheme.attention and not self.scheme.keep(node)
+        return (node.op in QUANTIZED_STEPS and self.scheme.attention and not self.scheme.keep(node)
                 and node.inputs[1].is_const)
 
     def _moved(self, node: Node, floats: Mapping[Node, Node]) -> Node:

@@ -69,6 +69,18 @@ def test_close_to_float32_and_the_same_everywhere(op: str, attrs: dict, tmp_path
     assert 10 * np.log10(np.mean(want**2) / np.mean(noise**2)) > 33
     layers = module.report["quantization"]["layers"]
     assert {la["dtype"] for la in layers if la["op"] in ("linear", f"{op.lower()}_steps")} == {"int8"}
+    assert not module.report["quantization"]["islands"]
+
+
+def test_sixteen_bits_for_the_inputs_alone(tmp_path: Path) -> None:
+    path = model(tmp_path / "net.onnx", "LSTM")
+    exact, data = skive.compile(path), samples(["x", "h", "c"], 4)
+    module = skive.compile(path, quantize=skive.Quantize("int16", calibration=data))
+    assert [la["kernel"] for la in module.report["layers"]].count("lstm_steps") == 2
+    assert any("no layer has 16 bits" in island["reason"] for island in module.report["quantization"]["islands"])
+    for s in data:
+        want = exact(**s)
+        assert np.mean((module(**s) - want) ** 2) < 1e-6 * np.mean(want**2)
 
 
 @pytest.mark.parametrize(("attrs", "keep"), [({}, ()), ({"linear_before_reset": 1}, ("layer*",))])
