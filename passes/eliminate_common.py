@@ -7,10 +7,17 @@ import numpy as np
 from skive.ir import Graph, Node, rebuilt
 from skive.pipeline import pass_
 
+BIASED = frozenset({"conv2d", "conv_transpose2d", "linear"})
+
 
 @pass_("eliminate-common", exact=True)
 def eliminate_common(graph: Graph, options: object) -> Graph:
-    """One node for all nodes of the same operation, attributes and operands; constants by content."""
+    """One node for all nodes of the same operation, attributes and operands; constants by content.
+
+    But not biases: layers whose biases happen to be equal (all zero, say) do not share one, and pruning would have to
+    cut the channels of both alike.
+    """
+    biases = {i for n in graph.nodes if n.op in BIASED for i in n.inputs[2:] if i.is_const}
     seen: dict[tuple[object, ...], Node] = {}
     constants: dict[tuple[object, ...], list[Node]] = {}
     merged = False
@@ -28,7 +35,7 @@ def eliminate_common(graph: Graph, options: object) -> Graph:
 
     def merge(node: Node, inputs: tuple[Node, ...]) -> Node:
         nonlocal merged
-        if node.op == "input":
+        if node.op == "input" or node in biases:
             return node
         if node.is_const:
             first = same_constant(node)
