@@ -101,6 +101,8 @@ def complete_attrs(name: str, attrs: dict[str, Any]) -> FrozenDict:
         value = attrs.get(key, default)
         if value is REQUIRED:
             raise InvalidModelError(f"{name} needs the attribute {key!r}")
+        if key == "to" and not isinstance(value, DType):
+            raise InvalidModelError(f"{name}: 'to' is {value!r}, not an element type")
         full[key] = value
     if attrs.get("epilogue"):
         full["epilogue"] = attrs["epilogue"]

@@ -217,7 +217,7 @@ def test_nothing_to_quantize_is_an_error() -> None:
         apply(network(), Quantize(calibration=data(2), keep=("*",)))
     x = ops.make("input", shape=(1, 4), dtype=DType.f32, label="x")
     softmax = Graph("g", (x,), (ops.make("softmax", x, axis=-1),), ("y",))
-    with pytest.raises(QuantizationError, match="convolutions and fully connected layers"):
+    with pytest.raises(QuantizationError, match="convolutions, fully connected layers"):
         apply(softmax, Quantize(calibration=np.ones((2, 1, 4), np.float32)))
     quantized, _ = apply(network(), Quantize(calibration=data(2)), measure=False)
     with pytest.raises(QuantizationError, match="comes quantized; leave quantize out"):
