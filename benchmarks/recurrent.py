@@ -104,7 +104,9 @@ def main() -> None:
             for name, ms in times.items():
                 noise = float(np.mean((outputs[name] - want) ** 2))
                 rows.append({
-                    "network": f"{cell} {hidden}", "engine": name, "ms": round(float(np.median(ms)), 3),
+                    "network": f"{cell} {hidden}", "engine": name, "threads": 1,
+                    "version": (skive if "skive" in name else onnxruntime).__version__,
+                    "ms": round(float(np.median(ms)), 3),
                     "min": round(min(ms), 3), "spread": round(float(np.ptp(ms) / np.median(ms)), 2),
                     "ratio": round(float(np.median(np.divide(ms, times["skive-int8"]))), 2),
                     "sqnr": round(10 * np.log10(float(np.mean(want**2)) / noise), 1) if noise else None,

@@ -8,6 +8,7 @@ from skive import pack
 from skive.ir import Node
 from skive.lower.calls import Lowering, lowers
 from skive.lower.strides import boolean
+from skive.types import DType
 
 
 @lowers("lstm", "gru", "rnn")
@@ -51,41 +52,35 @@ def _recurrent(ctx: Lowering, node: Node) -> None:
     )
 
 
-@lowers("lstm_steps", "gru_steps")
+@lowers("lstm_steps", "gru_steps", "quantized_lstm", "quantized_gru")
 def _steps(ctx: Lowering, node: Node) -> None:
     pre, r, *rest = node.inputs
     if not r.is_const:
         ctx.problems.append((node.label(), f"{node.op} with weights that are not constant", "use lstm or gru"))
         return
-    (t, b, _), h, isa = pre.shape, r.shape[1], ctx.target.name
-    gates = r.shape[0] // h
-    panels = np.split(r.value, [2 * h]) if gates == 3 else [r.value]
-    weights = ctx.packed("r", np.concatenate([pack.pack_gates(p, b, isa) for p in panels]))
-    names = ["bias", "h0"] if gates == 3 else ["h0", "c0"]
-    args = [ctx.read("pre", pre), weights, *(ctx.read(n, i) for n, i in zip(names, rest, strict=True))]
-    order = ["pre", "r", *names, *([] if gates == 3 else ["nullptr"]), "y", "scratch", "part"]
-    ctx.call(node, node.op, "rnn.h", [t, b, h], order, [*args, ctx.write("y", node)],
-             scratch=pack.steps_scratch_bytes(gates, b, h, isa))  # fmt: skip
-
-
-@lowers("quantized_lstm", "quantized_gru")
-def _quantized(ctx: Lowering, node: Node) -> None:
-    pre, r, *rest = node.inputs
-    if not r.is_const:
-        ctx.problems.append((node.label(), f"{node.op} with weights that are not constant", "use lstm or gru"))
-        return
-    (t, b, _), (n, h) = pre.shape, r.shape
+    (t, b, _), (n, h), isa = pre.shape, r.shape, ctx.target.name
     gates = n // h
-    block = pack.conv2d_block(n, ctx.target.name, b, element_size=1, depth=h)
-    padded = np.pad(r.value, ((0, 0), (0, -h % 4)))
-    names = ["scale", *(["candidate", "h0"] if gates == 3 else ["h0", "c0"])]
+    template = [t, b, h]
+    names = ["candidate", "h0"] if gates == 3 else ["h0", "c0"]
+    order = ["pre", "r", *names]
+    if r.dtype is DType.f32:
+        panels = np.split(r.value, [2 * h]) if gates == 3 else [r.value]
+        packed = {"r": np.concatenate([pack.pack_gates(p, b, isa) for p in panels])}
+        header, scratch = "rnn.h", pack.steps_scratch_bytes(gates, b, h, isa)
+        order += [] if gates == 3 else ["nullptr"]  # peepholes
+    else:
+        block = pack.conv2d_block(n, isa, b, element_size=1, depth=h)
+        whole = np.pad(r.value, ((0, 0), (0, -h % 4)))
+        packed = {"r": pack.pack_conv2d_u8(whole[:, None, None, :], block),
+                  "bias": pack.pack_bias_i32(None, whole, 128, block)}  # fmt: skip
+        header, scratch = "rnn_integer.h", pack.quantized_steps_scratch_bytes(gates, b, h)
+        template.append(block)
+        names = ["scale", *names]
+        order = ["pre", "r", "bias", *names]
     args = [
         ctx.read("pre", pre),
-        ctx.packed("r", pack.pack_conv2d_u8(padded[:, None, None, :], block)),
-        ctx.packed("bias", pack.pack_bias_i32(None, padded, 128, block)),
+        *(ctx.packed(name, w) for name, w in packed.items()),
         *(ctx.read(name, i) for name, i in zip(names, rest, strict=True)),
         ctx.write("y", node),
     ]
-    ctx.call(node, node.op, "rnn_integer.h", [t, b, h, block],
-             ["pre", "r", "bias", *names, "y", "scratch", "part"], args,
-             scratch=pack.quantized_steps_scratch_bytes(gates, b, h))  # fmt: skip
+    ctx.call(node, node.op, header, template, [*order, "y", "scratch", "part"], args, scratch=scratch)

@@ -128,7 +128,7 @@ def _exact_tanh(x: Array) -> Array:
 def _quantized_product(h: Array, r: Array, scale: Array) -> Array:
     """h [N, H] times the transpose of r [G H, H], each row of h rounded to 8 bits by its own largest value."""
     top = np.abs(h).max(-1, keepdims=True, initial=0)
-    q = np.rint(h * np.where(top > 0, np.float32(127) / top, np.float32(0)))
+    q = np.rint(h * np.where(top > np.float32(1e-30), np.float32(127) / top, np.float32(0)))
     sums = (q.astype(np.float64) @ r.T.astype(np.float64)).astype(np.float32)
     return sums * (scale * (top / np.float32(127)))
 

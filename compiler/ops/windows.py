@@ -45,15 +45,21 @@ def _window_shape(name: str, x: TensorType, a: FrozenDict, kernel: tuple[int, ..
     return out
 
 
-def _infer_conv(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+def _check_operands(name: str, types: Sequence[TensorType], g: int) -> None:
+    """ShapeError unless image, weights and bias are those of a convolution in `g` groups."""
     x, w = types[:2]
     if w.rank != 4 or x.rank != 4:
-        raise ShapeError(f"conv2d of {x} and {w}")
-    oc, kh, kw, ic = w.shape
-    g = a["groups"]
+        raise ShapeError(f"{name} of {x} and {w}")
+    oc, _, _, ic = w.shape
     if g < 1 or x.shape[3] != ic * g or oc % g or (len(types) > 2 and types[2].shape != (oc,)):
-        raise ShapeError(f"conv2d: {', '.join(map(str, types))} with {g} groups")
-    if a["chain"] and g == x.shape[3] > 1:
+        raise ShapeError(f"{name}: {', '.join(map(str, types))} with {g} groups")
+
+
+def _infer_conv(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    _check_operands("conv2d", types, a["groups"])
+    x, w = types[:2]
+    oc, kh, kw, _ = w.shape
+    if a["chain"] and a["groups"] == x.shape[3] > 1:
         raise ShapeError("conv2d: a depthwise convolution has no chain that could be too long")
     return TensorType((x.shape[0], *_window_shape("conv2d", x, a, (kh, kw)), oc),
                       product_dtype("conv2d", types, a["zero"], a["chain"]))
@@ -100,13 +106,9 @@ ROWS.append(Op("conv2d", (2, 3), _infer_conv, exact(_ref_conv, "zero"),
 
 
 def _infer_conv_transpose(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    _check_operands("conv_transpose2d", types, a["groups"])
     x, w = types[:2]
-    if w.rank != 4 or x.rank != 4:
-        raise ShapeError(f"conv_transpose2d of {x} and {w}")
-    oc, kh, kw, ic = w.shape
-    g = a["groups"]
-    if g < 1 or x.shape[3] != ic * g or oc % g or (len(types) > 2 and types[2].shape != (oc,)):
-        raise ShapeError(f"conv_transpose2d: {', '.join(map(str, types))} with {g} groups")
+    oc, kh, kw, _ = w.shape
     _check_window("conv_transpose2d", a, (kh, kw))
     out = []
     for i in range(2):

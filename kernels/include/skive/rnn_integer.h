@@ -68,7 +68,7 @@ struct quantized_gates {
       uint8_t* const to = rows + n * kRow;
       const float top =
           max_row<H>([&](ptrdiff_t u, auto lanes) { return abs_(load<decltype(lanes)::count>(from + u)); });
-      const float inverse = top > 0.0f ? 127.0f / top : 0.0f;
+      const float inverse = top > 1e-30f ? 127.0f / top : 0.0f;  // of less it may be infinite
       step[n] = top / 127.0f;
       each_vector<H>([&](ptrdiff_t u, auto lanes) {
         constexpr int l = decltype(lanes)::count;
