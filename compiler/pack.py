@@ -40,6 +40,7 @@ _DEPTHWISE_BLOCK = 16  # channels per block of depthwise.h
 _ALIGNMENT = 16  # floats: packed arrays that follow one another stay 64-byte aligned
 _CHANNEL_QUANTUM = 4  # kChannelQuantum of tile.h
 _CHUNK_BYTES = 192 * 1024  # input rows that conv.h keeps in L2
+_WIDE_GAP = 2  # output pixels between neighbouring taps: `kWideGap` of conv.h
 _CLASH = 4096  # bytes: pixels that are a multiple of it apart share one set of the L1 cache
 _TILE_ROWS = 14  # most output rows of a register tile
 _NARROW_CHUNK_BYTES = 24 * 1024  # input rows that conv_narrow.h keeps in L1
@@ -105,12 +106,14 @@ def conv2d_scratch_bytes(
     parts: int = 1,
     pixel_stride: int | None = None,
     element_size: int = 4,
+    border: int | None = 0,
 ) -> int:
     """Upper bound of `conv2d::scratch_bytes(parts)`; mostly 0 without padding.
 
     `image` is [N, H, W, C]; `attrs` has "stride", "pad" (top, left, bottom, right), "dilation" and
     optionally "groups"; `kernel` is (KH, KW); `pixel_stride` is XS, C by default; `element_size` is
-    the bytes of an input element: 4 (float32), 1 (uint8) or 2 (int16).
+    the bytes of an input element: 4 (float32), 1 (uint8) or 2 (int16); `border` is what padding holds,
+    None for sums in parts.
     """
     n, h, w, channels = image
     pad = attrs["pad"]
@@ -124,6 +127,10 @@ def conv2d_scratch_bytes(
     joined = _joins(run, kw, dw, 4 // element_size)
     # Filter rows whose taps must lie side by side, or that are shorter than four bytes, are copied.
     copied = any(pad) or (joined and stride != run) or run * (kw if joined else 1) * element_size < 4
+    wide, tall = kw > 1 and dw >= _WIDE_GAP * sw, kh > 1 and dh >= _WIDE_GAP * sh
+    tall &= (kw == 1 or dw > 1) and pad[1] == 0 and (ow - 1) * sw + reach_w <= w
+    if border == 0 and any(pad) and (wide or tall) and run * element_size >= 4:
+        return 0
     if copied:
         whole = ((ow - 1) * sw + reach_w) * (run * element_size + 64)
         most = _copied_bytes(oh, sh, reach_h, whole)

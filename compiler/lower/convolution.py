@@ -125,7 +125,10 @@ def _conv2d(ctx: Lowering, node: Node) -> None:
             header, scratch = "conv_narrow.h", pack.narrow_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads)
         else:
             header = "conv.h"
-            scratch = pack.conv2d_scratch_bytes(x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x), x.dtype.bytes)
+            border = None if node.attrs.get("chain") else node.attrs.get("zero", 0)
+            scratch = pack.conv2d_scratch_bytes(
+                x.shape, node.attrs, (kh, kw), ctx.threads, ctx.pixel(x), x.dtype.bytes, border
+            )
         run(
             kernel,
             header,

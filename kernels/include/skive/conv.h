@@ -23,6 +23,7 @@
 // Padding: the rows of a chunk are copied into a scratch buffer with their border of zeros, which
 // costs one pass over data that is about to be read from there OC/16 * KH * KW times. Without padding
 // nothing is copied, except where the pixels of a tile would fight over one set of the L1 cache.
+// Windows with wide gaps (dilations) would read mostly border: see `borderless`.
 #ifndef SKIVE_CONV_H
 #define SKIVE_CONV_H
 
@@ -80,6 +81,37 @@ constexpr ConvShape canonical(ConvShape s, int step) {
     s.to_row = s.to_pixel;
   }
   return s;
+}
+
+// Dilated windows whose neighbouring taps lie at least this many output pixels apart need no border: the
+// pixels of a row fall into stretches that have the same taps inside the image, no shorter than that at its
+// ends, and a tile leaves out the other taps, which would add zeros. pack.py knows it, too.
+constexpr int kWideGap = 2;
+constexpr bool borderless(ConvShape s) {
+  const bool tall = s.kh > 1 && s.dh >= kWideGap * s.sh, wide = s.kw > 1 && s.dw >= kWideGap * s.sw;
+  const bool inside = s.left <= 0 && (s.ow - 1) * s.sw + (s.kw - 1) * s.dw - s.left < s.w;
+  return s.copy && (wide || (tall && (s.kw == 1 || s.dw > 1) && inside));
+}
+// A column of pixels as a row, so that a tile takes several.
+constexpr ConvShape lain_down(ConvShape s) {
+  if (s.w == 1 && s.kw == 1 && s.ow == 1 && s.left == 0) {
+    s.w = s.h, s.ow = s.oh, s.kw = s.kh, s.sw = s.sh, s.dw = s.dh, s.left = s.top;
+    s.pixel = s.row;
+    s.h = s.oh = s.kh = s.sh = s.dh = 1;
+    s.top = 0;
+    s.to_pixel = s.to_row;
+  }
+  return s;
+}
+// Taps [begin, end) of one axis that lie inside an image of `size` for output pixel `at`.
+struct TapRange {
+  int begin, end;
+};
+constexpr TapRange taps_inside(int at, int stride, int border, int taps, int dilation, int size) {
+  const int first = at * stride - border;  // what tap 0 reads
+  const int begin = first >= 0 ? 0 : (-first + dilation - 1) / dilation;
+  const int end = first >= size ? 0 : (size - first + dilation - 1) / dilation;
+  return {begin < taps ? begin : taps, end < taps ? end : taps};
 }
 
 // Register tile: rows x columns of output pixels.
@@ -161,16 +193,23 @@ struct DenseConv {
   using Policy = typename tile_policy<Element>::type;
   using Weight = typename Policy::Weight;
   using Sum = typename Policy::Sum;
-  static constexpr ConvShape shape = Geometry::shape;
+  static constexpr int kStep = Policy::kStep;
+  static constexpr ConvShape kLainDown = lain_down(Geometry::shape);
+  static constexpr bool kBorderless = Zero == 0 && Spill == 0 && borderless(kLainDown) && kLainDown.run >= kStep;
+  static constexpr ConvShape shape = kBorderless ? kLainDown : Geometry::shape;
   static constexpr int OC = Geometry::OC, YS = Geometry::YS;
   static_assert(NB > 0 && NB % kChannelQuantum == 0, "a block is a multiple of 4 channels");
 
-  static constexpr int kStep = Policy::kStep;
   static constexpr int kBlocks = div_up(OC, NB);
   static constexpr int kLastBlock = OC - (kBlocks - 1) * NB;
   static constexpr int kFirstBlock = OC < NB ? OC : NB;
 
-  static constexpr TileShape tile = best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes));
+  static constexpr ptrdiff_t kBytes = sizeof(Element);
+  // Without a border, at most as many pixels as an 8-way L1 cache holds where they lie whole pages apart.
+  static constexpr int kMost = max_pixels<Policy>(div_up(kFirstBlock, kLanes));
+  static constexpr TileShape tile =
+      !kBorderless ? best_tile<Policy>(shape.oh, shape.ow, div_up(kFirstBlock, kLanes))
+                   : TileShape{1, shape.sw * shape.pixel * kBytes % 4096 == 0 && kMost > 7 ? 7 : kMost};
   static constexpr int kStrips = div_up(shape.oh, tile.rows);  // per image, tile.rows rows each
 
   // Runs that are no multiple of kStep are packed as one per filter row.
@@ -185,10 +224,9 @@ struct DenseConv {
   // with a cache line between the pixels.
   static constexpr ptrdiff_t kPitch =
       shape.ow > 1 ? shape.sw * (shape.copy ? shape.run : shape.pixel) : shape.sh * shape.row;
-  static constexpr ptrdiff_t kBytes = sizeof(Element);
-  static constexpr bool kConflict = shape.kh * shape.kw * shape.run > 0 && !kJoined &&
+  static constexpr bool kConflict = !kBorderless && shape.kh * shape.kw * shape.run > 0 && !kJoined &&
                                     kPitch * kBytes % 4096 == 0 && tile.rows * tile.columns > 7;
-  static constexpr bool kCopy = shape.copy || kConflict || kApart || kShort;
+  static constexpr bool kCopy = (shape.copy && !kBorderless) || kConflict || kApart || kShort;
   // The copy of a 1x1 window leaves out what its strides skip.
   static constexpr bool kGather = kConflict && !shape.copy && shape.kh == 1 && shape.kw == 1;
   static constexpr int kStrideH = kGather ? 1 : shape.sh, kStrideW = kGather ? 1 : shape.sw;
@@ -223,6 +261,10 @@ struct DenseConv {
   // pass by less often when the chunk takes more of it; the scratch copy stays small for the arena's sake.
   static constexpr int chunk_strips() {
     constexpr ptrdiff_t kBudget = (kHeavy && !kCopy ? 768 : 192) * 1024 / kBytes;
+    if (kBorderless) {  // rows far apart: either the weights pass by once a row, or the image once a block
+      constexpr ptrdiff_t kImage = shape.h * shape.row * kBytes, kWeights = weight_count * sizeof(Weight);
+      return kWeights * kStrips > kImage * kBlocks ? kStrips : 1;
+    }
     int strips = 1;
     while (strips < kStrips && rows_read((strips + 1) * tile.rows) * kRow <= kBudget) ++strips;
     return strips;
@@ -248,10 +290,11 @@ struct DenseConv {
   };
 
   // One register tile: Rows x Columns pixels from flat output pixel `pixel`, Channels channels.
-  template <int Rows, int Columns, int Channels, class Y, class E>
+  // Without a border, `ranges` are the rows and columns of taps that are not left out.
+  template <int Rows, int Columns, int Channels, class Y, class E, class... Ranges>
   static SKIVE_NOINLINE void compute_tile(const Element* x, const Weight* w, const Sum* bias,
                                           Y* y, ptrdiff_t pixel, int channel,
-                                          const E& epilogue) {
+                                          const E& epilogue, Ranges... ranges) {
     using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>, kAhead>;
     const auto at = [=](int p) __attribute__((always_inline)) {
       return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
@@ -260,10 +303,14 @@ struct DenseConv {
     typename T::Accumulators acc;
     if constexpr (Spill == 0) {
       T::start(acc, bias, typename T::EachRegister{});
-      for (int kh = 0; kh < shape.kh; ++kh) {
-        for (int kw = 0; kw < kTaps; ++kw) {
-          T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
-          w += div_up(kRun, kStep) * T::kRow;
+      if constexpr (sizeof...(Ranges) > 0) {
+        multiply_some<T>(acc, x, w, ranges...);
+      } else {
+        for (int kh = 0; kh < shape.kh; ++kh) {
+          for (int kw = 0; kw < kTaps; ++kw) {
+            T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
+            w += div_up(kRun, kStep) * T::kRow;
+          }
         }
       }
       T::finish(
@@ -273,7 +320,7 @@ struct DenseConv {
           },
           to);
     } else {
-      typename T::High high;
+      typename T::High high = {};  // compilers do not see that the first spill writes it
       T::start_low(acc, bias, typename T::EachRegister{});
       sum_in_parts<T>(acc, high, x, w);
       T::finish(
@@ -288,6 +335,19 @@ struct DenseConv {
             return epilogue(to_float(above) * splat<N>(65536.0f) + to_float(low), at(p), channel + c);
           },
           to);
+    }
+  }
+
+  // The products of some taps.
+  template <class T>
+  static SKIVE_INLINE void multiply_some(typename T::Accumulators& acc, const Element* x, const Weight* w,
+                                         TapRange rows, TapRange columns) {
+    constexpr ptrdiff_t kTap = div_up(kRun, kStep) * T::kRow;
+    for (int kh = rows.begin; kh < rows.end; ++kh) {
+      for (int kw = columns.begin; kw < columns.end; ++kw) {
+        T::template run<kRun>(acc, x + kh * shape.dh * kRow + kw * shape.dw * kPixel,
+                              w + (kh * kTaps + kw) * kTap);
+      }
     }
   }
 
@@ -340,6 +400,37 @@ struct DenseConv {
     }
   }
 
+  template <int N>
+  struct Width {
+    static constexpr int pixels = N;
+  };
+  static constexpr TapRange columns_inside(int column) {
+    return taps_inside(column, shape.sw, shape.left, kTaps, shape.dw, shape.w);
+  }
+  // The end of the stretch of columns with the same taps that begins at `column`.
+  static constexpr int stretch_end(int column) {
+    const TapRange here = columns_inside(column);
+    int c = column + 1;
+    while (c < shape.ow && columns_inside(c).begin == here.begin && columns_inside(c).end == here.end) ++c;
+    return c;
+  }
+  // Stretches of output row `row` from column Begin on, in tiles of nearly equal width.
+  template <int Channels, int Begin, class Y, class E>
+  static SKIVE_INLINE void compute_stretches(const Element* x, const Weight* w, const Sum* bias, Y* y,
+                                             ptrdiff_t pixel, TapRange rows, int channel, const E& epilogue) {
+    constexpr int kEnd = stretch_end(Begin), kWidth = kEnd - Begin, kTiles = div_up(kWidth, tile.columns);
+    constexpr int kColumns = div_up(kWidth, kTiles), kRest = kWidth - (kTiles - 1) * kColumns;
+    const auto compute = [&](auto width, int c) __attribute__((always_inline)) {
+      compute_tile<1, decltype(width)::pixels, Channels>(x + c * shape.sw * kPixel, w, bias, y,
+                                                        pixel + c * shape.to_pixel, channel, epilogue, rows,
+                                                        columns_inside(Begin));
+    };
+    for (int c = Begin; c + kColumns <= kEnd; c += kColumns) compute(Width<kColumns>{}, c);
+    if constexpr (kRest != kColumns) compute(Width<kRest>{}, kEnd - kRest);
+    if constexpr (kEnd < shape.ow)
+      compute_stretches<Channels, kEnd>(x, w, bias, y, pixel, rows, channel, epilogue);
+  }
+
   // Strips [begin, end) of one image, one block of channels. `x`: where strip `begin` reads first.
   template <int Channels, class Y, class E>
   static SKIVE_INLINE void compute_block(const Element* x, const Weight* w, const Sum* bias, Y* y,
@@ -350,7 +441,12 @@ struct DenseConv {
         shape.first + image * shape.to_image + begin * tile.rows * shape.to_row;
     const int full = end * tile.rows <= shape.oh ? end : end - 1;
     for (int s = begin; s < full; ++s) {
-      compute_strip<tile.rows, Channels>(x, w, bias, y, pixel, channel, epilogue);
+      if constexpr (kBorderless)
+        compute_stretches<Channels, 0>(x - shape.left * kPixel, w, bias, y, pixel,
+                                       taps_inside(s, shape.sh, shape.top, shape.kh, shape.dh, shape.h), channel,
+                                       epilogue);
+      else
+        compute_strip<tile.rows, Channels>(x, w, bias, y, pixel, channel, epilogue);
       x += tile.rows * kStrideH * kRow;
       pixel += tile.rows * shape.to_row;
     }
