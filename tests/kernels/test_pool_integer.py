@@ -94,7 +94,7 @@ def test_whole_images(isa: str, tmp_path: Path) -> None:
     cases = []
     images = [
         (1, 7, 7, 1280), (2, 19, 28, 33), (1, 40, 40, 3), (1, 5, 5, 100), (3, 1, 257, 17), (1, 16, 16, 64),
-        (1, 2, 1, 130), (5, 1, 77, 1),
+        (1, 2, 1, 130), (5, 1, 77, 1), (2, 8, 15, 1), (2, 8, 15, 1),
     ]  # fmt: skip
     for i, image in enumerate(images):
         for k, dtype in enumerate(TYPES):
@@ -109,4 +109,5 @@ def test_whole_images(isa: str, tmp_path: Path) -> None:
                     f"Dilation<1, 1>, {c + window.xs}, {c}, {CTYPE[np.dtype(dtype)]}, {zero}>")  # fmt: skip
             source = between_pixels(x, window.xs)
             cases.append(Case(f"{name}::run(x0, y0, nullptr, part, {_FN})", [source], [want]))
-    check(cases, ["pool.h"], isa, tmp_path, prelude=_NUMBERED, flags=("-O1",))
+    # As shipped: g++ 12 at -O2 miscompiled four sums of one channel in plain C++.
+    check(cases, ["pool.h"], isa, tmp_path, prelude=_NUMBERED, flags=("-O2",))

@@ -304,12 +304,18 @@ struct GlobalSum {
   }
   // The sum of one channel, whose pixels are neighbours.
   static SKIVE_INLINE int32_t row(const T* x) {
-    constexpr int rest = kPixels % kLanes;
-    IVec<kLanes> sum = splat<kLanes>(0);
-    for (int i = 0; i + kLanes <= kPixels; i += kLanes) sum = sum + load<kLanes>(x + i);
-    IVec<1> total = splat<1>(hsum(sum));
-    if constexpr (rest != 0) total = total + splat<1>(hsum(load<rest>(x + kPixels - rest)));
-    return hsum(total);
+    if constexpr (kLanes == 4) {  // plain C++: of the sum of four sums, g++ 12 leaves out half of the elements
+      int32_t sum = 0;
+      for (int i = 0; i < kPixels; ++i) sum += x[i];
+      return sum;
+    } else {
+      constexpr int rest = kPixels % kLanes;
+      IVec<kLanes> sum = splat<kLanes>(0);
+      for (int i = 0; i + kLanes <= kPixels; i += kLanes) sum = sum + load<kLanes>(x + i);
+      IVec<1> total = splat<1>(hsum(sum));
+      if constexpr (rest != 0) total = total + splat<1>(hsum(load<rest>(x + kPixels - rest)));
+      return hsum(total);
+    }
   }
   template <int N>
   static SKIVE_INLINE auto widened(const T* x) {
