@@ -34,13 +34,15 @@ class Layer:
     kernel: tuple[int, int, int]
     stride: tuple[int, int] = (1, 1)
     pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: int = 1
 
     @property
     def output(self) -> tuple[int, int, int, int]:
         n, h, w, _ = self.image
         t, left, b, r = self.pad
         oc, kh, kw = self.kernel
-        return n, (h + t + b - kh) // self.stride[0] + 1, (w + left + r - kw) // self.stride[1] + 1, oc
+        (sh, sw), d = self.stride, self.dilation
+        return n, (h + t + b - d * (kh - 1) - 1) // sh + 1, (w + left + r - d * (kw - 1) - 1) // sw + 1, oc
 
     @property
     def macs(self) -> int:
@@ -50,13 +52,13 @@ class Layer:
     def name(self) -> str:
         n, h, w, c = self.image
         oc, kh, kw = self.kernel
-        return f"{n}x{h}x{w}x{c} {kh}x{kw}s{self.stride[0]} -> {oc}"
+        return f"{n}x{h}x{w}x{c} {kh}x{kw}s{self.stride[0]}{f'd{self.dilation}' * (self.dilation > 1)} -> {oc}"
 
 
-def square(network: str, size: int, c: int, k: int, s: int, oc: int, batch: int = 1) -> Layer:
-    """A k x k convolution with "same" padding (k // 2 on every side)."""
-    p = k // 2
-    return Layer(network, (batch, size, size, c), (oc, k, k), (s, s), (p, p, p, p))
+def square(network: str, size: int, c: int, k: int, s: int, oc: int, batch: int = 1, dilation: int = 1) -> Layer:
+    """A k x k convolution with "same" padding (k // 2 taps on every side)."""
+    p = k // 2 * dilation
+    return Layer(network, (batch, size, size, c), (oc, k, k), (s, s), (p, p, p, p), dilation)
 
 
 def matmul(network: str, m: int, k: int, n: int) -> Layer:
@@ -138,6 +140,10 @@ LAYERS = [
     matmul("bert", 128, 768, 3072),
     matmul("bert", 128, 3072, 768),
     Layer("conv1d", (1, 1, 1024, 32), (64, 1, 9), (1, 1), (0, 4, 0, 4)),
+    # Rates of the pyramids of Chen et al., Rethinking Atrous Convolution, 2017; taps in the border count, too.
+    *(square("deeplab", 33, 256, 3, 1, 256, dilation=d) for d in (2, 6, 12, 18, 24, 36)),
+    square("drn", 28, 128, 3, 1, 128, dilation=2),
+    Layer("wavenet", (1, 1, 512, 64), (64, 1, 3), (1, 1), (0, 128, 0, 0), 64),
 ]
 
 _PRELUDE = """
@@ -203,7 +209,7 @@ def block_of(layer: Layer, isa: str, block: int | None) -> int:
 
 def cpp(layer: Layer, block: int) -> str:
     tags = [("Image", layer.image), ("Kernel", layer.kernel), ("Stride", layer.stride),
-            ("Pad", layer.pad), ("Dilation", (1, 1))]  # fmt: skip
+            ("Pad", layer.pad), ("Dilation", (layer.dilation, layer.dilation))]  # fmt: skip
     shapes = [f"{name}<{', '.join(map(str, values))}>" for name, values in tags]
     return f"{', '.join(shapes)}, {block}"
 
