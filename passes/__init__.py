@@ -76,11 +76,11 @@ INTEGER_ONLY: list[str] = [
 EXACT: list[str] = [*CANONICAL, *FUSED]
 
 
-def canonical(graph: Graph, *, check: str = "auto", dump_dir: str | None = None) -> tuple[Graph, list[Record]]:
+def canonical(graph: Graph, *, check: str = "auto") -> tuple[Graph, list[Record]]:
     """(`graph` after the CANONICAL passes, one record per pass)."""
-    return PassManager().run(graph, CANONICAL, check=check, dump_dir=dump_dir)
+    return PassManager().run(graph, CANONICAL, check=check)
 
 
-def optimize(graph: Graph, *, check: str = "auto", dump_dir: str | None = None) -> tuple[Graph, list[Record]]:
+def optimize(graph: Graph, *, check: str = "auto") -> tuple[Graph, list[Record]]:
     """(`graph` after the EXACT passes, one record per pass)."""
-    return PassManager().run(graph, EXACT, check=check, dump_dir=dump_dir)
+    return PassManager().run(graph, EXACT, check=check)

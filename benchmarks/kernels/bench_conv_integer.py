@@ -87,7 +87,7 @@ def time_layer(
     x_type, w_type, _, packing = ELEMENTS[element]
     x = aligned(rng.integers(0, 100, layer.image).astype(x_type))
     weights = rng.integers(-100, 100, (oc, kh, kw, layer.image[3])).astype(w_type)
-    w = aligned(packing(weights, block))
+    w = aligned(packing(weights, block, (layer.dilation, layer.dilation)))
     bias = aligned(pack.pack_bias_i32(None, weights, 3, block))
     factor = aligned(np.full(oc, 1e-3, np.float32))
     y = aligned(np.zeros(layer.output, x_type))

@@ -135,6 +135,8 @@ CASES += [
     Transposed((1, 6, 7, 5), (8, 3, 3)),
     Transposed((1, 5, 5, 4), (6, 3, 2), stride=(2, 3), dilation=(2, 2), pad=(0, 1, 2, 0)),
     Transposed((1, 7, 6, 4), (20, 5, 5), stride=(2, 1), pad=(4, 4, 3, 4), xs=2, ys=1),
+    Transposed((2, 6, 7, 5), (8, 3, 3), dilation=(3, 2), pad=(2, 1, 0, 3)),
+    Transposed((1, 4, 5, 6), (9, 2, 3), stride=(2, 1), dilation=(4, 5), pad=(1, 4, 2, 5)),
     Transposed((1, 1, 9, 6), (10, 1, 4), stride=(1, 2), pad=(0, 1, 0, 1), groups=2),
     Transposed((1, 6, 6, 12), (6, 3, 3), stride=(2, 2), pad=(1, 0, 0, 1), groups=3),
 ]
