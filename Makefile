@@ -7,6 +7,7 @@
 #   make onnx       compiles every backend case of ONNX and counts what passes in docs/onnx.md
 #   make bench      the example in turns with onnxruntime and OpenVINO
 #   make fuzz       random graphs and damaged files, ten minutes
+#   make shipped    the tests of kernels with the compiler's flags of artefacts, not those that compile fastest
 #   make exhaustive every integer kernel against NumPy on hundreds of shapes: hours; goes on where it stopped
 #   make lint       ruff
 #   make typing     mypy
@@ -32,7 +33,7 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3.14 py
 # What the build of the package depends on.
 PACKAGE := pyproject.toml setup.py CMakeLists.txt bindings/module.cpp
 
-.PHONY: demo test test-all onnx bench fuzz exhaustive lint typing asan clean
+.PHONY: demo test test-all onnx bench fuzz shipped exhaustive lint typing asan clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -59,6 +60,9 @@ fuzz: $(VENV)/.installed-dev
 	$(BIN)/python tests/fuzz/fuzz_files.py --seconds 180 --jobs $(JOBS) --command-every 200
 	$(BIN)/python tests/fuzz/fuzz_graphs.py --seconds 300 --jobs $(JOBS)
 	$(BIN)/python tests/fuzz/fuzz_quantized.py --seconds 120
+
+shipped: $(VENV)/.installed-dev
+	SKIVE_KERNELS_AS_SHIPPED=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/kernels
 
 # Zig's clang where there is no other.
 exhaustive: $(VENV)/.installed-dev

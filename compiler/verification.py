@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from skive.frontend import Source
 
 log = logging.getLogger("skive.verification")
+WAY_OUT = "another compiler ($CXX) or --target generic may avoid it; please report it"
 
 
 def _given(imported: Graph, data: Sequence[np.ndarray] | None) -> list[np.ndarray]:
@@ -70,7 +71,7 @@ def verify_floats(
         )
         raise VerificationError(
             f"{imported.name}: the artefact differs from the reference by {verdict.relative_error:.2g} "
-            f"of the output's range, {where}; please report it, or use --target generic"
+            f"of the output's range, {where}; {WAY_OUT}"
         )
     early.check_paths(module, inputs)
     others, one_way = check.branch_inputs(imported, inputs)
@@ -78,7 +79,7 @@ def verify_floats(
         pairs = list(zip(module.all_outputs(*other), evaluate_graph(imported, other), strict=True))
         if not check.compare(pairs, "numpy", 1, check.allowed_difference(imported, other)).passed:
             raise VerificationError(f"{imported.name}: a branch that random inputs of another scale take differs from "
-                                    "the reference; please report it, or use --target generic")
+                                    f"the reference; {WAY_OUT}")
         outside = source.oracle(other)
         known = [(g, o) for (g, _), o in zip(pairs, outside or [], strict=False) if o is not None]
         if known and not check.compare(known, source.engine, 1, check.allowed_difference(imported, other)).passed:
@@ -137,8 +138,7 @@ def verify_integers(
         node = check.first_divergence(optimised, inputs, lambda g: run_graph(g, target, threads), tolerance)
         where = f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
         raise VerificationError(
-            f"{imported.name}: the artefact differs from the reference of its integer graph, {where}; "
-            "please report it, or use --target generic"
+            f"{imported.name}: the artefact differs from the reference of its integer graph, {where}; {WAY_OUT}"
         )
     early.check_paths(module, inputs)
     return verdict
