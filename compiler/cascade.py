@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from skive.errors import ExitError
+from skive.exit_calls import Result
 from skive.runtime import Module
 
 SCORES = ("max-prob", "margin", "entropy", "energy")
@@ -33,8 +34,8 @@ class Cascade:
     """Calls `first`, and `second` on what lies in `window` (lowest and highest score, both included).
 
     `score`: max-prob, margin, entropy or energy of the first network's answer. `probabilities`: whether the networks
-    give probabilities, not logits. Both take the same inputs and give one output [n, classes]. ExitError if they differ
-    or the window is none.
+    give probabilities, not logits. Both take the same inputs and give one output [n, classes]; integers with a scale
+    count as the real numbers they stand for. ExitError if they differ or the window is none.
     """
 
     def __init__(self, first: Module, second: Module, window: tuple[float, float], score: str = "max-prob",
@@ -46,9 +47,10 @@ class Cascade:
             raise ExitError(f"the window is {low:g} to {high:g}; the lower end comes first")
         if probabilities and score == "energy":
             raise ExitError("energy is a score of logits; the networks give probabilities")
-        shapes = [[(p.shape[1:], p.dtype) for p in m.inputs] for m in (first, second)]
-        if shapes[0] != shapes[1]:
-            raise ExitError(f"the networks take different inputs: {shapes[0]} and {shapes[1]}")
+        ports = [[(p.shape[1:], p.dtype, p.scale, p.zero) for p in m.inputs] for m in (first, second)]
+        if ports[0] != ports[1]:
+            raise ExitError("the networks take different inputs (shape of a sample, element type, scale and zero point "
+                            f"of integers): {ports[0]} and {ports[1]}")
         classes = []
         for m in (first, second):
             found = {p.shape[1:] for i, p in enumerate(m.outputs) if not m.exits or i in m.exits[-1].outputs}
@@ -95,7 +97,19 @@ def _all(module: Module, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
     results = [module.run(*(a[i:i + size] for a in inputs)) for i in range(0, count, size)]
     macs = np.concatenate([r.macs if len(r.macs) == len(r.outputs) else
                            np.full(len(r.outputs), r.macs[0] // len(r.outputs)) for r in results])
-    return np.concatenate([np.asarray(r.outputs, np.float32) for r in results]), macs
+    return np.concatenate([_real(module, r) for r in results]), macs
+
+
+def _real(module: Module, result: Result) -> np.ndarray:
+    """[n, classes] float32. Integers have the scale and the zero point of the exit that a sample took."""
+    values = np.asarray(result.outputs, np.float32)
+    ports = [module.outputs[w.outputs[0]] for w in module.exits] or [module.outputs[0]]
+    taken = [ports[e] for e in result.exit]
+    if len(taken) != len(values):  # a fixed batch, of which nothing leaves
+        taken = ports[-1:] * len(values)
+    scale = np.asarray([1 if p.scale is None else p.scale for p in taken], np.float32)[:, None]
+    zero = np.asarray([p.zero or 0 for p in taken], np.float32)[:, None]
+    return (values - zero) * scale
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -89,11 +89,27 @@ def test_a_cascade_of_networks_with_exits_counts_what_was_spent(members: tuple[s
     np.testing.assert_array_equal(got.macs, spent + got.second * members[1].report["compiled"]["macs"])
 
 
+def test_a_cascade_of_integers_reads_their_scales(members: tuple[skive.Module, skive.Module]) -> None:
+    x = np.random.default_rng(0).standard_normal((64, 10)).astype(np.float32)
+    quantize = skive.Quantize("int8", calibration=x, integer_only=True)
+    integers = [skive.compile(g, batch_max=16, quantize=quantize) for g in (SMALL, LARGE)]
+    port = integers[0].inputs[0]
+    assert port.scale is not None and port.zero is not None and integers[0].outputs[0].scale is not None
+    limits = np.iinfo(port.dtype)
+    codes = np.clip(np.rint(x / port.scale) + port.zero, limits.min, limits.max)
+    got = skive.Cascade(*integers, window=(0, 0.6))(codes.astype(port.dtype))
+    want = skive.Cascade(*members, window=(0, 0.6))(x)
+    assert np.abs(got - want).mean() < 0.03
+
+
 def test_what_makes_no_cascade(members: tuple[skive.Module, skive.Module]) -> None:
     with pytest.raises(ExitError, match="no score 'luck'"):
         Cascade(*members, window=(0, 1), score="luck")
     with pytest.raises(ExitError, match="lower end comes first"):
         Cascade(*members, window=(1, 0))
+    byte = skive.Quantize("int8", calibration=np.full((8, 10), 3, np.float32), integer_only=True)
+    with pytest.raises(ExitError, match="scale and zero point"):
+        Cascade(members[0], skive.compile(LARGE, batch_max=16, quantize=byte), window=(0, 1))
     with pytest.raises(ExitError, match="4 and 3 classes"):
         Cascade(members[0], skive.compile(classifier(3, 4, "three", classes=3), batch_max=16), window=(0, 1))
     with pytest.raises(ExitError, match="energy is a score of logits"):
