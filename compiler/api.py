@@ -258,6 +258,7 @@ def _finished(folder: Path, request: Mapping[str, Any]) -> Module:
     if request["emit_only"]:
         return _EmittedOnly(folder)  # type: ignore[return-value]
     module = Module(folder)
+    module.temporary = request["output"] is None
     once_more = {"output": None, "emit_only": True, "verify": False, "tune": None, "dump_ir": None}
     module._export = lambda path: compile(**{**request, **once_more, "export_onnx": path})
     return module

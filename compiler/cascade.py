@@ -102,14 +102,13 @@ def _all(module: Module, inputs: Any) -> tuple[np.ndarray, np.ndarray]:
 
 def _real(module: Module, result: Result) -> np.ndarray:
     """[n, classes] float32. Integers have the scale and the zero point of the exit that a sample took."""
-    values = np.asarray(result.outputs, np.float32)
     ports = [module.outputs[w.outputs[0]] for w in module.exits] or [module.outputs[0]]
-    taken = [ports[e] for e in result.exit]
-    if len(taken) != len(values):  # a fixed batch, of which nothing leaves
-        taken = ports[-1:] * len(values)
-    scale = np.asarray([1 if p.scale is None else p.scale for p in taken], np.float32)[:, None]
-    zero = np.asarray([p.zero or 0 for p in taken], np.float32)[:, None]
-    return (values - zero) * scale
+    # Of a fixed batch nothing leaves.
+    taken = result.exit if len(result.exit) == len(result.outputs) else np.full(len(result.outputs), len(ports) - 1)
+    real = np.empty(result.outputs.shape, np.float32)
+    for e, port in enumerate(ports):
+        real[taken == e] = port.dequantize(result.outputs[taken == e])
+    return real
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -54,6 +54,7 @@ class Module:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._export: Callable[[str | Path], Any] | None = None
+        self.temporary = False  # whether the folder is removed when the process ends
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text())
             name, threads = self.manifest["name"], self.manifest["threads"]
@@ -215,7 +216,12 @@ class Module:
                                  f"{value.device}; give a dense one of {port.dtype} with values") from None
         elif not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
             value = np.from_dlpack(value)
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of unequal length
+            array = np.array(None)
+        if array.dtype.kind in "OUS":  # None, text
+            raise ShapeError(f"input {port.name!r} is of type {type(value).__name__}, not an array of {port.dtype}")
         if array.dtype != np.dtype(port.dtype):
             raise ShapeError(
                 f"input {port.name!r} is {array.dtype}, not {port.dtype}; convert it with .astype({port.dtype!r})"
@@ -241,12 +247,33 @@ class Module:
             if changed.any():
                 (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
+    def __copy__(self) -> Module:
+        module = _again(self.folder, self.thresholds)
+        module.temporary, module._export = self.temporary, self._export
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Module:
+        return self.__copy__()
+
+    def __reduce__(self) -> tuple[Callable[..., Module], tuple[Any, ...]]:
+        """Pickled is where the artefact lies, not what is in it."""
+        if self.temporary:
+            raise TypeError(f"{self!r} was compiled without a folder of its own, so another process may not find it; "
+                            "pickle what skive.load gives of the folder it was saved to or compiled into (output=)")
+        return _again, (self.folder.resolve(), self.thresholds)
+
     def __repr__(self) -> str:
         ports = [
             ", ".join(f"{p.name}: {p.dtype}{list(p.shape)}" for p in side)
             for side in (self.inputs, self.outputs)
         ]
         return f"<skive.Module {self.manifest['name']} ({ports[0]}) -> ({ports[1]})>"
+
+
+def _again(folder: Path, thresholds: Mapping[str, float]) -> Module:
+    module = load(folder)
+    module.thresholds = thresholds
+    return module
 
 
 def load(folder: str | Path) -> Module:

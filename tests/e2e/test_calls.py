@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -195,6 +197,25 @@ def test_save_and_load(compiled: Compile, tmp_path: Path) -> None:
     with pytest.raises(skive.SkiveError, match="not empty"):
         module.save(tmp_path / "other")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "saved"]
+
+
+@pytest.mark.parametrize("value", [None, "cat.png", [[1.0], "two"]])
+def test_what_is_no_array(value: object, compiled: Compile) -> None:
+    module = compiled("pools")
+    with pytest.raises(ShapeError, match=f"is of type {type(value).__name__}, not an array of float32"):
+        module(value)
+
+
+def test_copies_and_pickles(compiled: Compile, tmp_path: Path) -> None:
+    module = compiled("pools")
+    inputs = check.sample_inputs(NETWORKS["pools"]())
+    for again in (copy.copy(module), copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        same_bits(outputs(again, *inputs), outputs(module, *inputs))
+    here = skive.compile(NETWORKS["pools"](), verify=False)
+    copy.deepcopy(here).save(tmp_path / "saved")
+    with pytest.raises(TypeError, match=r"compiled without a folder of its own.*skive\.load"):
+        pickle.dumps(here)
+    same_bits(outputs(pickle.loads(pickle.dumps(skive.load(tmp_path / "saved"))), *inputs), outputs(here, *inputs))
 
 
 def test_an_unchanged_model_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -84,6 +85,9 @@ def test_a_cascade_of_networks_with_exits_counts_what_was_spent(members: tuple[s
                           exits=["early:max-prob=0.5"])
     x = np.random.default_rng(0).standard_normal((40, 10)).astype(np.float32)
     spent = np.concatenate([first.run(x[i:i + 16]).macs for i in range(0, 40, 16)])
+    first.thresholds = {"early": 0.55}
+    assert copy.deepcopy(first).thresholds == first.thresholds
+    first.thresholds = {"early": 0.5}
     got = skive.Cascade(first, members[1], window=(0, 0.4)).run(x)
     assert len(set(spent.tolist())) == 2 and 0 < got.second.sum() < 40
     np.testing.assert_array_equal(got.macs, spent + got.second * members[1].report["compiled"]["macs"])
@@ -93,11 +97,7 @@ def test_a_cascade_of_integers_reads_their_scales(members: tuple[skive.Module, s
     x = np.random.default_rng(0).standard_normal((64, 10)).astype(np.float32)
     quantize = skive.Quantize("int8", calibration=x, integer_only=True)
     integers = [skive.compile(g, batch_max=16, quantize=quantize) for g in (SMALL, LARGE)]
-    port = integers[0].inputs[0]
-    assert port.scale is not None and port.zero is not None and integers[0].outputs[0].scale is not None
-    limits = np.iinfo(port.dtype)
-    codes = np.clip(np.rint(x / port.scale) + port.zero, limits.min, limits.max)
-    got = skive.Cascade(*integers, window=(0, 0.6))(codes.astype(port.dtype))
+    got = skive.Cascade(*integers, window=(0, 0.6))(integers[0].inputs[0].quantize(x))
     want = skive.Cascade(*members, window=(0, 0.6))(x)
     assert np.abs(got - want).mean() < 0.03
 
