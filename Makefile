@@ -62,7 +62,7 @@ fuzz: $(VENV)/.installed-dev
 	$(BIN)/python tests/fuzz/fuzz_quantized.py --seconds 120
 
 shipped: $(VENV)/.installed-dev
-	SKIVE_KERNELS_AS_SHIPPED=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/kernels
+	SKIVE_KERNELS_AS_SHIPPED=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" tests/kernels
 
 # Zig's clang where there is no other.
 exhaustive: $(VENV)/.installed-dev

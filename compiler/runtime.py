@@ -216,12 +216,13 @@ class Module:
                                  f"{value.device}; give a dense one of {port.dtype} with values") from None
         elif not isinstance(value, np.ndarray) and hasattr(value, "__dlpack__"):
             value = np.from_dlpack(value)
+        refusal = f"input {port.name!r} is of type {type(value).__name__}, not an array of {port.dtype}"
         try:
             array = np.asarray(value)
-        except ValueError:  # lists of unequal length
-            array = np.array(None)
-        if array.dtype.kind in "OUS":  # None, text
-            raise ShapeError(f"input {port.name!r} is of type {type(value).__name__}, not an array of {port.dtype}")
+        except ValueError as e:  # lists of unequal length
+            raise ShapeError(f"{refusal}: {e}") from None
+        if array.dtype.kind in "OUS" and not isinstance(value, np.ndarray):  # None, text
+            raise ShapeError(refusal)
         if array.dtype != np.dtype(port.dtype):
             raise ShapeError(
                 f"input {port.name!r} is {array.dtype}, not {port.dtype}; convert it with .astype({port.dtype!r})"

@@ -204,6 +204,8 @@ def test_what_is_no_array(value: object, compiled: Compile) -> None:
     module = compiled("pools")
     with pytest.raises(ShapeError, match=f"is of type {type(value).__name__}, not an array of float32"):
         module(value)
+    with pytest.raises(ShapeError, match="is <U3, not float32"):
+        module(np.array(["cat"]))
 
 
 def test_copies_and_pickles(compiled: Compile, tmp_path: Path) -> None:

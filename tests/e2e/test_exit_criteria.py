@@ -102,6 +102,25 @@ def test_a_cascade_of_integers_reads_their_scales(members: tuple[skive.Module, s
     assert np.abs(got - want).mean() < 0.03
 
 
+def test_a_cascade_reads_the_scale_of_the_exit_taken() -> None:
+    x = np.random.default_rng(0).standard_normal((16, 10)).astype(np.float32)
+    early, later = SMALL.outputs[0], ops.make("mul", SMALL.outputs[0], constant(np.array(3, np.float32)))
+    graph = Graph("exits", SMALL.inputs, (early, later), ("early", "later"), 16)
+    quantize = skive.Quantize("int8", calibration=x, integer_only=True)
+    first = skive.compile(graph, batch_max=16, exits=["early:max-prob=0.6"], quantize=quantize)
+    ports = [first.outputs[e.outputs[0]] for e in first.exits]
+    assert ports[0].scale != ports[1].scale
+    codes = first.inputs[0].quantize(x)
+    ways = first.run(codes).exit
+    assert set(ways.tolist()) == {0, 1}
+    values = first.all_outputs(codes)
+    one, two = (p.dequantize(values[e.outputs[0]]) for p, e in zip(ports, first.exits, strict=True))
+    logits = np.where(ways[:, None] == 0, one, two)
+    want = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    got = skive.Cascade(first, skive.compile(SMALL, batch_max=16, quantize=quantize), window=(2, 2))(codes)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_what_makes_no_cascade(members: tuple[skive.Module, skive.Module]) -> None:
     with pytest.raises(ExitError, match="no score 'luck'"):
         Cascade(*members, window=(0, 1), score="luck")
