@@ -102,6 +102,16 @@ def _shifted(shift: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], 
     return make
 
 
+def _squeeze(x: Tensor, dims: int | list[int]) -> Tensor:
+    """Axes longer than 1 stay, which the translation refuses."""
+    unit = {d for d in _axes(x, dims) if type(x.shape[d]) is int and x.shape[d] == 1}
+    return x.reshape([n for i, n in enumerate(x.shape) if i not in unit]) if unit else aten.clone(x)
+
+
+def _axes(x: Tensor, dims: int | list[int]) -> list[int]:
+    return [d % x.dim() for d in _each(dims, 1)] if x.dim() else []
+
+
 def _fitting(index: Tensor, source: Tensor) -> Tensor:
     """The part of `source` that `index` has places for; ONNX wants equal shapes."""
     return source[tuple(slice(0, n) for n in index.shape)]
@@ -239,6 +249,12 @@ def _bytes(node: Any) -> bool:
     return _argument(node, 0, "self").dtype == torch.uint8
 
 
+def _keeps(node: Any) -> bool:
+    """Whether a squeezed axis is longer than 1."""
+    x = _argument(node, 0, "self")
+    return any(type(x.shape[d]) is not int or x.shape[d] != 1 for d in _axes(x, _argument(node, 1, "dim")))
+
+
 def _unlike(node: Any) -> bool:
     """Whether a scattered source is larger than its index."""
     return _argument(node, 2, "index").shape != _argument(node, 3, "src").shape
@@ -277,6 +293,7 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.bitwise_left_shift.Tensor_Scalar: (_left, _bytes), aten.bitwise_right_shift.Tensor_Scalar: (_right, _bytes),
     aten.scaled_dot_product_attention.default: (_attention, _masked),
     aten.avg_pool2d.default: (_divided(2), _gives_divisor), aten.avg_pool3d.default: (_divided(3), _gives_divisor),
+    aten.squeeze.dim: (_squeeze, _keeps), aten.squeeze.dims: (_squeeze, _keeps),
     aten.scatter_add.default: (_scatter_add, _unlike),
     aten.scatter.src: (_scatter, _unlike),
     aten.scatter_reduce.two: (_scatter_reduce, _unlike_or_mean),

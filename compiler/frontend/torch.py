@@ -406,8 +406,9 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
             _refuse_state(program.run_decompositions({}))
         program = repairs.repaired(program)
         try:
-            result = torch.onnx.export(program, dynamo=True, opset_version=OPSET,
-                                       optimize=False, verbose=False, custom_translation_table=_own_operators(program))
+            with _constants(program):
+                result = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
+                                           custom_translation_table=_own_operators(program))
         except torch.onnx.OnnxExporterError as e:
             raise _translation_error(program, e) from None
         translated.tidied(result.model)
@@ -416,6 +417,23 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     translated.name_nodes(model)
     translated.resize_as_torch(model.graph)
     return model
+
+
+@contextlib.contextmanager
+def _constants(program: ExportedProgram) -> Iterator[None]:
+    """Parameters are not trained meanwhile. Attention with a trained mask lays its result out in memory as its
+    derivative wants it, which only some steps of the translation assume; others then fail to reshape it."""
+    torch = _torch()
+    trained = [node.meta["val"] for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)
+               for node in part.graph.nodes
+               if node.op == "placeholder" and getattr(node.meta.get("val"), "requires_grad", False)]
+    for value in trained:
+        value.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for value in trained:
+            value.requires_grad_(True)
 
 
 def _own_operators(program: ExportedProgram) -> dict[Any, Callable[..., Any]] | None:
@@ -496,11 +514,12 @@ def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError
     """Every operator of the program that PyTorch cannot translate, or else the first complaint."""
     problems: dict[str, tuple[str, str, str]] = {}
     try:
+        from torch.onnx._internal.exporter import _fx_passes
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         known = ONNXRegistry.from_torchlib(OPSET)
-        decomposed = program.run_decompositions()
-        for node in decomposed.graph.nodes:
+        decomposed = _fx_passes.decompose_with_registry(program, known).graph_module
+        for node in _fx_passes.remove_assertion_nodes(decomposed).graph.nodes:
             target = node.target
             if node.op == "call_function" and hasattr(target, "_schema") and not known.is_registered(target) \
                     and not str(target).startswith("skive."):

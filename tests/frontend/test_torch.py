@@ -120,6 +120,10 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         Lambda(lambda x: x.view(2, 3, 4).permute(2, 0, 1).flatten(1)[:, 1:3].unsqueeze(-1)),
         (noise(2, 12),),
     ),
+    "squeeze": lambda: (
+        Lambda(lambda x: (x.squeeze(0), x.squeeze((0, 1, -1)), x[:, 0].squeeze((0, 1)), x.squeeze(1), x.squeeze())),
+        (noise(3, 1, 4, 1),),
+    ),
     "mean_var": lambda: (Lambda(lambda x: (x.mean(1), x.var(1), x.amax(0), x.sum())), (noise(3, 6),)),
     "where_masked_fill": lambda: (
         Lambda(lambda x: (torch.where(x > 0, x, -x * 2), x.masked_fill(x < 0, -1.0))),
@@ -129,6 +133,22 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
     "cumsum": lambda: (Lambda(lambda x: torch.cumsum(x, 1)), (noise(3, 6),)),
     "integers": lambda: (Lambda(lambda i: (i // 2, i % 3, i.float() / 2, i > 2)), (torch.arange(-3, 6),)),
 }
+
+
+class BiasedAttention(nn.Module):
+    """Attention of vision transformers with a trained bias for every pair of places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.bias = nn.Linear(24, 72), nn.Parameter(noise(2, 5, 5))
+
+    def forward(self, x: Any) -> Any:
+        q, k, v = self.qkv(x).reshape(1, 5, 3, 2, 12).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias.unsqueeze(0))
+        return y.transpose(1, 2).reshape(1, 5, 24)
+
+
+MODULES["biased_attention"] = lambda: (BiasedAttention(), (noise(1, 5, 24),))
 
 
 def close(got: Any, want: Any) -> None:
@@ -369,7 +389,7 @@ def test_every_untranslatable_operator_is_named() -> None:
 
     for op in (twice, thrice):
         op.register_fake(torch.empty_like)
-    module = Lambda(lambda x: twice(x) + thrice(x)).eval()
+    module = Lambda(lambda x: twice(x.float()) + thrice(x)).eval()  # float() asserts a type
     with pytest.raises(UnsupportedOpError) as caught:
         open_model(module, example_inputs=(noise(3),)).graph()
     assert len(caught.value.problems) == 2
