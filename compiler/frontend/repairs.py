@@ -118,9 +118,10 @@ def _fitting(index: Tensor, source: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+               is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Any:
     """Attention under a mask of bools: queries that may look nowhere get zeros, where the translation averages."""
-    assert attn_mask is not None
+    if attn_mask is None or attn_mask.dtype != torch.bool or dropout_p or (scale or 1.0) <= 0:
+        return NotImplemented
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
     root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
@@ -227,13 +228,15 @@ def _uneven(axes: int) -> Callable[[Any], bool]:
         x, sizes = _argument(node, 0, "self"), _argument(node, 1, "output_size")
         pairs = list(zip(x.shape[-axes:], sizes, strict=True))
         known = all(type(d) is int for d, _ in pairs) and all(n is None or type(n) is int and n > 0 for _, n in pairs)
-        return known and any(n is not None and d % n for d, n in pairs) and not _second_used(node)
+        return known and any(n is not None and d % n for d, n in pairs) and not _indices_used(node)
 
     return wanted
 
 
-def _second_used(node: Any) -> bool:
-    return any(u.op == "call_function" and u.args[1:] == (1,) and u.users for u in node.users
+def _indices_used(node: Any) -> bool:
+    """Whether anything reads the places of the largest values of this pooling or of its like in the graph."""
+    return any(u.op == "call_function" and u.args[1:] == (1,) and u.users
+               for like in node.graph.nodes if like.target == node.target for u in like.users
                if getattr(u.target, "__name__", "") == "getitem")
 
 
@@ -266,8 +269,7 @@ def _unlike_or_mean(node: Any) -> bool:
 
 def _masked(node: Any) -> bool:
     mask = _argument(node, 3, "attn_mask")
-    return (mask is not None and mask.dtype == torch.bool and not _argument(node, 4, "dropout_p", 0.0)
-            and (_argument(node, 6, "scale") or 1.0) > 0)
+    return mask is not None and mask.dtype == torch.bool
 
 
 def _gives_divisor(node: Any) -> bool:
