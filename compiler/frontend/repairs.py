@@ -68,7 +68,7 @@ def _put(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bo
     if len(masks) != 1 or len(indices) != lead + 1 or masks[0].dtype != torch.bool or accumulate:
         return NotImplemented
     behind = x.dim() - lead - masks[0].dim()  # axes that the mask leaves whole
-    if values.numel() == 1:
+    if values.dim() == 0 or all(type(n) is int and n == 1 for n in values.shape):
         values = values.reshape(())
     elif values.dim() > behind:
         return NotImplemented
@@ -119,15 +119,30 @@ def _fitting(index: Tensor, source: Tensor) -> Tensor:
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
                is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False) -> Any:
-    """Attention under a mask of bools: queries that may look nowhere get zeros, where the translation averages."""
-    if attn_mask is None or attn_mask.dtype != torch.bool or dropout_p or (scale or 1.0) <= 0:
+    """Attention of four axes, which is what the translation takes; under a mask of bools queries that may look nowhere
+    get zeros, where the translation averages."""
+    usual = q.dim() == 4
+    if usual and (attn_mask is None or attn_mask.dtype != torch.bool or dropout_p or (scale or 1.0) <= 0):
         return NotImplemented
     if enable_gqa:
         k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    if not usual:
+        lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
+        q, k, v = (_of_four_axes(t, lead) for t in (q, k, v))
+        mask = attn_mask if attn_mask is None or attn_mask.dim() == 2 else _of_four_axes(attn_mask, lead)
+        y = aten.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale)
+        return y.reshape(*lead, *y.shape[-2:])
+    assert attn_mask is not None
     root = math.sqrt(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     seen = torch.where(attn_mask, 0.0, torch.finfo(q.dtype).min)
     weights = aten._softmax(torch.matmul(q * root, k.transpose(-2, -1) * root) + seen, -1, False)
     return torch.where(attn_mask.any(-1, keepdim=True), torch.matmul(weights, v), 0.0)
+
+
+def _of_four_axes(x: Tensor, lead: Any) -> Tensor:
+    """`x` over the axes `lead` in front of its last two, joined or filled up to two."""
+    x = x.expand(*lead, *x.shape[-2:])
+    return x.flatten(0, -4) if x.dim() > 4 else x.reshape(*[1] * (4 - x.dim()), *x.shape)
 
 
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
@@ -267,9 +282,9 @@ def _unlike_or_mean(node: Any) -> bool:
     return _argument(node, 4, "reduce") == "mean" or _unlike(node)
 
 
-def _masked(node: Any) -> bool:
+def _unusual(node: Any) -> bool:
     mask = _argument(node, 3, "attn_mask")
-    return mask is not None and mask.dtype == torch.bool
+    return mask is not None and mask.dtype == torch.bool or _argument(node, 0, "query").dim() != 4
 
 
 def _gives_divisor(node: Any) -> bool:
@@ -293,7 +308,7 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.__lshift__.Scalar: (_left, _bytes), aten.__rshift__.Scalar: (_right, _bytes),
     aten.bitwise_left_shift.Tensor: (_left, _bytes), aten.bitwise_right_shift.Tensor: (_right, _bytes),
     aten.bitwise_left_shift.Tensor_Scalar: (_left, _bytes), aten.bitwise_right_shift.Tensor_Scalar: (_right, _bytes),
-    aten.scaled_dot_product_attention.default: (_attention, _masked),
+    aten.scaled_dot_product_attention.default: (_attention, _unusual),
     aten.avg_pool2d.default: (_divided(2), _gives_divisor), aten.avg_pool3d.default: (_divided(3), _gives_divisor),
     aten.squeeze.dim: (_squeeze, _keeps), aten.squeeze.dims: (_squeeze, _keeps),
     aten.scatter_add.default: (_scatter_add, _unlike),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -226,7 +227,20 @@ def numbers_stay(self: Any, x: Tensor) -> Tensor:
     return y + first[0] * before + second[0] * total.item() + a - b
 
 
-BODIES = {"numbers_stay": 2, "early_return": 3, "skipping": 5, "nested": 4, "until": 4, "with_else": 4,
+def relayed(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
+@relayed
+def decorated(self: Any, x: Tensor, scale: float = 2.0) -> Tensor:
+    return self.layers[0](x) * scale if x.sum() > 0 else x
+
+
+BODIES = {"decorated": 2, "numbers_stay": 2, "early_return": 3, "skipping": 5, "nested": 4, "until": 4, "with_else": 4,
           "data_length": 4, "patience": 3, "expert": 4, "accumulated": 4, "collected": 4, "in_place": 2,
           "tokens": 4, "logic": 4, "closures": 4}
 
@@ -353,6 +367,12 @@ def sorts(self: Any, x: Tensor) -> Tensor:
     return sorted(x[0], key=lambda v: v)[0]
 
 
+def selects(self: Any, x: Tensor) -> Tensor:
+    for i in (x[0] > 0).nonzero():
+        x = x * x[0, i]
+    return x
+
+
 def catches(self: Any, x: Tensor) -> Tensor:
     try:
         return x if x.sum() > 0 else -x
@@ -380,6 +400,7 @@ REFUSED = {
     "same_object": ("return x", "`is` between tensors that are one on some paths"),
     "grows": ("", "a list that stands inside another object|a list or an object that outlives the call"),
     "sorts": ("return sorted", "Python needs the value of a tensor here|needs the value of a tensor"),
+    "selects": ("for i in", "the values of a tensor decide a length"),
     "catches": ("try", "`try` in a function that decides on tensors"),
 }
 

@@ -238,6 +238,9 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "divisor": [F.avg_pool2d(image, (3, 2), 2, 1, ceil_mode=c, divisor_override=5) for c in (False, True)],
         "blind": F.scaled_dot_product_attention(image, image, image, mask.all(1)[:, None] | (image[0] > 0)[:, :, :7]),
         "seeing": [F.scaled_dot_product_attention(image, image, image, m) for m in (None, image[0, :, :, :7])],
+        "axes": [F.scaled_dot_product_attention(t, t, t, m, is_causal=c)
+                 for t in (x, image[0], torch.stack([image, image + 1]))
+                 for m, c in ((None, False), (None, True), (t[..., :1] > 0.5, False))],
     }
 
 

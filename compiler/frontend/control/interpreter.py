@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from skive.errors import first_line
 from skive.frontend.control import source, state
@@ -93,6 +94,9 @@ class Machine:
         except Exception as e:  # noqa: BLE001 - what the user's code and torch raise
             inner = source.codes_on(e.__traceback__)
             where = source.line_of(inner[-1][0].co_filename, inner[-1][1]) if inner else self.where()
+            if isinstance(e, GuardOnDataDependentSymNode):
+                raise Failed(where, "the values of a tensor decide a length",
+                             "keep lengths fixed: torch.where, or weights of 0 and 1") from None
             raise Failed(where, f"{type(e).__name__}: {first_line(e)}", raised=True) from None
         finally:
             self.position = before
@@ -354,7 +358,7 @@ class Machine:
         except Refusal as e:
             raise Failed(source.line_of(fn.__code__.co_filename, fn.__code__.co_firstlineno), e.reason,
                          e.hint) from None
-        bound = inspect.signature(fn).bind(*args, **kwargs)
+        bound = inspect.signature(fn, follow_wrapped=False).bind(*args, **kwargs)
         bound.apply_defaults()
         quiet = torch.no_grad() if whole is not fn else contextlib.nullcontext()
         with quiet:
