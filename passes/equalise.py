@@ -122,6 +122,8 @@ def _best(
     b = np.max([_column_magnitude(r, count) for r in readers], 0).astype(np.float64)
     b = np.maximum(b, b.max() * FLOOR)
     ones = np.ones(count)
+    if not b.any():
+        return ones, 1.0
     # Relative to each reader's own noise: layers differ in the size of their results.
     plain = [_noise(r, channels, ones, levels) for r in readers]
     best, chosen = float(len(readers)), ones

@@ -280,6 +280,14 @@ def test_smoothing_moves_into_the_normalisation() -> None:
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_that_are_all_zero_need_no_smoothing() -> None:
+    x = image(1, 5, 8)
+    n = ops.make("layer_norm", x, normal(8), normal(8), origin="ln", label="ln")
+    graph = graph_of(ops.make("linear", n, constant(np.zeros((4, 8), np.float32)), normal(4), origin="l"))
+    spread = np.float64([1, 1, 1, 1, 1, 1, 1, 50])
+    assert not equalised(graph, Storage(graph), {n: Channels(spread, spread**2 / 9)}).factors
+
+
 def test_ranges_in_text() -> None:
     from skive.pipeline import PassManager
 
