@@ -27,11 +27,15 @@ def repaired(program: ExportedProgram) -> ExportedProgram:
 
 
 def _refuse(program: ExportedProgram) -> None:
-    """UnsupportedOpError for what the translation forgets: the smoothing of labels, and the scale of antialiased
-    resizing where it makes no whole length."""
+    """UnsupportedOpError for what the translation forgets: the smoothing of labels, the projection of an LSTM's state,
+    and the scale of antialiased resizing where it makes no whole length."""
     problems = [(node.name, "labels are smoothed", "leave the loss out of forward, or give label_smoothing=0")
                 for node in _calls(program, aten.cross_entropy_loss.default)
                 if _argument(node, 5, "label_smoothing", 0.0)]
+    for node in _calls(program, aten.lstm.input):
+        state, cell = (_value(v) for v in node.args[1])
+        if state.shape[-1] != cell.shape[-1]:
+            problems.append((node.name, "an LSTM projects its state (proj_size)", "leave proj_size out"))
     for target in (aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec):
         for node in _calls(program, target):
             sizes, scales = _argument(node, 0, "input").shape[-2:], _argument(node, 3, "scale_factors")
@@ -129,7 +133,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
     if not usual:
         lead = torch.broadcast_shapes(*(t.shape[:-2] for t in (q, k, v)))
         q, k, v = (_of_four_axes(t, lead) for t in (q, k, v))
-        mask = attn_mask if attn_mask is None or attn_mask.dim() == 2 else _of_four_axes(attn_mask, lead)
+        mask = attn_mask if attn_mask is None or attn_mask.dim() <= 2 else _of_four_axes(attn_mask, lead)
         y = aten.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale)
         return y.reshape(*lead, *y.shape[-2:])
     assert attn_mask is not None
@@ -215,6 +219,15 @@ def _divided(axes: int) -> Callable[..., Any]:
     return make
 
 
+def _conv3d(x: Tensor, w: Tensor, bias: Tensor | None = None, *rest: Any) -> Any:
+    """The translation adds zeros of a wrong shape where there is no bias."""
+    return NotImplemented if bias is not None else aten.conv3d(x, w, w.new_zeros(w.shape[0]), *rest)
+
+
+def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, generator: Any = None) -> Any:
+    return NotImplemented if training else aten.leaky_relu(x, (lower + upper) / 2)
+
+
 def _each(v: list[int] | int, axes: int) -> list[int]:
     values = [v] if isinstance(v, int) else list(v)
     return values * axes if len(values) == 1 else values
@@ -287,6 +300,10 @@ def _unusual(node: Any) -> bool:
     return mask is not None and mask.dtype == torch.bool or _argument(node, 0, "query").dim() != 4
 
 
+def _without_bias(node: Any) -> bool:
+    return _argument(node, 2, "bias") is None
+
+
 def _gives_divisor(node: Any) -> bool:
     return _argument(node, 6, "divisor_override") is not None
 
@@ -310,6 +327,8 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.bitwise_left_shift.Tensor_Scalar: (_left, _bytes), aten.bitwise_right_shift.Tensor_Scalar: (_right, _bytes),
     aten.scaled_dot_product_attention.default: (_attention, _unusual),
     aten.avg_pool2d.default: (_divided(2), _gives_divisor), aten.avg_pool3d.default: (_divided(3), _gives_divisor),
+    aten.conv3d.default: (_conv3d, _without_bias), aten.conv3d.padding: (_conv3d, _without_bias),
+    aten.rrelu.default: (_rrelu, _always),
     aten.squeeze.dim: (_squeeze, _keeps), aten.squeeze.dims: (_squeeze, _keeps),
     aten.scatter_add.default: (_scatter_add, _unlike),
     aten.scatter.src: (_scatter, _unlike),

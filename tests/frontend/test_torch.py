@@ -120,6 +120,11 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         Lambda(lambda x: x.view(2, 3, 4).permute(2, 0, 1).flatten(1)[:, 1:3].unsqueeze(-1)),
         (noise(2, 12),),
     ),
+    "conv3d": lambda: (
+        nn.Sequential(nn.Conv3d(2, 3, (3, 2, 3), (1, 2, 1), 1, bias=False), nn.BatchNorm3d(3), nn.RReLU(),
+                      nn.Conv3d(3, 4, 3, padding="same", bias=False)),
+        (noise(1, 2, 4, 5, 5),),
+    ),
     "squeeze": lambda: (
         Lambda(lambda x: (x.squeeze(0), x.squeeze((0, 1, -1)), x[:, 0].squeeze((0, 1)), x.squeeze(1), x.squeeze())),
         (noise(3, 1, 4, 1),),
@@ -277,12 +282,20 @@ def test_small_constants_count() -> None:
 
 
 def test_what_the_translation_of_pytorch_forgets_is_refused() -> None:
-    """The scale of antialiased resizing, if it makes no whole length, and the smoothing of labels."""
-    module = Lambda(lambda x, t: (F.interpolate(x, scale_factor=0.45, mode="bilinear", antialias=True),
-                                  F.cross_entropy(x[0, 0], t, label_smoothing=0.1))).eval()
-    with pytest.raises(UnsupportedOpError, match="2 places") as caught:
-        open_model(module, example_inputs=(noise(1, 1, 5, 5), torch.arange(5))).graph()
-    assert "ends within a pixel" in str(caught.value) and "labels are smoothed" in str(caught.value)
+    """The scale of antialiased resizing, if it makes no whole length, the smoothing of labels, a projected state."""
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(5, 4, proj_size=3)
+
+        def forward(self, x: Any, t: Any) -> Any:
+            return (F.interpolate(x, scale_factor=0.45, mode="bilinear", antialias=True),
+                    F.cross_entropy(x[0, 0], t, label_smoothing=0.1), self.lstm(x[0]))
+
+    with pytest.raises(UnsupportedOpError, match="3 places") as caught:
+        open_model(Three().eval(), example_inputs=(noise(1, 1, 5, 5), torch.arange(5))).graph()
+    for reason in ("ends within a pixel", "labels are smoothed", "projects its state"):
+        assert reason in str(caught.value)
 
 
 def test_inputs_by_name_and_plain_python_arguments() -> None:
