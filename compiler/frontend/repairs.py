@@ -228,6 +228,29 @@ def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool
     return NotImplemented if training else aten.leaky_relu(x, (lower + upper) / 2)
 
 
+def _cdist(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
+    return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
+
+
+def _searchsorted(bounds: Tensor, x: Tensor, *, out_int32: bool = False, right: bool = False, side: str | None = None,
+                  sorter: Tensor | None = None) -> Any:
+    """How many bounds lie before each value."""
+    if sorter is not None:
+        return NotImplemented
+    bounds, x = bounds if bounds.dim() == 1 else bounds.unsqueeze(-2), x.unsqueeze(-1)
+    before = bounds <= x if right or side == "right" else bounds < x
+    return before.sum(-1, dtype=torch.int32 if out_int32 else torch.int64)
+
+
+def _kthvalue(x: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    values, places = (t.narrow(dim, k - 1, 1) for t in torch.sort(x, dim))
+    return (values, places) if keepdim else (values.squeeze(dim), places.squeeze(dim))
+
+
+def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    return _kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
+
+
 def _each(v: list[int] | int, axes: int) -> list[int]:
     values = [v] if isinstance(v, int) else list(v)
     return values * axes if len(values) == 1 else values
@@ -328,6 +351,8 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.scaled_dot_product_attention.default: (_attention, _unusual),
     aten.avg_pool2d.default: (_divided(2), _gives_divisor), aten.avg_pool3d.default: (_divided(3), _gives_divisor),
     aten.conv3d.default: (_conv3d, _without_bias), aten.conv3d.padding: (_conv3d, _without_bias),
+    aten.cdist.default: (_cdist, _always), aten.searchsorted.Tensor: (_searchsorted, _always),
+    aten.kthvalue.default: (_kthvalue, _always), aten.median.dim: (_median, _always),
     aten.rrelu.default: (_rrelu, _always),
     aten.squeeze.dim: (_squeeze, _keeps), aten.squeeze.dims: (_squeeze, _keeps),
     aten.scatter_add.default: (_scatter_add, _unlike),

@@ -523,6 +523,7 @@ def _translation_error(program: ExportedProgram, error: Exception) -> SkiveError
             target = node.target
             if node.op == "call_function" and hasattr(target, "_schema") and not known.is_registered(target) \
                     and not str(target).startswith("skive."):
+                target = node.meta.get("original_aten") or target
                 stack = [s for s, _ in (node.meta.get("nn_module_stack") or {}).values() if s]
                 problems[str(target)] = (stack[-1] if stack else node.name, f"{target} has no ONNX equivalent",
                                          "replace it by operations of torch that have one")

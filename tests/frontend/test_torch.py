@@ -243,6 +243,10 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "divisor": [F.avg_pool2d(image, (3, 2), 2, 1, ceil_mode=c, divisor_override=5) for c in (False, True)],
         "blind": F.scaled_dot_product_attention(image, image, image, mask.all(1)[:, None] | (image[0] > 0)[:, :, :7]),
         "seeing": [F.scaled_dot_product_attention(image, image, image, m) for m in (None, image[0, :, :, :7])],
+        "distances": (torch.cdist(x, x[:3] + 1), torch.cdist(image[0], image[0, :, :2], p=1.0)),
+        "order": (torch.median(x, 1), torch.kthvalue(x, 2, 0, keepdim=True), torch.median(x[:, :1], 0)),
+        "bounds": [torch.searchsorted(torch.sort(s, -1)[0], x, right=r, out_int32=r) for s in (x[0], x + 0.1)
+                   for r in (False, True)],
         "axes": [F.scaled_dot_product_attention(t, t, t, m, is_causal=c)
                  for t in (x, image[0], torch.stack([image, image + 1]))
                  for m, c in ((None, False), (None, True), (t[..., :1] > 0.5, False))],
