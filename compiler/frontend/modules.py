@@ -70,9 +70,10 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
              export: Callable[[], ExportedProgram]) -> ExportedProgram:
     """`export()`, which runs `model.forward` on tensors without values and may do so more than once.
 
-    Dataclasses that `forward` returns are made known to PyTorch, and tensors without values that it leaves in
-    attributes are removed. UnsupportedOpError if a second call gives another result than the first, or if `forward`
-    sets attributes and no copy of the model can be made to see that.
+    Dataclasses that `forward` returns are made known to PyTorch, and attributes that it sets are as before afterwards:
+    a tensor without values, and whatever says that there is one, must not stay. UnsupportedOpError if a second call
+    gives another result than the first, or if `forward` sets attributes and no copy of the model can be made to see
+    that.
     """
     results: list[Any] = []
     changed: list[str] = []
@@ -82,6 +83,12 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
         changed.extend(".".join(filter(None, [path, key])) for path, m in model.named_modules()
                        for key, value in vars(m).items()
                        if key not in OWN and (key not in before[m] or before[m][key] is not value))
+
+    def restore() -> None:
+        for module, old in before.items():
+            for key in set(vars(module)) - set(old):
+                del vars(module)[key]
+            vars(module).update(old)
 
     before = {m: dict(vars(m)) for m in model.modules()}
     hook = model.register_forward_hook(look)
@@ -93,16 +100,11 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 if "not a known type" not in str(e) or not results:
                     raise
                 _register(results[-1])
+                restore()
                 program = export()
     finally:
         hook.remove()
-        for module, old in before.items():
-            for key, value in list(vars(module).items()):
-                if type(value).__name__ == "FakeTensor":
-                    if key in old:
-                        vars(module)[key] = old[key]
-                    else:
-                        del vars(module)[key]
+        restore()
     same = _same_again(model, args, kwargs)
     if same is False or (changed and same is None):
         why = "gives another result at the next call" if same is False else "cannot be copied to call it twice"

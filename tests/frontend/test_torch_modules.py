@@ -171,6 +171,28 @@ def test_features_that_are_kept_for_others_are_no_state() -> None:
     np.testing.assert_allclose(got, noise(2, 3).numpy() * 2 + 1, rtol=1e-6)
 
 
+@dataclasses.dataclass
+class Scaled:
+    value: Any
+
+
+class Anchored(nn.Module):
+    grid, shape = torch.empty(0), None
+
+    def forward(self, x: Any) -> Scaled:
+        if self.shape != x.shape:
+            self.grid, self.shape = torch.arange(x.shape[-1]).to(x.dtype), x.shape
+        return Scaled(x * self.grid)
+
+
+def test_what_is_made_for_a_shape_and_kept_is_no_state() -> None:
+    """Detectors keep the anchors of the last shape: of an export neither the tensor nor the shape may stay."""
+    module, x = Anchored().eval(), noise(2, 4)
+    source = open_model(module, example_inputs=(x,))
+    assert not {"grid", "shape"} & set(vars(module))
+    np.testing.assert_array_equal(evaluate_graph(source.graph(), [x.numpy()])[0], module(x).value)
+
+
 def test_a_program_exported_in_training_mode_says_so() -> None:
     program = torch.export.export(nn.Sequential(nn.BatchNorm1d(3)), (noise(2, 3),))
     with pytest.raises(UnsupportedOpError, match=r"0.running_mean: .*call \.eval\(\)"):
