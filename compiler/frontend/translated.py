@@ -23,7 +23,13 @@ def output_names(program: ExportedProgram) -> list[str]:
 
     spec = program.call_spec.out_spec
     leaves = list(range(spec.num_leaves))
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, spec))
+    tree = pytree.tree_unflatten(leaves, spec)
+    for known in (tree, dict(tree) if isinstance(tree, dict) else leaves, leaves):
+        try:
+            paths, _ = pytree.tree_flatten_with_path(known)
+            break
+        except ValueError:  # a class of which PyTorch knows the parts, but not their names
+            continue
     taken = {str(i) for i in program.graph_signature.user_inputs}
     names, problems = [], []
     results = [o.arg for o in program.graph_signature.output_specs if o.kind.name == "USER_OUTPUT"]

@@ -176,6 +176,18 @@ class Scaled:
     value: Any
 
 
+class Named(dict):  # type: ignore[type-arg]
+    """Results of a library that tells PyTorch their parts, but not how these are called."""
+
+
+def test_parts_of_results_that_pytorch_has_no_names_for() -> None:
+    pytree = torch.utils._pytree
+    pytree.register_pytree_node(Named, lambda d: (list(d.values()), list(d)),
+                                lambda values, keys: Named(zip(keys, values, strict=True)))
+    module = Function(lambda m, x: Named(sample=x + 1, rest=(x * 2,))).eval()
+    assert open_model(module, example_inputs=(noise(2, 3),)).graph().output_names == ("sample", "rest.0")
+
+
 class Anchored(nn.Module):
     grid, shape = torch.empty(0), None
 
