@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import results
 import torch
 
@@ -42,8 +43,8 @@ SPEECH = {**WIDTHS, "conv_dim": [16] * 7, "num_conv_pos_embeddings": 16, "num_co
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 
-def _tokens(batch: int = 1) -> dict[str, torch.Tensor]:
-    return {"input_ids": torch.randint(3, 90, (batch, 12))}
+def _tokens() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(3, 90, (1, 12))}
 
 
 def _masked() -> dict[str, torch.Tensor]:
@@ -85,9 +86,8 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, torch.
                               "use_cache": False}, _tokens),
     "T5": ("EncoderModel", {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 99},
            _masked),
-    **{name: ("Model", PATCHES, _image) for name in ("ViT", "DINOv3ViT", "Beit")},
+    **{name: ("Model", PATCHES, _image) for name in ("ViT", "DINOv3ViT", "Beit", "Dinov2")},
     **{name: ("VisionModel", PATCHES, _image) for name in ("Siglip", "CLIP", "Blip")},
-    "Dinov2": ("Model", {**PATCHES, "intermediate_size": 128}, _image),
     "Yolos": ("ForObjectDetection", {**PATCHES, "image_size": [32, 32], "num_detection_tokens": 5}, _image),
     "Segformer": ("ForSemanticSegmentation", {"hidden_sizes": [8, 16, 24, 32], "decoder_hidden_size": 16},
                   lambda: _image(64)),
@@ -186,7 +186,7 @@ def tried(library: str, name: str, emit_only: bool) -> dict[str, Any]:
     if [g.shape for g in got] != [tuple(w.shape) for w in wanted]:
         return row | {"error": float("inf")}
     pairs = [(g, w.numpy()) for g, w in zip(got, wanted, strict=True)]
-    return row | {"error": max(float(abs(g - w).max() / max(abs(w).max(), 1e-30)) for g, w in pairs)}
+    return row | {"error": float(np.max([abs(g - w).max() / max(abs(w).max(), 1e-30) for g, w in pairs]))}  # NaN stays
 
 
 def in_own_process(library: str, name: str, emit_only: bool, limit: float) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{library}: {sum(_good(r) for r in own)} of {len(own)}")
     if asked.json:
         results.write(asked.json, rows)
-    return 0 if all(map(_good, rows)) else 1
+    return 0 if rows and all(map(_good, rows)) else 1
 
 
 def _good(row: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ def output_names(program: ExportedProgram) -> list[str]:
     tree = pytree.tree_unflatten(leaves, spec)
     for known in (tree, dict(tree) if isinstance(tree, dict) else leaves, leaves):
         try:
-            paths, _ = pytree.tree_flatten_with_path(known)
+            paths = sorted(pytree.tree_flatten_with_path(known)[0], key=lambda part: part[1])  # in the program's order
             break
         except ValueError:  # a class of which PyTorch knows the parts, but not their names
             continue

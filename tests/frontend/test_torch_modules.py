@@ -182,10 +182,13 @@ class Named(dict):  # type: ignore[type-arg]
 
 def test_parts_of_results_that_pytorch_has_no_names_for() -> None:
     pytree = torch.utils._pytree
-    pytree.register_pytree_node(Named, lambda d: (list(d.values()), list(d)),
-                                lambda values, keys: Named(zip(keys, values, strict=True)))
-    module = Function(lambda m, x: Named(sample=x + 1, rest=(x * 2,))).eval()
-    assert open_model(module, example_inputs=(noise(2, 3),)).graph().output_names == ("sample", "rest.0")
+    pytree.register_pytree_node(Named, lambda d: ([d[k] for k in sorted(d)], sorted(d)),
+                                lambda values, keys: Named(reversed([*zip(keys, values, strict=True)])))
+    module, x = Function(lambda m, x: Named(sample=x + 1, rest=(x * 2,))).eval(), noise(2, 3)
+    graph = open_model(module, example_inputs=(x,)).graph()
+    got = dict(zip(graph.output_names, evaluate_graph(graph, [x.numpy()]), strict=True))
+    np.testing.assert_array_equal(got["sample"], x + 1)
+    np.testing.assert_array_equal(got["rest.0"], x * 2)
 
 
 class Anchored(nn.Module):
