@@ -83,6 +83,23 @@ def slice_of_concat(m: Match) -> Node | None:
     return None
 
 
+@rule(op("gather", Var("x"), Const("i")))
+def gather_in_steps(m: Match) -> Node | None:
+    """Evenly spaced places are a slice: so PyTorch writes a global average of rows, and `as_strided` at large."""
+    x, axis = m["x"], m.root.attrs["axis"] % m["x"].type.rank
+    places = m["i"].value.reshape(-1).astype(np.int64)
+    if not len(places) or x.is_const:
+        return None
+    places = np.where(places < 0, places + x.shape[axis], places)
+    step = int(places[1] - places[0]) if len(places) > 1 else 1
+    if step == 0 or (np.diff(places) != step).any():
+        return None
+    start, size, steps = [0] * x.type.rank, [*x.shape], [1] * x.type.rank
+    start[axis], size[axis], steps[axis] = int(places[0]), len(places), step
+    y = _make(m, "slice", x, start=tuple(start), size=tuple(size), step=tuple(steps))
+    return y if y.shape == m.root.shape else _make(m, "reshape", y, shape=m.root.shape)
+
+
 @rule(op("pad", Var("x")))
 def empty_pad(m: Match) -> Node | None:
     return _same_shape(m)
@@ -209,9 +226,12 @@ def one_choice(m: Match) -> Node | None:
 @rule(op("reduce_sum|reduce_mean|reduce_max|reduce_min|reduce_prod", Var("x")))
 def reduction_of_one(m: Match) -> Node | None:
     """Over axes of length 1 nothing is reduced."""
-    if any(m["x"].shape[a] != 1 for a in m.root.attrs["axes"]):
+    x, axes = m["x"], m.root.attrs["axes"]
+    left = tuple(a for a in axes if x.shape[a] != 1)
+    if len(left) == len(axes):
         return None
-    return m["x"] if m["x"].shape == m.root.shape else _make(m, "reshape", m["x"], shape=m.root.shape)
+    y = _make(m, m.root.op, x, axes=left, keep=True) if left else x
+    return y if y.shape == m.root.shape else _make(m, "reshape", y, shape=m.root.shape)
 
 
 @rule(op("avg_pool2d", Var("x"), where=lambda n: n.shape[1:3] == (1, 1) and not n.attrs.get("epilogue")))
@@ -224,9 +244,9 @@ def global_average(m: Match) -> Node | None:
 
 
 RULES = [SAME_TYPE, reshape_of_reshape, transpose_of_transpose, transpose_that_moves_nothing, whole_slice,
-         slice_of_slice, slice_of_concat, empty_pad, concat_operands, operand_of_expand, reshapes_around_unary,
-         *NEUTRAL, division_by_power_of_two, relu_of_nonnegative, involution, clip_of_clip, clip_is_relu,
-         bound_is_clip, decided_where, reduction_of_one, global_average]
+         slice_of_slice, slice_of_concat, gather_in_steps, empty_pad, concat_operands, operand_of_expand,
+         reshapes_around_unary, *NEUTRAL, division_by_power_of_two, relu_of_nonnegative, involution, clip_of_clip,
+         clip_is_relu, bound_is_clip, decided_where, reduction_of_one, global_average]
 
 
 @pass_("eliminate-identity", exact=True)

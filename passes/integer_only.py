@@ -66,7 +66,8 @@ class Storage(AnyStorage):
         kernel for bytes. A normalisation makes the small values of one row as large as those of any other."""
         wide: set[Node] = set()
         for node in reversed(self.graph.nodes):
-            if node not in self.stored or node.op == "input" or self.graph.is_output(node):
+            looked_up = self._mode.get(node) == "table"  # tables hold bytes
+            if node not in self.stored or node.op == "input" or self.graph.is_output(node) or looked_up:
                 continue
             users = self.graph.users[node]
             normalised = [u.op == "layer_norm" and u.inputs[0] is node for u in users]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 PLAIN = (bool, int, float, str, type(None))
 OWN = frozenset(vars(nn.Module()))  # attributes that every module has
+CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 
 
 def prepared(model: nn.Module) -> nn.Module:
@@ -70,8 +72,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
              export: Callable[[], ExportedProgram]) -> ExportedProgram:
     """`export()`, which runs `model.forward` on tensors without values and may do so more than once.
 
-    Dataclasses that `forward` returns are made known to PyTorch, and attributes that it sets are as before afterwards:
-    a tensor without values, and whatever says that there is one, must not stay. UnsupportedOpError if a second call
+    Dataclasses that `forward` returns are made known to PyTorch, and attributes that it sets and what they hold are as
+    before afterwards: a tensor without values, and whatever says that there is one, must not stay. UnsupportedOpError if a second call
     gives another result than the first, or if `forward` sets attributes and no copy of the model can be made to see
     that.
     """
@@ -89,9 +91,12 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             for key in set(vars(module)) - set(old):
                 del vars(module)[key]
             vars(module).update(old)
+            for key, held in inside[module].items():  # also the hooks that forward installs
+                _refill(old[key], held)
 
-    before = {m: dict(vars(m)) for m in model.modules()}
     hook = model.register_forward_hook(look)
+    before = {m: dict(vars(m)) for m in model.modules()}
+    inside = {m: {k: copy.copy(v) for k, v in old.items() if type(v) in CONTAINERS} for m, old in before.items()}
     try:
         with mock.patch("torch.nn.modules.transformer._detect_is_causal_mask", _said_to_be_causal):
             try:
@@ -103,8 +108,8 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 restore()
                 program = export()
     finally:
-        hook.remove()
         restore()
+        hook.remove()
     same = _same_again(model, args, kwargs)
     if same is False or (changed and same is None):
         why = "gives another result at the next call" if same is False else "cannot be copied to call it twice"
@@ -112,6 +117,12 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                                    "pass state in as an input and return its new value as an output")
                                   for c in dict.fromkeys(changed) or [type(model).__name__]])
     return program
+
+
+def _refill(container: Any, held: Any) -> None:
+    """Makes `container` hold the very objects of `held`, a copy of it."""
+    container.clear()
+    (container.extend if isinstance(container, list) else container.update)(held)
 
 
 def _said_to_be_causal(_mask: Any, is_causal: bool | None = None, _size: int | None = None) -> bool:

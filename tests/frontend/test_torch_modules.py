@@ -208,6 +208,29 @@ def test_what_is_made_for_a_shape_and_kept_is_no_state() -> None:
     np.testing.assert_array_equal(evaluate_graph(source.graph(), [x.numpy()])[0], module(x).value)
 
 
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.cache, self.calls = nn.ReLU(), {}, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.inner._forward_hooks:
+            self.inner.register_forward_hook(lambda module, args, result: result + 1)
+        if x.shape not in self.cache:
+            self.cache[x.shape] = torch.arange(x.shape[-1]).to(x.dtype)
+        self.calls.append(x)
+        return self.inner(x) * self.cache[x.shape]
+
+
+def test_what_an_export_puts_into_dictionaries_and_hooks_is_taken_out() -> None:
+    """Positional encodings are kept in a dictionary by length, and some libraries install hooks in the first call."""
+    module, x = Caching().eval(), noise(2, 4)
+    source = open_model(module, example_inputs=(x,))
+    assert not module.cache and not module.calls and not module.inner._forward_hooks
+    np.testing.assert_array_equal(evaluate_graph(source.graph(), [x.numpy()])[0], module(x).numpy())
+    assert len(module.inner._forward_hooks) == 1 and not module._forward_hooks
+
+
 def test_a_program_exported_in_training_mode_says_so() -> None:
     program = torch.export.export(nn.Sequential(nn.BatchNorm1d(3)), (noise(2, 3),))
     with pytest.raises(UnsupportedOpError, match=r"0.running_mean: .*call \.eval\(\)"):
