@@ -234,6 +234,29 @@ def test_open_batch() -> None:
     assert fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
 
 
+@pytest.mark.parametrize("batch_max", [None, 4])
+@pytest.mark.parametrize("size", [(18, 16), (19, 25), (5, 3)])
+def test_resize_between_quantized_layers(size: tuple[int, int], batch_max: int | None, tmp_path: Path) -> None:
+    """ONNX Runtime loads a Resize that it moves between integers, and its sizes fit every batch."""
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((4, 4, 1, 1)).astype(np.float32)
+    nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["a"]),
+             onnx.helper.make_node("Resize", ["a", "", "", "sizes"], ["b"], mode="linear", axes=[2, 3],
+                                   coordinate_transformation_mode="align_corners"),
+             onnx.helper.make_node("Conv", ["b", "w"], ["y"])]
+    batch = "N" if batch_max else 1
+    graph = onnx.helper.make_graph(
+        nodes, "resize", [onnx.helper.make_tensor_value_info("x", 1, [batch, 4, 9, 8])],
+        [onnx.helper.make_tensor_value_info("y", 1, [batch, 4, *size])],
+        [onnx.numpy_helper.from_array(weights, "w"), onnx.numpy_helper.from_array(np.asarray(size, np.int64), "sizes")])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+    module = skive.compile(model, batch_max=batch_max, export_onnx=tmp_path / "q.onnx",
+                           quantize=skive.Quantize(calibration=rng.standard_normal((8, 4, 9, 8)).astype(np.float32)))
+    x = rng.standard_normal((batch_max or 1, 4, 9, 8)).astype(np.float32)
+    got, want = run(onnx.load(tmp_path / "q.onnx"), x)[0], module(x)
+    assert got.shape == want.shape and np.abs(got - want).max() < 1e-5 * np.abs(want).max()
+
+
 def test_written_file(tmp_path: Path) -> None:
     graph = simple(float_model("network"))
     export_onnx(graph, tmp_path / "m.onnx")

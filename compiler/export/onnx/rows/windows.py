@@ -117,6 +117,17 @@ def dense(sources: np.ndarray, weights: np.ndarray, size: int) -> np.ndarray:
     return matrix
 
 
+def _resize(w: Writer, n: Node, x: str, attrs: dict[str, Any]) -> str:
+    """Sizes or scales of all four axes: with `axes`, ONNX Runtime 1.31 refuses a Resize between DequantizeLinear and
+    QuantizeLinear. An open batch has no size."""
+    if not w.any_batch:
+        return w.emit("Resize", x, "", "", integers(n.shape[0], n.shape[3], *n.shape[1:3]), **attrs)
+    old, new = (np.asarray(shape[1:3], np.float32) for shape in (n.inputs[0].shape, n.shape))
+    if (np.floor(old * (new / old)) == new).all():
+        return w.emit("Resize", x, "", np.asarray([1, 1, *new / old], np.float32), **attrs)
+    return w.emit("Resize", x, "", "", integers(*n.shape[1:3]), axes=[2, 3], **attrs)
+
+
 @row("resize2d")
 def resize2d(w: Writer, n: Node) -> None:
     """One Resize where a mode of it has the same tables, else a gather or a product along each axis."""
@@ -127,8 +138,7 @@ def resize2d(w: Writer, n: Node) -> None:
     for attrs in RESIZES:
         own = [dense(*resize_tables(attrs, x.shape[1 + i], n.shape[1 + i]), x.shape[1 + i]) for i in range(2)]
         if all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(own, wanted, strict=True)):
-            y = w.emit("Resize", w.get(x, IMAGE), "", "", integers(*n.shape[1:3]), axes=[2, 3], **attrs)
-            w.put(n, y, IMAGE)
+            w.put(n, _resize(w, n, w.get(x, IMAGE), attrs), IMAGE)
             return
     y = w.get(x, IMAGE)
     for i, matrix in enumerate(wanted):
