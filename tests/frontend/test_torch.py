@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch (pip install 'skive-c
 pytest.importorskip("onnxscript", reason="needs onnxscript (pip install 'skive-compiler[torch]')")
 
 from torch import nn  # noqa: E402
+from torch._higher_order_ops import while_loop  # noqa: E402
 from torch.nn import functional as F  # noqa: E402, N812
 from torch.utils import _pytree as pytree  # noqa: E402
 
@@ -361,6 +362,43 @@ for seed, activation in ((0, nn.ReLU), (1, nn.ReLU), (0, nn.Tanh)):
     first = hashes("0")
     assert len(set(first)) == 3 and all(len(h) == 64 for h in first)
     assert hashes("7") == first
+
+
+class While(nn.Module):
+    def __init__(self, bound: int | None):
+        super().__init__()
+        self.layer, self.bound = nn.Linear(8, 8), bound
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def condition(i: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+            shrinks = h.abs().mean() > 0.25
+            return shrinks if self.bound is None else (i < self.bound) & shrinks
+
+        def body(i: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return i.clone() if self.bound is None else i + 1, torch.tanh(self.layer(h))
+
+        i, h = while_loop(condition, body, (torch.tensor(0), x))
+        return h, i
+
+
+@pytest.mark.parametrize("bound", [5, 40])
+def test_while_loop_of_torch(bound: int) -> None:
+    torch.manual_seed(0)
+    model, x = While(bound).eval(), torch.randn(2, 8)
+    module = skive.compile(torch.export.export(model, (x,)), target="generic")
+    counts = set()
+    for scale in (0.01, 0.3, 0.6, 1, 2, 4, 8):
+        want, trips = model(x * scale)
+        got, n = module((x * scale).numpy())
+        np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-5)
+        assert n == int(trips)
+        counts.add(int(trips))
+    assert 0 in counts and len(counts) > 2
+
+
+def test_while_loop_without_a_counter_is_refused() -> None:
+    with pytest.raises(UnsupportedOpError, match="values alone end; count the iterations"):
+        skive.compile(While(None).eval(), example_inputs=(torch.randn(2, 8),))
 
 
 # ----------------------------------------------------------------------------------------- refusals

@@ -66,8 +66,8 @@ def choose(c: Call) -> Node:
 def loop(c: Call) -> list[Value]:
     """The body as often as the constant trip count and condition say, one copy after the other.
 
-    Where values decide when it ends, as often as the trip count allows: what an iteration computes is chosen while the
-    loop is alive.
+    Where values decide when it ends, as often as the trip count allows, or a counter in the condition: what an
+    iteration computes is chosen while the loop is alive.
     """
     trips = int(c.const(0, "the trip count").reshape(-1)[0]) if c.has(0) else None
     state = [c.value(i) for i in range(2, len(c.inputs))]
@@ -76,27 +76,24 @@ def loop(c: Call) -> list[Value]:
     count = len(body.output) - 1 - len(state)
     if count < 0:
         raise InvalidModelError("the body gives fewer values than it takes")
-    bounded = trips is not None and not count  # else the condition must be known: how often decides the shapes
-    going, alive = True, None  # alive: the condition, where only values say it
-    if c.has(1) and (c[1].is_const or not bounded):
-        going = truth(c, c[1], "the condition")
-    elif c.has(1):
-        alive = c.reshape(c[1], ())
+    going, flag = _goes_on(c, c[1], known=count > 0) if c.has(1) else (True, None)
+    flags, states = [], [state]  # in front of each trip: the condition where only values say it, and the state
     for i in itertools.count():
         if not going or (trips is not None and i >= trips):
             break
-        if i >= MAX_ITERATIONS:
-            raise Unsupported(f"a loop of more than {MAX_ITERATIONS} iterations")
+        endless = flag is not None and trips is None and i and constants(states[-2]) == constants(state)
+        if endless or i >= MAX_ITERATIONS:
+            raise Unsupported(
+                f"a loop of more than {MAX_ITERATIONS} iterations" + (", or that its values alone end" if flag else ""),
+                "count the iterations and end it at a number as well, as in (i < 10) & ..." if flag else "")
+        flags.append(flag)
         results = c.subgraph("body", c.lit(i, np.int64), c.lit(True, np.bool_), *state)
-        new = results[1:1 + len(state)]
+        state = results[1:1 + len(state)]
+        states.append(state)
         scans.append([need_tensor(c, v) for v in results[1 + len(state):]])
-        state = [selected(c, alive, a, b) for a, b in zip(new, state, strict=True)] if alive else new
-        condition = need_tensor(c, results[0])
-        if condition.is_const or not bounded:
-            going = truth(c, condition, "the condition that the body computes")
-        else:
-            flag = c.reshape(condition, ())
-            alive = c.make("choose", alive, flag, c.lit(False, np.bool_)) if alive else flag
+        going, flag = _goes_on(c, need_tensor(c, results[0]), known=count > 0)
+    for flag, ended in zip(reversed(flags), reversed(states[:-1]), strict=True):
+        state = [selected(c, flag, a, b) for a, b in zip(state, ended, strict=True)] if flag else state
     if scans:
         return [*state, *(c.stack(list(column), 0) for column in zip(*scans))]
     if count:  # what the body would have given decides the shape of the empty results
@@ -104,6 +101,28 @@ def loop(c: Call) -> list[Value]:
         return [*state, *(c.lit(np.zeros((0, *need_tensor(c, v).shape), need_tensor(c, v).dtype.numpy))
                           for v in results[1 + len(state):])]
     return state
+
+
+def _goes_on(c: Call, condition: Node, *, known: bool) -> tuple[bool, Node | None]:
+    """Whether a loop may go on, and the condition if only values say so; Unsupported if it must be `known`, as where
+    results of each trip are collected: how often decides their shapes."""
+    if condition.is_const or known:
+        return truth(c, condition, "the condition"), None
+    return not never(condition), c.reshape(condition, ())
+
+
+def constants(state: list[Value]) -> list[bytes]:
+    """The values of what is constant of a loop's state: counters."""
+    return [v.value.tobytes() for v in state if isinstance(v, Node) and v.is_const]
+
+
+def never(condition: Node) -> bool:
+    """True for what is false whatever its computed operands are."""
+    if condition.is_const:
+        return not condition.value.any()
+    if condition.op in ("reshape", "expand", "cast"):
+        return never(condition.inputs[0])
+    return condition.op in ("and", "bit_and") and any(map(never, condition.inputs))
 
 
 def need_tensor(c: Call, value: object) -> Node:
