@@ -72,10 +72,10 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
              export: Callable[[], ExportedProgram]) -> ExportedProgram:
     """`export()`, which runs `model.forward` on tensors without values and may do so more than once.
 
-    Dataclasses that `forward` returns are made known to PyTorch. Attributes that it sets, what they hold, and hooks are
-    as before afterwards: a tensor without values, and whatever says that there is one, must not stay. UnsupportedOpError
-    if a second call gives another result than the first, or if `forward` sets attributes and no copy of the model can be
-    made to see that.
+    Dataclasses that `forward` returns are made known to PyTorch. Attributes that it sets, what they hold, and hooks
+    are as before afterwards: a tensor without values, and whatever says that there is one, must not stay.
+    UnsupportedOpError if a second call gives another result than the first, or if `forward` sets attributes and no copy
+    of the model can be made to see that.
     """
     results: list[Any] = []
     changed: list[str] = []

@@ -274,6 +274,24 @@ def test_exits_around_a_loop() -> None:
     assert taken == {0, 1, 2} and len(steps) > 3
 
 
+def test_the_number_of_the_trip_may_end_a_loop() -> None:
+    """Without a trip count, and with no counter of its own."""
+    model = loop_model(None)
+    again = next(n for n in model.graph.node if n.name == "again")
+    body = again.attribute[0].g
+    del body.node[2]  # of the counter
+    body.node[-1].output[0] = "small"
+    body.node.extend([helper.make_node("Identity", ["n"], ["k"]), helper.make_node("Less", ["i", "last"], ["early"]),
+                      helper.make_node("And", ["small", "early"], ["more"])])
+    model.graph.initializer.append(numpy_helper.from_array(np.int64(4), "last"))
+    module = skive.compile(model)
+    for start, trips in ((60.0, 0), (11.0, 1), (0.5, 5), (-30.0, 5)):
+        want = np.full(4, start, np.float32)
+        for _ in range(trips):
+            want = want * np.float32(1.5) + np.float32(1)
+        np.testing.assert_allclose(module(np.full(4, start, np.float32))[0], want, rtol=1e-6)
+
+
 def test_a_loop_without_a_bound_is_refused() -> None:
     with pytest.raises(UnsupportedOpError, match="more than 4096 iterations, or that its values alone end; count"):
         skive.compile(loop_model(None))

@@ -77,12 +77,13 @@ def loop(c: Call) -> list[Value]:
     if count < 0:
         raise InvalidModelError("the body gives fewer values than it takes")
     going, flag = _goes_on(c, c[1], known=count > 0) if c.has(1) else (True, None)
+    counted = any(body.input[0].name in n.input or any(a.HasField("g") for a in n.attribute) for n in body.node)
     flags, states = [], [state]  # in front of each trip: the condition where only values say it, and the state
     for i in itertools.count():
         if not going or (trips is not None and i >= trips):
             break
-        endless = flag is not None and trips is None and i and constants(states[-2]) == constants(state)
-        if endless or i >= MAX_ITERATIONS:
+        changes = counted or i == 0 or constants(states[-2]) != constants(state)
+        if i >= MAX_ITERATIONS or (flag and trips is None and not changes):
             raise Unsupported(
                 f"a loop of more than {MAX_ITERATIONS} iterations" + (", or that its values alone end" if flag else ""),
                 "count the iterations and end it at a number as well, as in (i < 10) & ..." if flag else "")
