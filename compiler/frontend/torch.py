@@ -402,15 +402,18 @@ def to_onnx(program: ExportedProgram) -> onnx.ModelProto:
     if not names:
         raise InvalidModelError("forward returns no tensor; return what the compiled network is to compute")
     with _quiet():
-        if _may_write(program):
-            _refuse_state(program.run_decompositions({}))
+        may_write = _may_write(program)
         program = repairs.repaired(program)
         try:
             with _constants(program):
                 result = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False,
                                            custom_translation_table=_own_operators(program))
         except torch.onnx.OnnxExporterError as e:
+            if may_write:
+                _refuse_state(program.run_decompositions({}))
             raise _translation_error(program, e) from None
+        if may_write:
+            _refuse_state(result.exported_program)  # without operations in place, which takes seconds to make
         translated.tidied(result.model)
         model = result.model_proto
     translated.name_ports(model, {str(i) for i in program.graph_signature.user_inputs}, names)
