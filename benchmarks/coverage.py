@@ -5,8 +5,10 @@
 One network of every model family, with random weights: the smallest of each module of timm and of each family of
 torchvision's classifiers, at small images; the architectures of transformers with two layers of 64 channels. Each is
 compiled in a process of its own, verification included. `error`: the largest difference of an output from eager
-PyTorch's over the largest value of that output. --emit-only: up to the sources, without a compiler and without outputs.
-Libraries that are not installed are left out, and said so.
+PyTorch's, on other inputs than those it was compiled with, over how far that output moves from those to these; so
+that it says something of what lies in front of the output, weights that begin as zero are random here and the
+statistics of batch normalisation are those of random images. --emit-only: up to the sources, without a compiler and
+without outputs. Libraries that are not installed are left out, and said so.
 """
 
 from __future__ import annotations
@@ -123,8 +125,8 @@ def families(library: str) -> list[str]:
     return [min(names, key=size) for names in by_family.values() if names]
 
 
-def network(library: str, name: str) -> tuple[torch.nn.Module, Any, list[torch.Tensor]]:
-    """A network in evaluation mode, example inputs for it and its outputs for these."""
+def network(library: str, name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor] | tuple[torch.Tensor, ...]]:
+    """A network in evaluation mode, and example inputs for it."""
     torch.manual_seed(0)
     if library == "transformers":
         import transformers
@@ -137,18 +139,32 @@ def network(library: str, name: str) -> tuple[torch.nn.Module, Any, list[torch.T
         if experts:
             model.set_experts_implementation(experts)
         example = inputs()
-        return model, example, _outputs(model, (), example)
+        return _awake(model, example), example
     problem: Exception | None = None
     for size in SIZES:
-        image = torch.randn(1, 3, size, size)
+        images = (torch.randn(1, 3, size, size),)
         for options in ({"img_size": size}, {}) if library == "timm" else ({},):
             try:
-                model = _created(library, name, options).eval()
-                return model, (image,), _outputs(model, (image,), {})
+                return _awake(_created(library, name, options).eval(), images), images
             except Exception as e:  # noqa: BLE001 - a size or an option that this network does not take
                 problem = e
     assert problem is not None
     raise problem
+
+
+def _awake(model: torch.nn.Module, example: Any) -> torch.nn.Module:
+    """`model` with nothing that hides its other weights: see above."""
+    for weight in model.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    statistics = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for part in statistics:
+        part.momentum = None  # all that was seen counts alike
+        part.train()
+    for _ in range(4 if statistics else 1):
+        _outputs(model, [torch.randn(8, *v.shape[1:]) for v in example] if statistics and isinstance(example, tuple)
+                 else example)
+    return model.eval()
 
 
 def _created(library: str, name: str, options: dict[str, Any]) -> torch.nn.Module:
@@ -161,16 +177,25 @@ def _created(library: str, name: str, options: dict[str, Any]) -> torch.nn.Modul
     return models.get_model(name, weights=None)
 
 
-def _outputs(model: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> list[torch.Tensor]:
+def _outputs(model: torch.nn.Module, inputs: Any) -> list[np.ndarray]:
     with torch.no_grad():
-        value = model(*inputs, **named)
-    return [v for v in torch.utils._pytree.tree_leaves(dict(value) if isinstance(value, dict) else value)
+        value = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    return [v.numpy() for v in torch.utils._pytree.tree_leaves(dict(value) if isinstance(value, dict) else value)
             if isinstance(v, torch.Tensor)]
+
+
+def _others(example: Any) -> Any:
+    """Inputs like `example`; integers in the other order."""
+    if isinstance(example, dict):
+        return {k: _others((v,))[0] for k, v in example.items()}
+    return tuple(torch.randn_like(v) if v.is_floating_point() else v.flip(-1) for v in example)
 
 
 def tried(library: str, name: str, emit_only: bool) -> dict[str, Any]:
     """One network compiled, and its outputs compared with those of eager PyTorch."""
-    model, example, wanted = network(library, name)
+    model, example = network(library, name)
+    others = _others(example)
+    before, wanted = _outputs(model, example), _outputs(model, others)
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     start = time.perf_counter()
     try:
@@ -180,13 +205,12 @@ def tried(library: str, name: str, emit_only: bool) -> dict[str, Any]:
     row["seconds"] = round(time.perf_counter() - start, 1)
     if emit_only:
         return row
-    values = example.values() if isinstance(example, dict) else example
-    got = module(*(v.numpy() for v in values))
+    got = module(*(v.numpy() for v in (others.values() if isinstance(others, dict) else others)))
     got = list(got) if isinstance(got, (tuple, list)) else [got]
-    if [g.shape for g in got] != [tuple(w.shape) for w in wanted]:
+    if [g.shape for g in got] != [w.shape for w in wanted]:
         return row | {"error": float("inf")}
-    pairs = [(g, w.numpy()) for g, w in zip(got, wanted, strict=True)]
-    return row | {"error": float(np.max([abs(g - w).max() / max(abs(w).max(), 1e-30) for g, w in pairs]))}  # NaN stays
+    errors = [abs(g - w).max() / max(abs(w - b).max(), 1e-30) for g, w, b in zip(got, wanted, before, strict=True)]
+    return row | {"error": float(np.max(errors))}  # NaN stays
 
 
 def in_own_process(library: str, name: str, emit_only: bool, limit: float) -> dict[str, Any]:
