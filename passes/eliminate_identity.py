@@ -92,7 +92,7 @@ def gather_in_steps(m: Match) -> Node | None:
         return None
     places = np.where(places < 0, places + x.shape[axis], places)
     step = int(places[1] - places[0]) if len(places) > 1 else 1
-    if step == 0 or (np.diff(places) != step).any():
+    if step == 0 or (np.diff(places) != step).any() or not (places.min() >= 0 and places.max() < x.shape[axis]):
         return None
     start, size, steps = [0] * x.type.rank, [*x.shape], [1] * x.type.rank
     start[axis], size[axis], steps[axis] = int(places[0]), len(places), step

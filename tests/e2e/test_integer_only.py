@@ -96,6 +96,18 @@ def transformer() -> Graph:
     return graph(x, make("softmax", dense(pooled, 7, "classes"), axis=-1))
 
 
+def sequence() -> Graph:
+    """A function in front of a normalisation, and an average over time as PyTorch's pools of one axis write it."""
+    x = value(1, 10, 16)
+    h = make("gelu", make("linear", x, weights(16, 16), weights(16)), origin="gelu")
+    h = make("layer_norm", h, constant(rng.uniform(0.5, 1.5, 16).astype(np.float32)), weights(16), origin="norm")
+    image = make("reshape", make("transpose", h, perm=(0, 2, 1)), shape=(1, 16, 1, 10))
+    mean = make("reshape", make("reduce_mean", image, axes=(2, 3), keep=True), shape=(16,))
+    places = constant(np.arange(16, dtype=np.int64).reshape(1, 16, 1))
+    pooled = make("reshape", make("gather", mean, places, axis=0), shape=(1, 16))
+    return graph(x, make("linear", pooled, weights(5, 16), weights(5), origin="classes"))
+
+
 def samples(network: Graph, count: int) -> list[np.ndarray]:
     return [rng.standard_normal(network.inputs[0].shape).astype(np.float32) for _ in range(count)]
 
@@ -128,7 +140,7 @@ def require_no_float(folder: Path) -> None:
         assert not re.search(r"__\w*(sf|df)\w*", calls), calls  # nor are they computed by a library
 
 
-@pytest.mark.parametrize(("network", "least"), [(image_network, 35), (transformer, 28)])
+@pytest.mark.parametrize(("network", "least"), [(image_network, 35), (transformer, 28), (sequence, 28)])
 def test_same_bytes_everywhere_and_near_the_float_network(
     network: Callable[[], Graph], least: float, tmp_path: Path
 ) -> None:
