@@ -228,6 +228,21 @@ def _rrelu(x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool
     return NotImplemented if training else aten.leaky_relu(x, (lower + upper) / 2)
 
 
+def _atan2(y: Tensor, x: Tensor) -> Tensor:
+    """The translation takes 0 for negative: it gives -pi instead of pi on the negative axis."""
+    angle = torch.atan(y / x)
+    turned = torch.where(y >= 0, angle + math.pi, angle - math.pi)
+    return torch.where((x == 0) & (y == 0), torch.zeros_like(angle), torch.where(x < 0, turned, angle))
+
+
+def _angle(z: Tensor) -> Tensor:
+    if z.is_complex():
+        parts = torch.view_as_real(z)
+        return _atan2(parts.select(-1, 1), parts.select(-1, 0))
+    angle = torch.where(z < 0, math.pi, 0.0)
+    return torch.where(z.isnan(), z, angle) if z.is_floating_point() else angle
+
+
 def _cdist(a: Tensor, b: Tensor, p: float = 2.0, compute_mode: int | None = None) -> Tensor:
     return torch.linalg.vector_norm(a.unsqueeze(-2) - b.unsqueeze(-3), p, -1)
 
@@ -351,6 +366,7 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.scaled_dot_product_attention.default: (_attention, _unusual),
     aten.avg_pool2d.default: (_divided(2), _gives_divisor), aten.avg_pool3d.default: (_divided(3), _gives_divisor),
     aten.conv3d.default: (_conv3d, _without_bias), aten.conv3d.padding: (_conv3d, _without_bias),
+    aten.atan2.default: (_atan2, _always), aten.angle.default: (_angle, _always),
     aten.cdist.default: (_cdist, _always), aten.searchsorted.Tensor: (_searchsorted, _always),
     aten.kthvalue.default: (_kthvalue, _always), aten.median.dim: (_median, _always),
     aten.rrelu.default: (_rrelu, _always),

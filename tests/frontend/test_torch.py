@@ -248,6 +248,9 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "order": (torch.median(x, 1), torch.kthvalue(x, 2, 0, keepdim=True), torch.median(x[:, :1], 0)),
         "bounds": [torch.searchsorted(torch.sort(s, -1)[0], x, right=r, out_int32=r) for s in (x[0], x + 0.1)
                    for r in (False, True)],
+        "phases": (torch.atan2(x.round() + 0.0, i.to(x.dtype) - 20), torch.atan2(x.abs() * 0, -x.abs()), x.angle(),
+                   i.angle(), torch.stft(image[0, 0], 8, 4, window=image[0, 0, 0, :8].abs(), center=False,
+                                         return_complex=True).angle()),
         "axes": [F.scaled_dot_product_attention(t, t, t, m, is_causal=c)
                  for t in (x, image[0], torch.stack([image, image + 1]))
                  for m, c in ((None, False), (None, True), (t[..., :1] > 0.5, False))],

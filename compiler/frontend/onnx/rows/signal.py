@@ -13,10 +13,12 @@ from skive.ir import Node
 
 
 def fourier(size: int, bins: int, inverse: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary part [bins, size] of the DFT matrix."""
+    """Real and imaginary part [bins, size] of the DFT matrix; zeros are exact and positive, so that the first and the
+    middle bin of a real signal have no imaginary part and a phase of 0 or pi, never -pi."""
     angle = (2 if inverse else -2) * np.pi / size * np.mod(np.outer(np.arange(bins), np.arange(size)), size)
     scale = size if inverse else 1
-    return np.cos(angle) / scale, np.sin(angle) / scale
+    real, imaginary = (np.where(abs(v) < 1e-12, 0.0, v / scale) for v in (np.cos(angle), np.sin(angle)))
+    return real, imaginary
 
 
 def transform(c: Call, x: Node, size: int, bins: int, inverse: bool) -> Node:
