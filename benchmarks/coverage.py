@@ -6,9 +6,9 @@ One network of every model family, with random weights: the smallest of each mod
 torchvision's classifiers, at small images; the architectures of transformers with two layers of 64 channels. Each is
 compiled in a process of its own, verification included. `error`: the largest difference of an output from eager
 PyTorch's, on other inputs than those it was compiled with, over how far that output moves from those to these; so
-that it says something of what lies in front of the output, weights that begin as zero are random here and the
-statistics of batch normalisation are those of random images. --emit-only: up to the sources, without a compiler and
-without outputs. Libraries that are not installed are left out, and said so.
+that it says something of what lies in front of the output, weights that begin as next to nothing are larger here
+and the statistics of batch normalisation are those of random images. --emit-only: up to the sources, without a
+compiler and without outputs. Libraries that are not installed are left out, and said so.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def network(library: str, name: str) -> tuple[torch.nn.Module, dict[str, torch.T
 def _awake(model: torch.nn.Module, example: Any) -> torch.nn.Module:
     """`model` with nothing that hides its other weights: see above."""
     for weight in model.parameters():
-        if not weight.any():
+        if weight.abs().max() < 1e-3:
             torch.nn.init.normal_(weight, std=0.02)
     statistics = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     for part in statistics:
