@@ -161,7 +161,7 @@ def _awake(model: torch.nn.Module, example: Any) -> torch.nn.Module:
     for part in statistics:
         part.momentum = None  # all that was seen counts alike
         part.train()
-    for _ in range(4 if statistics else 1):
+    for _ in range(4 if statistics else 1):  # once in any case: what does not take this size says so here
         _outputs(model, [torch.randn(8, *v.shape[1:]) for v in example] if statistics and isinstance(example, tuple)
                  else example)
     return model.eval()

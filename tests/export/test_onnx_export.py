@@ -243,7 +243,8 @@ def test_resize_between_quantized_layers(size: tuple[int, int], batch_max: int |
     nodes = [onnx.helper.make_node("Conv", ["x", "w"], ["a"]),
              onnx.helper.make_node("Resize", ["a", "", "", "sizes"], ["b"], mode="linear", axes=[2, 3],
                                    coordinate_transformation_mode="align_corners"),
-             onnx.helper.make_node("Conv", ["b", "w"], ["y"])]
+             onnx.helper.make_node("Conv", ["b", "w"], ["c"]),  # behind which comes one more, so that it takes integers
+             onnx.helper.make_node("Relu", ["c"], ["d"]), onnx.helper.make_node("Conv", ["d", "w"], ["y"])]
     batch = "N" if batch_max else 1
     graph = onnx.helper.make_graph(
         nodes, "resize", [onnx.helper.make_tensor_value_info("x", 1, [batch, 4, 9, 8])],

@@ -388,7 +388,8 @@ class While(nn.Module):
 def test_while_loop_of_torch(bound: int) -> None:
     torch.manual_seed(0)
     model, x = While(bound).eval(), torch.randn(2, 8)
-    module = skive.compile(torch.export.export(model, (x,)), target="generic")
+    module = skive.compile(torch.export.export(model, (x,)), target="generic", name="loop")
+    assert ("for (int trip" in (module.folder / "loop.cpp").read_text()) is (bound == 40)  # code that trips share
     counts = set()
     for scale in (0.01, 0.3, 0.6, 1, 2, 4, 8):
         want, trips = model(x * scale)
