@@ -5,7 +5,8 @@ value by f[c] and dividing the weights that read it by f[c] changes nothing in e
 the value comes from a convolution through an activation with act(f x) = f act(x), or from a
 normalisation with constant scale and bias, f joins their constants; elsewhere it is one more
 multiplication in the expression that makes the value, taken if it pays. A depthwise convolution
-divides its own channel's scale only, so before one all channels can fill the range. With 16 bits,
+divides its own channel's scale only, so before one all channels can fill the range. Values that a
+concatenation joins share a scale and are balanced together, at all the sizes they are read at. With 16 bits,
 whose scale is a power of two, one more factor for all channels makes a range fill the integers.
 
 Nagel et al., Data-Free Quantization through Weight Equalization and Bias Correction, 2019; the
@@ -31,7 +32,9 @@ from skive.pipeline import pass_
 HOMOGENEOUS = frozenset({"relu", "leaky_relu", "prelu"})  # act(f x) = f act(x) for f > 0
 NORMS = frozenset({"layer_norm", "rms_norm"})
 STRENGTHS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)  # how much of the unevenness leaves the activations
-FLOOR = 2.0**-8  # channels smaller than this against the largest are treated as if they had this size
+# Channels smaller than this against the largest are treated as if they had this size; joined ones are channels of
+# several layers, of which the small ones are the seldom ones: on other data they are larger.
+FLOOR, JOINED_FLOOR = 2.0**-8, 0.25
 # Where every channel fills the range, every channel can leave it on other data: balanced values need
 # room above the largest one seen, and so must gain more than the room costs. By bytes of an element:
 HEADROOM = {1: 1.2, 2: 2.0}
@@ -61,25 +64,90 @@ class Equalised:
     balanced: set[Node] = field(default_factory=set)
 
 
-def _readers(storage: Storage, value: Node) -> list[Node] | None:
-    """The contractions that read `value`, directly or its window maxima; None if anything else does."""
-    found: list[Node] = []
-    graph = storage.graph
-    if graph.is_output(value):
-        return None
-    for user in graph.users[value]:
-        if user.op == "max_pool2d" and user in storage.stored:
-            behind = _readers(storage, user)
-            if behind is None:
-                return None
-            found += behind
-        elif user.op in PRODUCTS and storage.is_product(user) and user.inputs[0] is value:
-            if user.op == "conv_transpose2d" and user.attrs["groups"] != 1:
-                return None
-            found.append(user)
-        else:
+@dataclass
+class Shared:
+    """Values side by side that one scale covers: one alone, or those that a concatenation joins.
+
+    `start`: where the channels of each value begin among those of all. `readers`: for each contraction that reads
+    them [IC] which of these channels each of its own is, -1 for one that stays as it is. `beside`: the largest
+    magnitude of what is joined with them and stays. `resized`: other sizes of the values, which have their channels.
+    """
+
+    start: dict[Node, int] = field(default_factory=dict)
+    readers: dict[Node, np.ndarray] = field(default_factory=dict)
+    beside: float = 0.0
+    resized: dict[Node, Node] = field(default_factory=dict)
+
+    @property
+    def joined(self) -> bool:
+        """True if a concatenation stands between them and what reads them."""
+        return len(self.start) > 1 or self.beside > 0
+
+    def slice(self, value: Node) -> slice:
+        """The channels of `value` among those of all."""
+        return slice(self.start[value], self.start[value] + value.shape[-1])
+
+
+@dataclass
+class _Read:
+    """What reads the channels of a value: contractions with the first channel they come to, and on the way there
+    concatenations and other sizes of it."""
+
+    products: list[tuple[Node, int]] = field(default_factory=list)
+    joined: list[Node] = field(default_factory=list)
+    resized: list[Node] = field(default_factory=list)
+
+
+def _read(storage: Storage, value: Node) -> _Read | None:
+    """What reads `value`: contractions, directly or through window maxima, resizing and concatenations of channels;
+    None if anything else does."""
+    found = _Read()
+    graph, todo = storage.graph, [(value, 0)]
+    while todo:
+        node, first = todo.pop()
+        if graph.is_output(node):
             return None
-    return list(dict.fromkeys(found)) or None
+        for user in dict.fromkeys(graph.users[node]):
+            last = user.type.rank - 1
+            if user.op == "concat" and user in storage.stored and user.attrs["axis"] % user.type.rank == last:
+                found.joined.append(user)
+                widths = np.cumsum([0, *(i.shape[-1] for i in user.inputs)])
+                todo += [(user, first + int(widths[k])) for k, i in enumerate(user.inputs) if i is node]
+            elif user.op in ("max_pool2d", "resize2d") and user in storage.stored:
+                found.resized += [user] if user.op == "resize2d" else []
+                todo.append((user, first))
+            elif user.op in PRODUCTS and storage.is_product(user) and user.inputs[0] is node:
+                if user.op == "conv_transpose2d" and user.attrs["groups"] != 1:
+                    return None
+                found.products.append((user, first))
+            else:
+                return None
+    return found if found.products else None
+
+
+def _shared(storage: Storage, read: Mapping[Node, _Read], channels: Mapping[Node, Channels]) -> list[Shared]:
+    """The values of `read` in groups that share a scale, in order."""
+    group: dict[Node, Shared] = {}  # of values and of concatenations
+    for value, how in read.items():
+        mine = Shared({value: 0})
+        for other in {id(group[j]): group[j] for j in how.joined if j in group}.values():
+            width = sum(v.shape[-1] for v in mine.start)
+            mine.start |= {v: width + at for v, at in other.start.items()}
+        for member in (*mine.start, *(j for v in mine.start for j in read[v].joined)):
+            group[member] = mine
+    found = list({id(group[v]): group[v] for v in read}.values())
+    for shared in found:
+        for value, start in shared.start.items():
+            shared.resized |= dict.fromkeys(read[value].resized, value)
+            for product, first in read[value].products:
+                place = shared.readers.setdefault(product, np.full(product.inputs[0].shape[-1], -1))
+                place[first : first + value.shape[-1]] = start + np.arange(value.shape[-1])
+        inside = {*shared.start, *shared.resized}
+        for join in {j for v in shared.start for j in read[v].joined}:
+            others = [storage.source_of(i) for i in join.inputs if i in storage.stored]
+            shared.beside = max([shared.beside, *(float(channels[o].magnitude.max()) for o in others
+                                                  if o not in inside and o in channels)])
+    return found
 
 
 def _input_factors(product: Node, factors: np.ndarray) -> np.ndarray:
@@ -91,49 +159,62 @@ def _input_factors(product: Node, factors: np.ndarray) -> np.ndarray:
     return rows.reshape(w.shape[0], *(1,) * (w.type.rank - 2), rows.shape[1])
 
 
-def _column_magnitude(product: Node, channels: int) -> np.ndarray:
-    """[C] the largest |weight| that multiplies each input channel."""
+def _at(place: np.ndarray, values: np.ndarray, else_: float) -> np.ndarray:
+    """[IC] the `values` of the channels that a reader's own are."""
+    return np.where(place < 0, else_, values[place])
+
+
+def _column_magnitude(product: Node, place: np.ndarray, count: int) -> np.ndarray:
+    """[C] the largest |weight| that multiplies each of the `count` channels."""
     w = np.abs(product.inputs[1].value)
     groups = product.attrs.get("groups", 1)
-    w = w.reshape(groups, w.shape[0] // groups, -1, w.shape[-1])
-    return w.max((1, 2)).reshape(channels)
+    own = w.reshape(groups, w.shape[0] // groups, -1, w.shape[-1]).max((1, 2)).reshape(-1)
+    found = np.zeros(count)
+    np.maximum.at(found, place[place >= 0], own[place >= 0])
+    return found
 
 
-def _noise(product: Node, channels: Channels, factors: np.ndarray, levels: tuple[int, int]) -> float:
-    """Noise power in the sums of `product` from rounding the activations and the weights."""
+def _noise(product: Node, place: np.ndarray, power: np.ndarray, factors: np.ndarray, largest: float,
+           levels: tuple[int, int]) -> float:
+    """Noise power in the sums of `product` from rounding its input, up to `largest`, and its weights."""
     w = product.inputs[1].value.astype(np.float64)
     groups = product.attrs.get("groups", 1)
-    scaled = (w / _input_factors(product, factors)).reshape(w.shape[0], -1, w.shape[-1])
-    step = float((channels.magnitude * factors).max()) / levels[0]
-    activations = step**2 * float(np.square(scaled).sum())
+    own = _at(place, factors, 1.0)
+    scaled = (w / _input_factors(product, own)).reshape(w.shape[0], -1, w.shape[-1])
+    activations = (largest / levels[0]) ** 2 * float(np.square(scaled).sum())
     per_channel = np.abs(scaled).max((1, 2)) / levels[1]  # [OC] step of the weights
-    power = (channels.power * factors**2).reshape(groups, -1).sum(1) * scaled.shape[1]  # [G] sum of x^2 in a window
-    weights = float((per_channel.reshape(groups, -1) ** 2 * power[:, None]).sum())
+    window = (_at(place, power, 0.0) * own**2).reshape(groups, -1).sum(1) * scaled.shape[1]  # [G] sum of x^2
+    weights = float((per_channel.reshape(groups, -1) ** 2 * window[:, None]).sum())
     return (activations + weights) / 12
 
 
 def _best(
-    readers: Sequence[Node], channels: Channels, strengths: Sequence[float], levels: tuple[int, int]
+    shared: Shared, magnitude: np.ndarray, power: np.ndarray, strengths: Sequence[float], levels: tuple[int, int]
 ) -> tuple[np.ndarray, float]:
     """(factors [C] with the least noise, that noise as a share of the noise without them)."""
-    count = len(channels.magnitude)
-    top = float(channels.magnitude.max())
-    a = np.maximum(channels.magnitude.astype(np.float64), top * FLOOR)
-    b = np.max([_column_magnitude(r, count) for r in readers], 0).astype(np.float64)
+    count = len(magnitude)
+    top = max(float(magnitude.max()), shared.beside)
+    a = np.maximum(magnitude.astype(np.float64), top * (JOINED_FLOOR if shared.joined else FLOOR))
+    b = np.max([_column_magnitude(r, place, count) for r, place in shared.readers.items()], 0).astype(np.float64)
     b = np.maximum(b, b.max() * FLOOR)
     ones = np.ones(count)
     if not b.any():
         return ones, 1.0
+
+    def noises(factors: np.ndarray) -> np.ndarray:
+        largest = max(float((magnitude * factors).max()), shared.beside)
+        return np.asarray([_noise(r, place, power, factors, largest, levels) for r, place in shared.readers.items()])
+
     # Relative to each reader's own noise: layers differ in the size of their results.
-    plain = [_noise(r, channels, ones, levels) for r in readers]
-    best, chosen = float(len(readers)), ones
+    plain = np.maximum(noises(ones), 1e-300)
+    best, chosen = float(len(plain)), ones
     for strength in strengths:
         factors = b ** (1 - strength) / a**strength
-        factors *= top / float((channels.magnitude * factors).max())
-        share = sum(_noise(r, channels, factors, levels) / max(n, 1e-300) for r, n in zip(readers, plain, strict=True))
+        factors *= top / float((magnitude * factors).max())
+        share = float((noises(factors) / plain).sum())
         if share < best:
             best, chosen = share, factors
-    return chosen, best / len(readers)
+    return chosen, best / len(plain)
 
 
 def _filling(largest: float) -> float:
@@ -166,43 +247,51 @@ def equalised(
     even: set[Node] = set()
     rows: dict[Node, np.ndarray] = {}  # producer -> factors of its output channels
     columns: dict[Node, np.ndarray] = {}  # product -> factors of its input channels
+    read: dict[Node, _Read] = {}
     for value in storage.sources:
         known = channels.get(value)
-        readers = _readers(storage, value)
-        if known is None or readers is None or value.op == "input" or not known.magnitude.max() > 1e-20:
+        if value.op in ("input", "resize2d") or known is None or not known.magnitude.max() > 1e-20:
             continue
-        if any(r in columns for r in readers):
-            continue
-        producer = _producer(graph, value)
-        if producer is not None and producer.op in NORMS:
-            strengths: Sequence[float] = norms
-        else:
-            strengths = STRENGTHS if convolutions else ()
-        if not strengths:
+        how, producer = _read(storage, value), _producer(graph, value)
+        # Rectified channels are zero most of the time: what is seen of them says little of how large they get, and
+        # where several layers fill one range they leave it (SqueezeNet on a photo of another kind: 15 to 11 dB).
+        if how is None or (how.joined and producer is not None):
             continue
         # A multiplication joins elementwise work; behind any other kernel it would be a pass, and one more
         # value to store.
         if producer is None and not (multiply and is_elementwise(value)):
             continue
-        chosen, share = _best(readers, known, strengths, levels)
-        balanced = share < (most if producer is not None else most * MULTIPLIED)
+        if norms if producer is not None and producer.op in NORMS else convolutions:
+            read[value] = how
+    for shared in _shared(storage, read, channels):
+        makers = {v: _producer(graph, v) for v in shared.start}
+        if any(r in columns for r in shared.readers):
+            continue
+        magnitude = np.concatenate([channels[v].magnitude for v in shared.start])
+        power = np.concatenate([channels[v].power for v in shared.start])
+        norm = any(m is not None and m.op in NORMS for m in makers.values())
+        chosen, share = _best(shared, magnitude, power, norms if norm else STRENGTHS, levels)
+        balanced = share < (most * MULTIPLIED if None in makers.values() else most)
         if not balanced:
-            chosen = np.ones(len(known.magnitude))
-        if bytes_ == 2 and (producer is not None or balanced):
-            largest = float((known.magnitude * chosen).max())
+            chosen = np.ones(len(magnitude))
+        if bytes_ == 2 and not shared.joined and (None not in makers.values() or balanced):
+            largest = float((magnitude * chosen).max())
             fill = _filling(largest * (HEADROOM[bytes_] if balanced else 1.0))
             chosen = chosen * (fill if fill > FILLS else 1.0)
         if (chosen == 1).all():
             continue
-        factors[value] = chosen
+        for value, maker in makers.items():
+            factors[value] = chosen[shared.slice(value)]
+            if maker is None:
+                explicit.add(value)
+            else:
+                rows[maker] = factors[value]
+        for value, source in shared.resized.items():
+            factors[value] = factors[source]
         if balanced:
-            even.add(value)
-        if producer is None:
-            explicit.add(value)
-        else:
-            rows[producer] = chosen
-        for r in readers:
-            columns[r] = chosen
+            even |= {*makers, *shared.resized}
+        for r, place in shared.readers.items():
+            columns[r] = _at(place, chosen, 1.0)
     if not factors:
         return Equalised(graph, {n: n for n in graph.nodes})
     new: dict[Node, Node] = {}

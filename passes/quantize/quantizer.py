@@ -12,6 +12,7 @@ from skive import ops
 from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant, rebuilt
 from skive.ops.recurrence import QUANTIZED_STEPS
+from skive.passes.fuse_elementwise import is_elementwise
 from skive.passes.quantize.formats import HEADROOM, Format, Range, affine, fixed
 from skive.passes.quantize.nodes import constants, contraction, quantized, recurrent
 from skive.passes.quantize.shared_ranges import SharedRanges
@@ -85,7 +86,7 @@ class Quantizer:
             self._power[group] = max(self._power.get(group, 0.0), scheme.power.get(node, 0.0))
         for node in dict.fromkeys(map(self._shared.find, self._shared.range)):
             self._formats[node] = self._format(node)
-        self._offsets = {v: self._offset(v, row) for v, row in scheme.flat.items() if self.storage.only_products(v)}
+        self._offsets = {v: self._offset(v, row) for v, row in scheme.flat.items() if self.storage.takes_offsets(v)}
         self.layers = {n: self._layer(n) for n in self.storage.products}
 
     def _group(self, node: Node) -> Node:
@@ -214,7 +215,7 @@ class Quantizer:
 
     def _float(self, node: Node, floats: Mapping[Node, Node]) -> Node:
         """`node` on the operands as they are read now; a contraction on integer weights."""
-        inputs = tuple(floats[i] for i in node.inputs)
+        inputs = tuple(self._without_offset(i, floats[i]) if is_elementwise(node) else floats[i] for i in node.inputs)
         if self.storage.is_attention(node) and all(
             i in self.storage.stored and self.format_of(i).dtype is DType.u8 for i in node.inputs[:3]
         ):
@@ -225,6 +226,11 @@ class Quantizer:
             return rebuilt(node, inputs)
         form = self.format_of(node.inputs[0])
         return contraction(inputs[0], self.layers[node], form, self.bias_of(node), self.scheme.per_channel)
+
+    def _without_offset(self, node: Node, value: Node) -> Node:
+        """`value`, as it is read of the old `node`, less what that is stored with too much."""
+        offset = self.offset_of(node) if node in self.storage.stored else None
+        return value if offset is None else ops.make("sub", value, constant(offset), origin=node.origin)
 
     def is_recurrent(self, node: Node) -> bool:
         """True for the steps of a recurrent layer that run on 8-bit weights."""

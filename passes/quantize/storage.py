@@ -114,14 +114,14 @@ class Storage:
         """True if an integer kernel computes `node`: a contraction, or what moves or sums values."""
         return any(self.is_product(n) or n.op in MOVES or n.op in SUMS for n in self.members_of.get(node, [node]))
 
-    def only_products(self, node: Node) -> bool:
-        """True if contractions alone read the channels of the image `node`, directly, joined with others or as
-        window maxima."""
+    def takes_offsets(self, node: Node) -> bool:
+        """True if what reads the channels of the image `node`, directly, joined with others or as window maxima, can
+        take an offset of each channel back: contractions in their bias, elementwise work by a subtraction."""
         for user in self.graph.users[node]:
-            if self.is_product(user) and user.op == "conv2d" and user.inputs[0] is node:
+            if is_elementwise(user) or self.is_product(user) and user.op == "conv2d" and user.inputs[0] is node:
                 continue
             moves = user.op == "max_pool2d" or user.op == "concat" and user.attrs["axis"] % user.type.rank == 3
-            if not (moves and user in self.stored and self.is_moved(user) and self.only_products(user)):
+            if not (moves and user in self.stored and self.is_moved(user) and self.takes_offsets(user)):
                 return False
         return node.type.rank == 4 and not self.integer_only and not self.graph.is_output(node)
 

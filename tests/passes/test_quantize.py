@@ -268,6 +268,35 @@ def test_only_elementwise_values_are_multiplied() -> None:
     assert all(n in moved for n in Storage(result.graph).sources)
 
 
+def test_joined_values_are_balanced_together() -> None:
+    """Also where one of them is read at another size, by another contraction; what comes from a rectifier is not, nor
+    what a sum reads, too."""
+    x = image(1, 8, 8, 3)
+    small = conv(ops.make("max_pool2d", x, kernel=(2, 2), stride=(2, 2)), 16, name="small")
+    a = ops.make("silu", conv(x, 16, name="a"), origin="a", label="a")
+    b = ops.make("silu", small, origin="b", label="b")
+    nearest = np.repeat(np.arange(4, dtype=np.int32), 2)[:, None]
+    ones = np.ones((8, 1), np.float32)
+    larger = ops.make("resize2d", b, *map(constant, (nearest, ones, nearest, ones)), origin="r", label="r")
+    rectified = relu(conv(x, 16, name="c"))
+    summed = ops.make("silu", conv(x, 16, name="d"), origin="d", label="d")
+    joined = ops.make("concat", a, larger, rectified, summed, axis=3)
+    sums = ops.make("add", conv(x, 16, name="s"), summed)
+    graph = graph_of(conv(joined, 5, kernel=3, name="p"), conv(b, 5, name="q"), sums)
+    storage = Storage(graph)
+    spread = np.r_[np.full(15, 4.0), 60.0]
+    seen = dict.fromkeys((a, b, larger), Channels(spread, spread**2 / 99))
+    little = dict.fromkeys((rectified, summed), Channels(spread / 40, spread**2 / 99))
+    result = equalised(graph, storage, seen | little)
+    assert set(result.factors) == {a, b, larger} == result.balanced
+    np.testing.assert_array_equal(result.factors[b], result.factors[larger])
+    assert (result.factors[a][:15] > 2 * result.factors[a][15]).all()
+    verify(result.graph)
+    assert sum(n.op == "mul" for n in result.graph.nodes) == 2
+    for got, want in zip(*(evaluate_graph(h, random_inputs(graph)) for h in (result.graph, graph)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_smoothing_moves_into_the_normalisation() -> None:
     x = image(1, 5, 8)
     n = ops.make("layer_norm", x, normal(8), normal(8), origin="ln", label="ln")
@@ -306,20 +335,22 @@ def test_ranges_in_text() -> None:
 
 @pytest.mark.parametrize("dtype", ["int8", "int16"])
 def test_uniform_parts_are_stored_exactly(dtype: str) -> None:
-    """What only convolutions read, also joined with another value, has an offset per channel; a sum that others read
-    has none, and no result moves."""
+    """What convolutions and sums read, also joined with another value, has an offset per channel; what a mean reads has
+    none, and no result moves."""
     x = image(1, 8, 8, 3)
     a, b, c = (ops.make("silu", conv(x, 4, name=n), origin=n, label=n) for n in "abc")
     joined = ops.make("concat", a, b, axis=3)
     y = conv(joined, 5, name="p")
     z = ops.make("add", conv(c, 4, kernel=3, groups=4, name="d"), c)
-    graph = graph_of(y, z)
+    e = ops.make("silu", conv(x, 4, name="e"), origin="e", label="e")
+    means = ops.make("reduce_mean", e, axes=(1, 2), origin="mean", label="mean")
+    graph = graph_of(y, z, conv(e, 4, name="q"), means)
     storage = Storage(graph)
-    flat = {n: np.float32([0.111, -0.2, np.nan, 0.777]) for n in (a, b, c)}
+    flat = {n: np.float32([0.111, -0.2, np.nan, 0.777]) for n in (a, b, c, e)}
     plain, _ = quantized(graph, dtype=dtype)
     quantizer, built = quantized(graph, dtype=dtype, flat=flat)
-    assert c in storage.stored and quantizer.offset_of(c) is None
-    for v in (a, b):
+    assert e in storage.stored and quantizer.offset_of(e) is None
+    for v in (a, b, c):
         offset, form = quantizer.offset_of(v), quantizer.format_of(v)
         assert offset is not None and offset[2] == 0 and offset.any()
         want = flat[v][[0, 1, 3]]
