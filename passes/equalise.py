@@ -69,19 +69,15 @@ class Shared:
     """Values side by side that one scale covers: one alone, or those that a concatenation joins.
 
     `start`: where the channels of each value begin among those of all. `readers`: for each contraction that reads
-    them [IC] which of these channels each of its own is, -1 for one that stays as it is. `beside`: the largest
-    magnitude of what is joined with them and stays. `resized`: other sizes of the values, which have their channels.
+    them [IC] which of these channels each of its own is, -1 for one that stays as it is; `resized`: the same of other
+    sizes of them. `joined`: the concatenations. `beside`: the largest magnitude known of what they join and stays.
     """
 
     start: dict[Node, int] = field(default_factory=dict)
     readers: dict[Node, np.ndarray] = field(default_factory=dict)
+    resized: dict[Node, np.ndarray] = field(default_factory=dict)
+    joined: set[Node] = field(default_factory=set)
     beside: float = 0.0
-    resized: dict[Node, Node] = field(default_factory=dict)
-
-    @property
-    def joined(self) -> bool:
-        """True if a concatenation stands between them and what reads them."""
-        return len(self.start) > 1 or self.beside > 0
 
     def slice(self, value: Node) -> slice:
         """The channels of `value` among those of all."""
@@ -90,12 +86,12 @@ class Shared:
 
 @dataclass
 class _Read:
-    """What reads the channels of a value: contractions with the first channel they come to, and on the way there
-    concatenations and other sizes of it."""
+    """What reads the channels of a value: contractions, and on the way there other sizes of it, both with the first
+    of their channels that is one of the value's, and concatenations."""
 
     products: list[tuple[Node, int]] = field(default_factory=list)
+    resized: list[tuple[Node, int]] = field(default_factory=list)
     joined: list[Node] = field(default_factory=list)
-    resized: list[Node] = field(default_factory=list)
 
 
 def _read(storage: Storage, value: Node) -> _Read | None:
@@ -114,7 +110,7 @@ def _read(storage: Storage, value: Node) -> _Read | None:
                 widths = np.cumsum([0, *(i.shape[-1] for i in user.inputs)])
                 todo += [(user, first + int(widths[k])) for k, i in enumerate(user.inputs) if i is node]
             elif user.op in ("max_pool2d", "resize2d") and user in storage.stored:
-                found.resized += [user] if user.op == "resize2d" else []
+                found.resized += [(user, first)] if user.op == "resize2d" else []
                 todo.append((user, first))
             elif user.op in PRODUCTS and storage.is_product(user) and user.inputs[0] is node:
                 if user.op == "conv_transpose2d" and user.attrs["groups"] != 1:
@@ -138,12 +134,13 @@ def _shared(storage: Storage, read: Mapping[Node, _Read], channels: Mapping[Node
     found = list({id(group[v]): group[v] for v in read}.values())
     for shared in found:
         for value, start in shared.start.items():
-            shared.resized |= dict.fromkeys(read[value].resized, value)
-            for product, first in read[value].products:
-                place = shared.readers.setdefault(product, np.full(product.inputs[0].shape[-1], -1))
-                place[first : first + value.shape[-1]] = start + np.arange(value.shape[-1])
+            shared.joined |= {*read[value].joined}
+            for places, reached in ((shared.readers, read[value].products), (shared.resized, read[value].resized)):
+                for node, first in reached:
+                    place = places.setdefault(node, np.full(node.inputs[0].shape[-1], -1))
+                    place[first : first + value.shape[-1]] = start + np.arange(value.shape[-1])
         inside = {*shared.start, *shared.resized}
-        for join in {j for v in shared.start for j in read[v].joined}:
+        for join in shared.joined:
             others = [storage.source_of(i) for i in join.inputs if i in storage.stored]
             shared.beside = max([shared.beside, *(float(channels[o].magnitude.max()) for o in others
                                                   if o not in inside and o in channels)])
@@ -254,7 +251,7 @@ def equalised(
             continue
         how, producer = _read(storage, value), _producer(graph, value)
         # Rectified channels are zero most of the time: what is seen of them says little of how large they get, and
-        # where several layers fill one range they leave it (SqueezeNet on a photo of another kind: 15 to 11 dB).
+        # where several layers fill one range they leave it, as SqueezeNet does on photos unlike its calibration.
         if how is None or (how.joined and producer is not None):
             continue
         # A multiplication joins elementwise work; behind any other kernel it would be a pass, and one more
@@ -286,8 +283,8 @@ def equalised(
                 explicit.add(value)
             else:
                 rows[maker] = factors[value]
-        for value, source in shared.resized.items():
-            factors[value] = factors[source]
+        for value, place in shared.resized.items():
+            factors[value] = _at(place, chosen, 1.0)
         if balanced:
             even |= {*makers, *shared.resized}
         for r, place in shared.readers.items():

@@ -269,8 +269,8 @@ def test_only_elementwise_values_are_multiplied() -> None:
 
 
 def test_joined_values_are_balanced_together() -> None:
-    """Also where one of them is read at another size, by another contraction; what comes from a rectifier is not, nor
-    what a sum reads, too."""
+    """Also where one of them, or all, are read at another size, by another contraction; what comes from a rectifier is
+    not, nor what a sum reads, too."""
     x = image(1, 8, 8, 3)
     small = conv(ops.make("max_pool2d", x, kernel=(2, 2), stride=(2, 2)), 16, name="small")
     a = ops.make("silu", conv(x, 16, name="a"), origin="a", label="a")
@@ -282,14 +282,18 @@ def test_joined_values_are_balanced_together() -> None:
     summed = ops.make("silu", conv(x, 16, name="d"), origin="d", label="d")
     joined = ops.make("concat", a, larger, rectified, summed, axis=3)
     sums = ops.make("add", conv(x, 16, name="s"), summed)
-    graph = graph_of(conv(joined, 5, kernel=3, name="p"), conv(b, 5, name="q"), sums)
+    twice = np.repeat(np.arange(8, dtype=np.int32), 2)[:, None]
+    tables = map(constant, (twice, np.ones((16, 1), np.float32)) * 2)
+    whole = ops.make("resize2d", joined, *tables, origin="w", label="w")
+    graph = graph_of(conv(joined, 5, kernel=3, name="p"), conv(b, 5, name="q"), conv(whole, 5, name="t"), sums)
     storage = Storage(graph)
     spread = np.r_[np.full(15, 4.0), 60.0]
     seen = dict.fromkeys((a, b, larger), Channels(spread, spread**2 / 99))
     little = dict.fromkeys((rectified, summed), Channels(spread / 40, spread**2 / 99))
     result = equalised(graph, storage, seen | little)
-    assert set(result.factors) == {a, b, larger} == result.balanced
+    assert set(result.factors) == {a, b, larger, whole} == result.balanced
     np.testing.assert_array_equal(result.factors[b], result.factors[larger])
+    np.testing.assert_array_equal(result.factors[whole], np.r_[result.factors[a], result.factors[b], np.ones(32)])
     assert (result.factors[a][:15] > 2 * result.factors[a][15]).all()
     verify(result.graph)
     assert sum(n.op == "mul" for n in result.graph.nodes) == 2
@@ -344,7 +348,8 @@ def test_uniform_parts_are_stored_exactly(dtype: str) -> None:
     z = ops.make("add", conv(c, 4, kernel=3, groups=4, name="d"), c)
     e = ops.make("silu", conv(x, 4, name="e"), origin="e", label="e")
     means = ops.make("reduce_mean", e, axes=(1, 2), origin="mean", label="mean")
-    graph = graph_of(y, z, conv(e, 4, name="q"), means)
+    doubled = ops.make("add", c, c)
+    graph = graph_of(y, z, conv(e, 4, name="q"), means, doubled)
     storage = Storage(graph)
     flat = {n: np.float32([0.111, -0.2, np.nan, 0.777]) for n in (a, b, c, e)}
     plain, _ = quantized(graph, dtype=dtype)
@@ -360,6 +365,11 @@ def test_uniform_parts_are_stored_exactly(dtype: str) -> None:
     (product,) = (n for n in quantizer.layers if n.inputs[0] is joined)
     shift = product.inputs[1].value.reshape(5, 8).astype(np.float64) @ whole
     np.testing.assert_allclose(plain.bias_of(product) - quantizer.bias_of(product), shift)
+    nothing = [np.zeros(x.shape, np.float32)]  # an image all uniform: what a sum reads is exact
+    exact = evaluate_graph(graph, nothing)[4]
+    quantizer, uniform = quantized(graph, dtype=dtype, flat={c: exact[0, 4, 4] / 2})
+    assert np.abs(quantizer.offset_of(c)).max() > 1e-5
+    np.testing.assert_allclose(evaluate_graph(uniform, nothing)[4], exact, atol=1e-6)
     inputs = random_inputs(graph)
     for g, w in zip(*(evaluate_graph(h, inputs) for h in (built, graph)), strict=True):
         np.testing.assert_allclose(g, w, atol=0.2 if dtype == "int8" else 1e-3)
