@@ -29,13 +29,14 @@ VARIED = 0.1  # by which the pace and contrast of spectra vary; their noise in d
 
 class Batches:
     """Batches (inputs, answers of the teacher), other ones in every epoch; the same again after `rewind`, with answers
-    that are remembered. `shift`: rows and columns by which inputs [N, C, H, W] move at most. `spectra`: inputs are
-    cepstra over time [N, 1, frames, coefficients] and are varied as such, too."""
+    that are remembered, or after `epochs` (0: never), which spares asking a slow teacher again. `shift`: rows and
+    columns by which inputs [N, C, H, W] move at most. `spectra`: inputs are cepstra over time
+    [N, 1, frames, coefficients] and are varied as such, too."""
 
     def __init__(self, inputs: np.ndarray, teacher: Callable[[np.ndarray], Any], shift: tuple[int, int], mirror: bool,
-                 seed: int, spectra: bool = False):
+                 seed: int, spectra: bool = False, epochs: int = 0):
         self.inputs, self.shift, self.mirror = torch.from_numpy(inputs), shift, mirror
-        self.seed, self.epoch, self.size = seed, 0, min(BATCH, len(inputs) // 8)
+        self.seed, self.epoch, self.size, self.epochs = seed, 0, min(BATCH, len(inputs) // 8), epochs
         self.spectra = spectra
         self._teacher = teacher
         self._answers: dict[int, Tensor] = {}  # by epoch; NaN where the teacher was not asked
@@ -43,7 +44,7 @@ class Batches:
     def halves(self) -> tuple[Batches, Batches]:
         """The same of every second input, and of the others."""
         first, second = (Batches(self.inputs[i::2].numpy(), self._teacher, self.shift, self.mirror, self.seed,
-                                 self.spectra) for i in range(2))
+                                 self.spectra, self.epochs) for i in range(2))
         return first, second
 
     def __len__(self) -> int:
@@ -53,7 +54,8 @@ class Batches:
         self.epoch = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch, self.epoch = self.epoch, self.epoch + 1
+        epoch = self.epoch % self.epochs if self.epochs else self.epoch
+        self.epoch += 1
         generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         order = torch.randperm(len(self.inputs), generator=generator)
         for i in range(len(self)):

@@ -1,7 +1,7 @@
 """Early exits on real data: heads trained on frozen networks, thresholds calibrated, accuracy, cost and time.
 
     python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs N] [--joint]
-                               [--teachers resnet20_cifar10,resnet56_cifar10]
+                               [--views EPOCHS] [--teachers resnet20_cifar10,resnet56_cifar10]
                                [--criteria max-prob,entropy,margin,patience,gate] [--drop 0.5] [--int8]
                                [--json FILE]
 
@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from accuracy import paired
 from distillation import BATCH, TEMPERATURE, Batches, mean_answer
+from networks import ResNet20
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
@@ -43,35 +44,6 @@ MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 Arrays = tuple[np.ndarray, np.ndarray]
 KEYWORD_FOLDS = 3
 TRADEOFF = 0.5  # of gates: what the whole network's cost counts against cross-entropy in nats
-
-
-class Block(nn.Module):
-    """A residual block whose shortcut drops every other pixel and pads channels (He et al., 2015, option A)."""
-
-    def __init__(self, inputs: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, channels, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-        self.pad = (channels - inputs) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(fn.relu(self.bn1(self.conv1(x)))))
-        return fn.relu(y + (fn.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x))
-
-
-class ResNet20(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(fn.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
 
 
 class DSCNN(nn.Module):
@@ -168,26 +140,27 @@ def teachers(a: argparse.Namespace) -> list[Path]:
 
 
 def trained(name: str, network: nn.Module, fold: Arrays, work: Path, seed: int, epochs: int, joint: bool,
-            teachers: Sequence[Path]) -> WithExits:
+            teachers: Sequence[Path], views: int = 0) -> WithExits:
     """`network` with heads from WORK, or trained now on the mean answer of `teachers` (none: its own)."""
     plan = MODELS[name]
     torch.manual_seed(seed)
     example = (torch.from_numpy(fold[0][:1]),)
     model = add_exits(network.eval(), example, plan.at, channels=plan.channels, grid=plan.grid, hidden=plan.hidden)
-    file = work / f"{'-'.join([name, str(seed), str(epochs), *['joint'] * joint, *(t.stem for t in teachers)])}.pt"
+    asked = [name, seed, epochs, *[f"views{views}"] * bool(views), *["joint"] * joint, *(t.stem for t in teachers)]
+    file = work / f"{'-'.join(map(str, asked))}.pt"
     if file.exists():
         model.load_state_dict(torch.load(file, weights_only=True))
         return model.eval()
     answer = mean_answer(teachers, fold[0][:1]) if teachers else teacher(network, fold[0][:1])
-    batches = Batches(fold[0], answer, plan.shift, plan.images, seed, spectra=not plan.images)
+    batches = Batches(fold[0], answer, plan.shift, plan.images, seed, not plan.images, views)
     unused = torch.zeros(batches.size, dtype=torch.long)  # classes
     said = [unused]  # what the teacher says of the batch
 
-    def views() -> Iterable[tuple[Tensor, Tensor]]:
+    def seen() -> Iterable[tuple[Tensor, Tensor]]:
         for x, said[0] in batches:
             yield x, unused
 
-    train_exits(model, views, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3, distill=1.0,
+    train_exits(model, seen, epochs=epochs, network_lr=plan.rate if joint else 0.0, lr=4e-3, distill=1.0,
                 teacher=lambda x: said[0], temperature=plan.temperature, bfloat16=True,
                 progress=lambda e, loss: print(f"  {name} seed {seed} epoch {e}: loss {loss:.3f}", flush=True))
     work.mkdir(parents=True, exist_ok=True)
@@ -320,6 +293,8 @@ def main() -> int:
     parser.add_argument("--models", default="resnet20,dscnn")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--epochs", type=int, help="default: by network")
+    parser.add_argument("--views", type=int, default=0, metavar="EPOCHS", help="after so many epochs the same views of "
+                        "the samples come again, with answers that are remembered (default: always new ones)")
     parser.add_argument("--teachers", metavar="NAMES", help="networks of DATA whose mean answer is followed, with "
                         "commas (default: the network itself)")
     parser.add_argument("--joint", action="store_true", help="the network learns along")
@@ -337,7 +312,7 @@ def main() -> int:
             network, fold, test = plan.load(a.data, seed)
             classes = teacher(network.eval(), test[0][:1])
             before = np.concatenate([classes(x).argmax(-1) for x in np.array_split(test[0], -(-len(test[0]) // BATCH))])
-            model = trained(name, network, fold, a.work, seed, a.epochs or plan.epochs, a.joint, teachers(a))
+            model = trained(name, network, fold, a.work, seed, a.epochs or plan.epochs, a.joint, teachers(a), a.views)
             if a.int8:
                 int8_and_batch(model, fold, test)
             quantizes = [None, skive.Quantize("int8", calibration=fold[0][:200])][:1 + a.int8]

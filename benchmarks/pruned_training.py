@@ -1,6 +1,7 @@
 """What training gives back after channels or blocks of weights were removed: real networks on their training data.
 
-    python benchmarks/pruned_training.py DATA [--models resnet20_cifar10,kws_dscnn] [--macs 0.5] [--epochs 20]
+    python benchmarks/pruned_training.py DATA [--models resnet20_cifar10,mobilenet_cifar10,kws_dscnn] [--work WORK]
+                     [--macs 0.5] [--epochs 20] [--views EPOCHS]
                      [--rate 0.01] [--ways whole,activation,l1,random,scratch,torch-pruning,blocks]
                      [--teachers resnet20_cifar10,resnet56_cifar10] [--int8]
                      [--held-out] [--seed 0] [--limit N] [--json FILE]
@@ -16,17 +17,19 @@ layer by a search (`skive.torch.search_widths`) for as many epochs on two halves
 follow the shortcuts that append zeros. `blocks`: three quarters of the blocks of 4x16 weights of each layer zero, half
 of them at once with reconstruction, the others during the first half of the training. `--int8` adds the top-1 of the
 result compiled in INT8. `--held-out` keeps the last tenth of the training part to judge instead of the test, for
-choosing settings. Keywords have no training part: 300 maps are trained on, 300 judge. Seconds are those of this
-process's processor time.
+choosing settings. Keywords have no training part: 300 maps are trained on, 300 judge. No MobileNet comes with the
+data: `mobilenet_cifar10` (`networks.py`) is trained here, on the answers of `--teachers` for `WHOLE_EPOCHS`, and kept
+in WORK; what it becomes then follows the same answers. Seconds are those of this process's processor time.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +40,25 @@ import results
 import torch
 from accuracy import wilson
 from distillation import BATCH, Batches, answers, followed, mean_answer
+from networks import MobileNet, ResNet20, from_scratch
 from real_models import REAL_MODELS, RealModel
+from torch import nn
 
 import skive
 from skive import torch as helpers
 from skive.pipeline import total_macs
 
 SPARSE = "block4x16"
+WHOLE_EPOCHS = 60  # of a network that does not come with the data
 
 
 @dataclass
 class Task:
-    """A network with what it is trained and judged on; `whole` is its graph as a module."""
+    """A network with what it is trained and judged on; `source`: what it is compiled from, `whole` its graph as a
+    module."""
 
     model: RealModel
-    path: Path
+    source: Path | nn.Module
     batches: Batches
     calibration: np.ndarray
     inputs: np.ndarray
@@ -81,11 +88,27 @@ def task(model: RealModel, data: Path, a: argparse.Namespace) -> Task:
     if a.held_out:
         kept = len(x) - len(x) // 10
         x, inputs, classes = x[:kept], x[kept:], y[kept:]
-    path = model.path(data)
     teachers = [data / "models" / f"{name}.onnx" for name in (a.teachers or model.name).split(",")]
-    batches = Batches(x, mean_answer(teachers, x[:1]), (4, 4) if images else (2, 0), images, a.seed)
-    return Task(model, path, batches, x[:: len(x) // 128][:128], inputs, classes,
-                helpers.network(path, (x[:1],)).eval())
+    batches = Batches(x, mean_answer(teachers, x[:1]), (4, 4) if images else (2, 0), images, a.seed, epochs=a.views)
+    source = mobilenet(batches, a) if model.name == "mobilenet_cifar10" else model.path(data)
+    return Task(model, source, batches, x[:: len(x) // 128][:128], inputs, classes,
+                helpers.network(source, (x[:1],)).eval())
+
+
+def mobilenet(batches: Batches, a: argparse.Namespace) -> nn.Module:
+    """MobileNet as it was trained on `batches`, from WORK if it lies there."""
+    file = a.work / f"mobilenet_cifar10-{a.seed}-{WHOLE_EPOCHS}{'-held-out' if a.held_out else ''}.pt"
+    torch.manual_seed(a.seed)
+    net = MobileNet().eval()
+    if file.exists():
+        net.load_state_dict(torch.load(file, weights_only=True))
+        return net
+    started = time.process_time()
+    from_scratch(net, batches, WHOLE_EPOCHS, progress=lambda epoch, loss: print(
+        f"    mobilenet_cifar10 epoch {epoch + 1}: {loss:.3f}, {time.process_time() - started:.0f} s", flush=True))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(net.state_dict(), file)
+    return net
 
 
 def top1(got: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
@@ -100,17 +123,26 @@ def accuracy(net: torch.nn.Module, t: Task) -> dict[str, Any]:
     return top1(torch.cat([net(part) for part in torch.from_numpy(t.inputs).split(125)]).numpy(), t.classes)
 
 
+def torch_module(t: Task) -> nn.Module:
+    """A copy of the network as PyTorch has it."""
+    if isinstance(t.source, nn.Module):
+        return copy.deepcopy(t.source)
+    net = ResNet20()
+    net.load_state_dict(torch.load(t.source.with_suffix(".pt"), map_location="cpu", weights_only=True))
+    return net
+
+
 def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
     """The network of `t` as `way` makes it smaller."""
     if way == "whole":
-        return helpers.network(t.path, t.example)
+        return helpers.network(t.source, t.example)
     if way == "blocks":
         half = skive.Sparsify(SPARSE, 0.5, scope=a.scope, calibration=t.calibration)
-        return helpers.sparsify(t.path, half, example_inputs=t.example)
+        return helpers.sparsify(t.source, half, example_inputs=t.example)
     if way == "torch-pruning":
-        from torch_pruning_peer import resnet20
+        from torch_pruning_peer import pruned
 
-        return helpers.network(resnet20(t.path.with_suffix(".pt"), a.macs), t.example)
+        return helpers.network(pruned(torch_module(t), a.macs), t.example)
     criterion: Any
     criterion, _, scope = ("activation" if way in ("scratch", "tas") else way).partition("-")
     if criterion == "taylor":
@@ -120,9 +152,9 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
                         scope=scope or "global", multiple=a.multiple, calibration=t.calibration,
                         keep=tuple(a.keep.split(",")) if a.keep else ())
     if way == "tas":
-        asked = helpers.search_widths(t.path, asked, *t.batches.halves(), a.epochs, a.rate, loss=followed,
+        asked = helpers.search_widths(t.source, asked, *t.batches.halves(), a.epochs, a.rate, loss=followed,
                                       bfloat16=a.bfloat16, example_inputs=t.example)
-    return helpers.prune(t.path, asked, example_inputs=t.example)
+    return helpers.prune(t.source, asked, example_inputs=t.example)
 
 
 def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
@@ -161,6 +193,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default="resnet20_cifar10,kws_dscnn")
+    parser.add_argument("--work", type=Path, default=Path("trained"), metavar="WORK", help="where networks that are "
+                        "trained here are kept (default: trained)")
+    parser.add_argument("--views", type=int, default=0, metavar="EPOCHS", help="after so many epochs the same views of "
+                        "the samples come again, with answers that are remembered (default: always new ones)")
     parser.add_argument("--macs", type=float, default=0.5)
     parser.add_argument("--multiple", type=int)
     parser.add_argument("--epochs", type=int, default=20)
@@ -180,11 +216,12 @@ def main() -> int:
     a = parser.parse_args()
     torch.set_num_threads(1)
     known = {m.name: m for m in REAL_MODELS}
+    known["mobilenet_cifar10"] = replace(known["resnet20_cifar10"], name="mobilenet_cifar10")
     rows: list[dict[str, Any]] = []
     for name in a.models.split(","):
         t = task(known[name], a.data, a)
         for way in a.ways.split(","):
-            if way == "torch-pruning" and name != "resnet20_cifar10":
+            if way == "torch-pruning" and not name.endswith("cifar10"):
                 continue
             row = trained(way, t, a)
             rows.append(row)

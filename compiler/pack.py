@@ -350,7 +350,7 @@ def quantized_attention_scratch_bytes(
         + blocks(_round_up(keys, 4), value_width)
         + 4 * _round_up(keys + 3 * lanes, 16)
         + 4 * _round_up(value_width + 3 * lanes, 16)
-        + 4 * rows * _round_up(keys, 16)
+        + 4 * rows * _round_up(keys, 64)
         + rows * weight_row
         + 3 * 4 * _round_up(rows, 16)
         + (rows * _round_up(width + 64, 64) if query_row % 4096 == 0 else 0)

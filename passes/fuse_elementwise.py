@@ -36,8 +36,9 @@ VALUES = frozenset({DType.f32, DType.i8, DType.u8, DType.i16, DType.u16, DType.i
 
 
 def has_epilogue(node: Node) -> bool:
-    """True for float32 kernels and for 32-bit sums of narrow integers, where their operation allows one."""
-    return ops.op_of(node.op).epilogue is not None and (
+    """True for float32 kernels and for 32-bit sums of narrow integers, where their operation allows one. A
+    normalisation over several axes has no channels that one could read by."""
+    return ops.op_of(node.op).epilogue is not None and node.attrs.get("axis", -1) in (-1, node.type.rank - 1) and (
         node.dtype is DType.f32 or (node.dtype is DType.i32 and node.inputs[0].dtype in ops.QUANTIZED))
 
 

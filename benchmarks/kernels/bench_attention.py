@@ -2,7 +2,7 @@
 
     python benchmarks/kernels/bench_attention.py [--isa avx512] [--only bert] [--json]
 
-`share` is that of the multiply-add peak measured in the same run; packing, exponentials and
+`share` is that of the float32 multiply-add peak measured in the same run; packing, exponentials and
 activations count as time but not as multiply-adds.
 """
 
@@ -18,6 +18,7 @@ from skive import pack
 # name, heads, queries, keys, features
 ATTENTION = [
     ("bert-base 128", 12, 128, 128, 64),
+    ("minilm 128", 12, 128, 128, 32),
     ("vit-b/16", 12, 197, 197, 64),
     ("vit-tiny", 3, 197, 197, 64),
     ("decoder step", 12, 1, 512, 64),
@@ -43,6 +44,10 @@ def main() -> None:
         q, k = f"HeadStrides<0, {d}, {h * d}>", f"HeadStrides<0, {d}, {h * d}>"
         kind = f"attention<1, {h}, {nq}, {nk}, {d}, {d}, {q}, {k}, {k}, {q}, NoMask, false>"
         calls.append((name, f"{kind}::run(x, x, x, nullptr, y, scratch, Part{{}}, 0.125f)", 2.0 * h * nq * nk * d))
+        shape = f"1, {h}, {nq}, {nk}, {d}, {d}, {q}, {k}, {k}, {q}"
+        kind = f"quantized_attention<uint8_t, {shape}, NoMask, false, 128, 128, 128>"
+        operands = "bytes(x), bytes(x), bytes(x), nullptr, reinterpret_cast<uint8_t*>(y), scratch, Part{}"
+        calls.append((f"{name} int8", f"{kind}::run({operands}, 1e-5f, 1.5e-5f, 0.01f, 128)", 2.0 * h * nq * nk * d))
     for name, m, k_, n, trans in PRODUCTS:
         kind = f"matmul<Shape<>, {m}, {k_}, {n}, Strides<>, Strides<>, false, {str(trans).lower()}>"
         calls.append(
@@ -72,12 +77,13 @@ def main() -> None:
                       "Part{})", macs))
     calls = [call for call in calls if args.only in call[0]]
     body = "alignas(64) static float scratch[1 << 22];\nalignas(64) static const int32_t zeros[1 << 12] = {};\n"
+    body += "static const uint8_t* bytes(const float* x) { return reinterpret_cast<const uint8_t*>(x); }\n"
     body += "".join(
         f'extern "C" void bench_{n}(const float* x, float* y, int samples, double* times) {{\n'
         f"  repeat([=] {{ {call[1]}; }}, samples, times);\n}}\n"
         for n, call in enumerate(calls)
     )
-    library = build(["attention", "rnn", "rnn_integer"], body, args.isa, args.opt)
+    library = build(["attention", "attention_integer", "rnn", "rnn_integer"], body, args.isa, args.opt)
     peak = peak_gmacs(library)
     rng = np.random.default_rng(0)
     x = aligned((rng.standard_normal(1 << 21) * 0.1).astype(np.float32))

@@ -12,15 +12,25 @@ from typing import Any
 import numpy as np
 from timing import aligned, arguments, build, pointer, print_rows, seconds
 
+PLAIN = "[](auto v, ptrdiff_t, int) { return v; }"  # an epilogue
+BYTES = "[](auto v, ptrdiff_t, int) { return rounded<uint8_t, true>(v, 128); }"
+
 # name, call, input floats, output floats
 CALLS = [
     ("softmax resnet 1x1000", "softmax<1, 1000, 1>::run(x, y, Part{})", 1000, 1000),
     ("softmax ds-cnn 1x12", "softmax<1, 12, 1>::run(x, y, Part{})", 12, 12),
     ("softmax bert 12x128x128", "softmax<1536, 128, 1>::run(x, y, Part{})", 1536 * 128, 1536 * 128),
     ("softmax channels 1x21x4096", "softmax<1, 21, 4096>::run(x, y, Part{})", 21 * 4096, 21 * 4096),
-    ("layer norm bert 128x768", "layer_norm<128, 768>::run(x, x, x, y, Part{}, 1e-5f)", 128 * 768, 128 * 768),
-    ("layer norm vit-tiny 197x192", "layer_norm<197, 192>::run(x, x, x, y, Part{}, 1e-5f)", 197 * 192, 197 * 192),
-    ("rms norm 128x768", "rms_norm<128, 768>::run(x, x, y, Part{}, 1e-5f)", 128 * 768, 128 * 768),
+    ("layer norm bert 128x768",
+     f"layer_norm<128, 768>::run(x, x, x, y, Part{{}}, 1e-5f, {PLAIN})",
+     128 * 768, 128 * 768),
+    ("layer norm vit-tiny 197x192",
+     f"layer_norm<197, 192>::run(x, x, x, y, Part{{}}, 1e-5f, {PLAIN})",
+     197 * 192, 197 * 192),
+    ("layer norm bert to bytes",
+     f"layer_norm<128, 768>::run(x, x, x, reinterpret_cast<uint8_t*>(y), Part{{}}, 1e-5f, {BYTES})",
+     128 * 768, 128 * 768 // 4),
+    ("rms norm 128x768", f"rms_norm<128, 768>::run(x, x, y, Part{{}}, 1e-5f, {PLAIN})", 128 * 768, 128 * 768),
     (
         "instance norm 56x56x64",
         "group_norm<1, 3136, 64, 64>::run(x, x, x, y, scratch, Part{}, 1e-5f)",

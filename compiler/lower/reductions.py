@@ -126,12 +126,14 @@ def _norm(ctx: Lowering, node: Node) -> None:
     order = ["x", "scale"]
     if node.op == "layer_norm":
         order.append("bias" if len(node.inputs) > 2 else "nullptr")
-        args += [ctx.read("bias", b) for b in node.inputs[2:]]
+        args += [ctx.read("bias", b) for b in node.inputs[2:3]]
+    fn, extra = ctx.epilogue(node)
     ctx.call(
         node,
         node.op,
         "norm.h",
         template,
-        [*order, "y", "part", literal(node.attrs["eps"], DType.f32)],
-        [*args, ctx.write("y", node)],
+        [*order, "y", "part", literal(node.attrs["eps"], DType.f32), "fn"],
+        [*args, ctx.write("y", node), *extra],
+        fn,
     )

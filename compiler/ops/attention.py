@@ -63,16 +63,20 @@ def _infer_quantized_attention(types: Sequence[TensorType], a: FrozenDict) -> Te
     return TensorType(_infer_attention(types, a).shape, a["to"])
 
 
-def _byte_exponential(x: Array) -> Array:
-    """255 * 2^x of attention_integer.h, for x <= 0, in its order of float32 operations."""
-    f32 = np.float32
-    x = np.where(x > f32(-30), x, f32(-30))
-    n = np.rint(x)
-    f = x - n
-    p = f32(2.443626)
-    for c in (14.256141, 61.26145, 176.74667, 255.0):
-        p = p * f + f32(c)
-    return np.ldexp(p, n.astype(np.int32))
+def _byte_exponentials(x: Array) -> Array:
+    """255 * 2^x of exponentials.h, for float32 x <= 0, in its 16-bit fixed point: whole numbers, NaN gives 0."""
+
+    def product(a: Array, b: Array | int) -> Array:
+        return (a * b + (1 << 14)) >> 15
+
+    x = x * np.float32(2048)
+    t = np.rint(np.where(x > np.float32(-32768), x, np.float32(-32768))).astype(np.int64)
+    n = (t + 1024) >> 11
+    h = 32 * (t - 2048 * n)
+    r: Array = np.int64(111)  # type: ignore[assignment]
+    for c in (988, 5658, 16320):
+        r = product(h, r) + c
+    return product(r, np.where(n < -9, 0, 512 >> np.minimum(-n, 9)))
 
 
 def _ref_quantized_attention(x: Sequence[Array], a: FrozenDict) -> Array:
@@ -85,7 +89,8 @@ def _ref_quantized_attention(x: Sequence[Array], a: FrozenDict) -> Array:
         s, exponent = s * np.float32(a["scale"]) + x[3], np.float32(np.log2(np.e))
     if a["causal"]:
         s = np.where(np.tril(np.ones(s.shape[-2:], bool), 0), s, np.float32(-np.inf))
-    p = np.rint(_byte_exponential((s - s.max(-1, keepdims=True)) * exponent))
+    with np.errstate(invalid="ignore"):  # rows of -inf
+        p = _byte_exponentials((s - s.max(-1, keepdims=True)) * exponent)
     factor = np.float32(a["factor"]) / p.sum(-1, keepdims=True, dtype=np.float64).astype(np.float32)
     y = (p.astype(np.float64) @ v).astype(np.float32) * factor
     y = np.swapaxes(y, 1, 2) if a["token_major"] else y
@@ -96,6 +101,6 @@ ROWS.append(Op("quantized_attention", (3, 4), _infer_quantized_attention, _ref_q
         {"scale": REQUIRED, "factor": REQUIRED, "q_zero": 0, "k_zero": 0, "v_zero": 0, "y_zero": 0, "to": F32,
          "causal": False, "token_major": False}, "contract", 0.0,
         doc="attention of u8 operands q, k, v. s = sum of (q - q_zero)(k - k_zero), scaled (and masked); weights "
-            "p = round_even(255 exp(s - max s)); sum of p (v - v_zero), times factor / sum of p, to `to` plus y_zero. "
-            "exp is 2^x by a polynomial in float32 whose operations are each correctly rounded, so that p is exactly "
-            "defined (kernels/include/skive/attention_integer.h)"))
+            "p = 255 exp(s - max s), rounded; sum of p (v - v_zero), times factor / sum of p, to `to` plus y_zero. "
+            "exp is 2^x by a polynomial in 16-bit fixed point, so that p is exactly defined "
+            "(kernels/include/skive/exponentials.h)"))

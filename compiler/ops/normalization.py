@@ -124,6 +124,6 @@ ROWS.append(Op("integer_layer_norm", (3, 3), _infer_integer_layer_norm, _ref_int
             "saturate(((z scale + bias 2^(shift-15) + 2^(shift-1)) >> shift) + zero); each rounding as in norm.h; scale and "
             "bias i32 (after Kim et al.: I-BERT, 2021)"))
 ROWS.append(Op("layer_norm", (2, 3), _infer_norm, _ref_layer_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
-        doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
+        epilogue=3, doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
 ROWS.append(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
-        doc="x / sqrt(mean(x^2) + eps) scale (Zhang, Sennrich: Root Mean Square Layer Normalization, 2019)"))
+        epilogue=2, doc="x / sqrt(mean(x^2) + eps) scale (Zhang, Sennrich: Root Mean Square Layer Normalization, 2019)"))

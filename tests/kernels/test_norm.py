@@ -23,7 +23,7 @@ def test_rows(isa: str, tmp_path: Path) -> None:
         d = v - v.mean(1, keepdims=True)
         y = d / np.sqrt((d * d).mean(1, keepdims=True) + EPS) * scale
         r = v / np.sqrt((v * v).mean(1, keepdims=True) + EPS) * scale
-        tail = f"part, {EPS}f)"
+        tail = f"part, {EPS}f, [](auto v, ptrdiff_t, int) {{ return v; }})"
         norm = angle("layer_norm", rows, n)
         cases += [
             Case(f"{norm}::run(x0, x1, x2, y0, {tail}", [x, scale, bias], [(y + bias).astype(np.float32)], atol=2e-6),
@@ -43,8 +43,29 @@ def test_layer_norm_of_a_large_offset(isa: str, tmp_path: Path) -> None:
     d = x.astype(np.float64) - x.astype(np.float64).mean(1, keepdims=True)
     want = (d / np.sqrt((d * d).mean(1, keepdims=True) + EPS)).astype(np.float32)
     ones = np.ones(256, np.float32)
-    case = Case(f"layer_norm<4, 256>::run(x0, x1, nullptr, y0, part, {EPS}f)", [x, ones], [want], atol=1e-4)
+    plain = "[](auto v, ptrdiff_t, int) { return v; }"
+    case = Case(f"layer_norm<4, 256>::run(x0, x1, nullptr, y0, part, {EPS}f, {plain})", [x, ones], [want], atol=1e-4)
     check([case], ["norm.h"], isa, tmp_path)
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_an_epilogue_meets_rows_and_columns(isa: str, tmp_path: Path) -> None:
+    """Values that depend on their place, as bytes."""
+    rng = np.random.default_rng(5)
+    rows, n = 5, 77
+    x, column = rng.standard_normal((rows, n)).astype(np.float32), (10 * rng.standard_normal(n)).astype(np.float32)
+    scale, bias = np.full(n, 20, np.float32), np.full(n, 100, np.float32)
+    d = x - x.mean(1, keepdims=True, dtype=np.float64)
+    place = column + 3 * np.arange(rows)[:, None]
+    centred = d / np.sqrt((d * d).mean(1, keepdims=True) + EPS) * 20 + 100 + place
+    scaled = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + EPS) * 20 + place
+    bytes_ = "quantize<uint8_t>(v + load<n>(x3 + column) + splat<n>(3.0f * row), splat<n>(1.0f), 0)"
+    epilogue = f"[=](auto v, ptrdiff_t row, int column) {{ constexpr int n = decltype(v)::lanes; return {bytes_}; }}"
+    cases = [
+        Case(f"{angle(name, rows, n)}::run({operands}, y0, part, {EPS}f, {epilogue})", [x, scale, bias, column],
+             [np.clip(np.rint(want), 0, 255).astype(np.uint8)], atol=1)
+        for name, operands, want in (("layer_norm", "x0, x1, x2", centred), ("rms_norm", "x0, x1", scaled))]
+    check(cases, ["math.h", "norm.h"], isa, tmp_path)
 
 
 @pytest.mark.parametrize("isa", cpu_isas())

@@ -3,40 +3,23 @@
 //
 //   s = sum over d of (q - QZero)(k - KZero)                       exact, in 32 bits
 //   x = (s - max s) exponent, or, with a mask, t = s scale + mask, x = (t - max t) log2(e)
-//   p = round_even(255 * 2^x), 0 to 255                            255 at the largest score of each row
+//   p = 255 * 2^x in 16-bit fixed point (exponentials.h), 0 to 255  255 at the largest score of each row
 //   y = (sum over keys of p (v - VZero)) * (factor / sum of p)     the sums exact, in 32 bits
 //
 // The weights p are relative to their row's maximum and divided by the sum of what they were rounded
 // to: the 8 bits are used fully whatever the number of keys, and the weights of a row sum to 1. Every
-// operation is correctly rounded and none is a fused multiply-add, so all targets give the same bits
+// operation on floats is correctly rounded and none is a fused multiply-add, so all targets give the same bits
 // (the `quantized_attention` row of ops/attention.py). Per head the keys and values are packed once in groups of
 // four bytes.
 #ifndef SKIVE_ATTENTION_INTEGER_H
 #define SKIVE_ATTENTION_INTEGER_H
 
 #include "skive/attention.h"
+#include "skive/exponentials.h"
+#include "skive/isa/transpose_floats.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
-
-// 255 * 2^x of Count vectors, x <= 0, relative error 3e-6 (minimax); NaN and what is below -30 give 0 when rounded.
-// Step by step for all of them: one chain of these operations after the other would fill the scheduler.
-template <int N, int Count>
-SKIVE_INLINE void byte_exponentials(Vec<N> (&x)[Count]) {
-  const auto each = [](const auto& step) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int i = 0; i < Count; ++i) step(i);
-  };
-  Vec<N> n[Count], p[Count];
-  each([&](int i) { x[i] = vmax(x[i], splat<N>(-30.0f)); });
-  each([&](int i) { n[i] = round_even(x[i]); });
-  each([&](int i) { x[i] = x[i] - n[i]; });
-  each([&](int i) { p[i] = splat<N>(2.443626f) * x[i] + splat<N>(14.256141f); });
-  each([&](int i) { p[i] = p[i] * x[i] + splat<N>(61.26145f); });
-  each([&](int i) { p[i] = p[i] * x[i] + splat<N>(176.74667f); });
-  each([&](int i) { p[i] = p[i] * x[i] + splat<N>(255.0f); });
-  each([&](int i) { x[i] = scale_exponent(p[i], n[i]); });
-}
 
 // Four bytes, each less 128.
 SKIVE_INLINE void copy_quad(int8_t* to, const uint8_t* from) {
@@ -68,7 +51,24 @@ struct pack_byte_columns {
   template <int Width>
   static SKIVE_INLINE void block(const uint8_t* b, int8_t* to) {
     constexpr int kRow = round_up(Width, kChannelQuantum);
-    for (int j = 0; j < Width; ++j)
+    // Groups of four bytes change places like floats.
+    constexpr int kSquare = kFloatSquare, kColumns = kLanes >= kSquare && K % (4 * kSquare) == 0 && Column % 4 == 0
+                                                         ? Width / kSquare * kSquare
+                                                         : 0;
+    if constexpr (kColumns > 0) {
+      for (int j = 0; j < kColumns; j += kSquare)
+        for (int k = 0; k < K; k += 4 * kSquare)
+          transpose_floats(reinterpret_cast<const float*>(b + j * Column + k), Column / 4,
+                           reinterpret_cast<float*>(to + k * kRow + 4 * j), kRow);
+      int32_t* const groups = reinterpret_cast<int32_t*>(to);
+      for (int k = 0; k < K / 4; ++k)
+        each_vector<kColumns>([&](ptrdiff_t j, auto lanes) {
+          constexpr int n = decltype(lanes)::count;
+          int32_t* const at = groups + k * kRow + j;
+          store(at, load<n>(at) ^ splat<n>(static_cast<int32_t>(0x80808080u)));
+        });
+    }
+    for (int j = kColumns; j < Width; ++j)
       for (int k = 0; k < K; k += 4) copy_quad(to + k * kRow + 4 * j, b + j * Column + k);
     for (int j = Width; j < kRow; ++j)
       for (int k = 0; k < K; k += 4) __builtin_memset(to + k * kRow + 4 * j, 0, 4);
@@ -142,7 +142,7 @@ struct quantized_attention {
   static constexpr int kBlocks = div_up(Nq, kRows);
   static constexpr int kLastRows = Nq - (kBlocks - 1) * kRows;
   static constexpr int kKeys = round_up(Nk, 4);  // of a row of weights
-  static constexpr int kScoreRow = round_up(Nk, 16);
+  static constexpr int kScoreRow = round_up(Nk, 64);  // minus infinity behind the last score
   // A multiple of 64, but not of a page.
   static constexpr int kWeightRow = round_up(Nk, 64) % 4096 == 0 ? round_up(Nk, 64) + 64 : round_up(Nk, 64);
   using PackKeys = pack_byte_columns<D, Nk, kScoreBlock, K::Row>;
@@ -190,6 +190,8 @@ struct quantized_attention {
     room.shift = reinterpret_cast<int32_t*>(take(kRowBytes));
     room.copy = take(kCopyBytes);
     __builtin_memset(room.zeros, 0, static_cast<size_t>(kZeroBytes));
+    for (int r = 0; r < kRows; ++r)
+      for (int i = Nk; i < kScoreRow; ++i) room.scores[r * ptrdiff_t{kScoreRow} + i] = -__builtin_inff();
     const Numbers numbers{scale, exponent, factor, y_zero};
 
     constexpr ptrdiff_t count = ptrdiff_t{B} * Heads * kBlocks;
@@ -279,9 +281,9 @@ struct quantized_attention {
           max_row<Nk>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(s + i); });
     }
     for (int r = 0; r < Rows; ++r) {
-      const int32_t sum = weigh(room.scores + static_cast<ptrdiff_t>(r) * kScoreRow,
-                                room.weights + static_cast<ptrdiff_t>(r) * kWeightRow, room.factor[r],
-                                Mask::present ? 1.442695041f : numbers.exponent);
+      const int32_t sum = byte_exponentials<Nk>(
+          room.scores + static_cast<ptrdiff_t>(r) * kScoreRow, room.weights + static_cast<ptrdiff_t>(r) * kWeightRow,
+          room.factor[r], (Mask::present ? 1.442695041f : numbers.exponent) * kExponentialSteps);
       room.factor[r] = numbers.factor / static_cast<float>(sum);
       room.shift[r] = kValueShift * sum;
     }
@@ -295,38 +297,6 @@ struct quantized_attention {
                          else
                            return rounded<Out>(v, numbers.y_zero);
                        });
-  }
-  // The weights of a row of scores, of which `top` is the largest; their sum.
-  static SKIVE_NOINLINE int32_t weigh(const float* s, uint8_t* p, float top, float exponent) {
-    const auto weights = [&](ptrdiff_t i, auto lanes, auto& x) __attribute__((always_inline)) {
-      constexpr int n = decltype(lanes)::count;
-#pragma GCC unroll 4
-      for (auto& v : x) {
-        v = (load<n>(s + i) - splat<n>(top)) * splat<n>(exponent);
-        i += n;
-      }
-      byte_exponentials(x);
-    };
-    constexpr int kFour = 4 * kLanes, kWhole = Nk / kFour * kFour;
-    IVec<kLanes> sums = splat<kLanes>(0);
-    for (int i = 0; i < kWhole; i += kFour) {
-      Vec<kLanes> x[4];
-      weights(i, Lanes<kLanes>{}, x);
-      const IVec<kLanes> a = round_to_int(x[0]), b = round_to_int(x[1]), c = round_to_int(x[2]),
-                         d = round_to_int(x[3]);
-      store(p + i, a, b, c, d);
-      sums = sums + ((a + b) + (c + d));
-    }
-    int32_t sum = kWhole == 0 ? 0 : hsum(sums);
-    each_vector<Nk - kWhole>([&](ptrdiff_t i, auto lanes) {
-      Vec<decltype(lanes)::count> x[1];
-      weights(kWhole + i, lanes, x);
-      const auto e = round_to_int(x[0]);
-      store(p + kWhole + i, e);
-      sum += hsum(e);
-    });
-    for (int i = Nk; i < kKeys; ++i) p[i] = 0;
-    return sum;
   }
 };
 

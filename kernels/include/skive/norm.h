@@ -4,30 +4,58 @@
 #define SKIVE_NORM_H
 
 #include "skive/row.h"
+#include "skive/tile.h"
 
 namespace skive {
 inline namespace SKIVE_ISA {
 
-// y = (x - mean) / sqrt(variance + eps) * scale + bias for each of Rows rows of N floats; scale and
-// bias [N], bias may be null. The variance is that of the differences, read from cache.
+// y[0, N) = value(i, Lanes<n>), four vectors at a time, so that bytes fill a register.
+template <ptrdiff_t N, class Y, class Value>
+SKIVE_INLINE void write_row(Y* y, const Value& value) {
+  constexpr ptrdiff_t block = 4 * kLanes, whole = N / block * block;
+  for (ptrdiff_t i = 0; i < whole; i += block) {
+    const auto at = [&](int k) __attribute__((always_inline)) { return value(i + k * kLanes, Lanes<kLanes>{}); };
+    const auto a = at(0), b = at(1), c = at(2), d = at(3);
+    if constexpr (!kRounded<decltype(a)>) store(y + i, a, b, c, d);
+    else if constexpr (kJoins<Y>) store_joined(y + i, a, b, c, d);
+    else store_row(y + i, a, b, c, d);
+  }
+  each_vector<N - whole>([&](ptrdiff_t i, auto lanes) { store(y + whole + i, value(whole + i, lanes)); });
+}
+
+// Calls measure(row) for a few rows and then finish(row, what it gave) for these: the roots and divisions of
+// one row need not wait for what is written of the row before.
+template <class Measure, class Finish>
+SKIVE_INLINE void by_rows(ptrdiff_t begin, ptrdiff_t end, const Measure& measure, const Finish& finish) {
+  constexpr ptrdiff_t kMost = 8;
+  for (ptrdiff_t r = begin; r < end; r += kMost) {
+    const ptrdiff_t count = end - r < kMost ? end - r : kMost;
+    decltype(measure(r)) found[kMost];
+    for (ptrdiff_t i = 0; i < count; ++i) found[i] = measure(r + i);
+    for (ptrdiff_t i = 0; i < count; ++i) finish(r + i, found[i]);
+  }
+}
+
+// y = epilogue((x - mean) / sqrt(variance + eps) * scale + bias, row, column) for each of Rows rows of N floats;
+// scale and bias [N], bias may be null. The variance is that of the differences, read from cache.
 template <ptrdiff_t Rows, ptrdiff_t N>
 struct layer_norm {
-  static void run(const float* x, const float* scale, const float* bias, float* y, Part part,
-                  float eps) {
-    const ptrdiff_t begin = part_begin(Rows, part), end = part_end(Rows, part);
+  template <class Y, class E>
+  static void run(const float* x, const float* scale, const float* bias, Y* y, Part part, float eps,
+                  const E& epilogue) {
     if constexpr (N > 0) {
-      if (bias) {
-        for (ptrdiff_t r = begin; r < end; ++r) row<true>(x + r * N, scale, bias, y + r * N, eps);
-      } else {
-        for (ptrdiff_t r = begin; r < end; ++r) row<false>(x + r * N, scale, bias, y + r * N, eps);
-      }
+      if (bias)
+        rows<true>(x, scale, bias, y, part, eps, epilogue);
+      else
+        rows<false>(x, scale, bias, y, part, eps, epilogue);
     }
   }
 
  private:
-  template <bool Bias>
-  static SKIVE_INLINE void row(const float* x, const float* scale, const float* bias, float* y,
-                               float eps) {
+  struct Moments {
+    float mean, factor;  // 1 / sqrt(variance + eps)
+  };
+  static SKIVE_INLINE Moments moments(const float* x, float eps) {
     const float mean =
         sum_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); }) /
         N;
@@ -36,39 +64,51 @@ struct layer_norm {
       const Vec<n> d = load<n>(x + i) - splat<n>(mean);
       return d * d;
     });
-    const float factor = 1.0f / sqrt_(square / N + eps);
-    each_vector<N>([&](ptrdiff_t i, auto lanes) {
-      constexpr int n = decltype(lanes)::count;
-      const Vec<n> v = (load<n>(x + i) - splat<n>(mean)) * splat<n>(factor);
-      if constexpr (Bias)
-        store(y + i, fma(v, load<n>(scale + i), load<n>(bias + i)));
-      else
-        store(y + i, v * load<n>(scale + i));
-    });
+    return {mean, 1.0f / sqrt_(square / N + eps)};
+  }
+  template <bool Bias, class Y, class E>
+  static SKIVE_INLINE void rows(const float* x, const float* scale, const float* bias, Y* y, Part part, float eps,
+                                const E& epilogue) {
+    by_rows(
+        part_begin(Rows, part), part_end(Rows, part), [&](ptrdiff_t r) { return moments(x + r * N, eps); },
+        [&](ptrdiff_t r, Moments m) __attribute__((always_inline)) {
+          write_row<N>(y + r * N, [&](ptrdiff_t i, auto lanes) __attribute__((always_inline)) {
+            constexpr int n = decltype(lanes)::count;
+            const Vec<n> v = (load<n>(x + r * N + i) - splat<n>(m.mean)) * splat<n>(m.factor);
+            if constexpr (Bias)
+              return epilogue(fma(v, load<n>(scale + i), load<n>(bias + i)), r, static_cast<int>(i));
+            else
+              return epilogue(v * load<n>(scale + i), r, static_cast<int>(i));
+          });
+        });
   }
 };
 
-// y = x / sqrt(mean(x^2) + eps) * scale.
+// y = epilogue(x / sqrt(mean(x^2) + eps) * scale, row, column).
 template <ptrdiff_t Rows, ptrdiff_t N>
 struct rms_norm {
-  static void run(const float* x, const float* scale, float* y, Part part, float eps) {
+  template <class Y, class E>
+  static void run(const float* x, const float* scale, Y* y, Part part, float eps, const E& epilogue) {
     if constexpr (N > 0) {
-      for (ptrdiff_t r = part_begin(Rows, part), end = part_end(Rows, part); r < end; ++r)
-        row(x + r * N, scale, y + r * N, eps);
+      by_rows(
+          part_begin(Rows, part), part_end(Rows, part), [&](ptrdiff_t r) { return factor(x + r * N, eps); },
+          [&](ptrdiff_t r, float factor) __attribute__((always_inline)) {
+            write_row<N>(y + r * N, [&](ptrdiff_t i, auto lanes) __attribute__((always_inline)) {
+              constexpr int n = decltype(lanes)::count;
+              return epilogue(load<n>(x + r * N + i) * splat<n>(factor) * load<n>(scale + i), r,
+                              static_cast<int>(i));
+            });
+          });
     }
   }
 
  private:
-  static SKIVE_INLINE void row(const float* x, const float* scale, float* y, float eps) {
+  static SKIVE_INLINE float factor(const float* x, float eps) {
     const float square = sum_row<N>([&](ptrdiff_t i, auto lanes) {
       const auto v = load<decltype(lanes)::count>(x + i);
       return v * v;
     });
-    const float factor = 1.0f / sqrt_(square / N + eps);
-    each_vector<N>([&](ptrdiff_t i, auto lanes) {
-      constexpr int n = decltype(lanes)::count;
-      store(y + i, load<n>(x + i) * splat<n>(factor) * load<n>(scale + i));
-    });
+    return 1.0f / sqrt_(square / N + eps);
   }
 };
 
