@@ -2,13 +2,14 @@
 
     python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs N] [--joint]
                                [--views EPOCHS] [--teachers resnet20_cifar10,resnet56_cifar10]
-                               [--criteria max-prob,entropy,margin,patience,gate] [--drop 0.5] [--int8]
+                               [--criteria max-prob,entropy,margin,patience,gate] [--drop 0.5 | --macs 0.6] [--int8]
                                [--json FILE]
 
 DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
-samples, where they lose `--drop` points of what the network had before it got exits, and every figure from the other
-half, both ways round; the mean of both stands here. `us` is the mean over samples of the smallest time of a call,
-beside that of the same network compiled without exits, to which shares of multiply-accumulates refer, too.
+samples, where they lose `--drop` points of what the network had before it got exits, or take `--macs` of its
+multiply-accumulates, and every figure from the other half, both ways round; the mean of both stands here. `us` is the
+mean over samples of the smallest time of a call, beside that of the same network compiled without exits, to which
+shares of multiply-accumulates refer, too.
 
 There are 600 keyword recordings, none of them a training part: 500 judge, a third of them with each seed. Heads (and
 the network, `--joint`) learn from the other two thirds and 100 more, thresholds (and gates) come from three quarters of
@@ -187,12 +188,14 @@ def gates(module: skive.Module, x: np.ndarray, y: np.ndarray, tradeoff: float) -
     return fit_gates(logits, torch.from_numpy(y), [e.macs for e in module.exits], tradeoff)
 
 
-def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.ndarray, drop: float, criterion: str,
-             quantize: skive.Quantize | None, limit: int, parts: int) -> list[dict[str, Any]]:
-    """A criterion, calibrated on all but one of `parts` of the test samples and measured on that one, every way round.
-    `before`: which samples the network without exits has right; `plain`: that network as `model` has it. `curve`: what
-    all settings that are good on the other parts do to this one."""
+def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.ndarray, drop: float, macs: float | None,
+             criterion: str, quantize: skive.Quantize | None, limit: int, parts: int) -> list[dict[str, Any]]:
+    """A criterion, calibrated on all but one of `parts` of the test samples and measured on that one, every way round,
+    to lose `drop` points or, if given, to take `macs` of the multiply-accumulates. `before`: which samples the network
+    without exits has right; `plain`: that network as `model` has it. `curve`: what all settings that are good on the
+    other parts do to this one."""
     x, y = test
+    whole_macs = plain.report["compiled"]["macs"]
     example = (torch.from_numpy(x[:1]),)
     exits = [skive.Exit(f"exit{i}", "max-prob" if criterion == "gate" else criterion, 1e9)
              for i in range(len(model.at))]
@@ -213,9 +216,13 @@ def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.nda
         stay = np.asarray([-exit_calibration.always(t) for t in seen.tests], np.float32)
         curve = exit_calibration.curve(others)
         known = [*curve, exit_calibration.setting(others, stay)]
-        best = max(s.accuracy for s in known)
-        least = min(best, 100 * float(before[~here].mean()) - drop) - 1e-9  # few samples may ask for too much
-        chosen = min((s for s in known if s.accuracy >= least), key=lambda s: s.cost).thresholds
+        if macs is not None:
+            most = macs * whole_macs / module.exits[-1].macs
+            chosen = max((s for s in known if s.cost <= most), key=lambda s: s.accuracy).thresholds
+        else:
+            best = max(s.accuracy for s in known)
+            least = min(best, 100 * float(before[~here].mean()) - drop) - 1e-9  # few samples may ask for too much
+            chosen = min((s for s in known if s.accuracy >= least), key=lambda s: s.cost).thresholds
         found, whole = exit_calibration.setting(held, chosen), exit_calibration.setting(held, stay)
         taken = held.taken(chosen)
         right = held.right[np.arange(len(taken)), taken]
@@ -229,7 +236,7 @@ def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.nda
         rows.append({"dtype": "int8" if quantize else "float32", "criterion": criterion,
                      "top1": float(found.accuracy), "before_top1": 100 * float(before[here].mean()),
                      "whole_top1": float(whole.accuracy),
-                     "macs": float(found.cost) * module.exits[-1].macs / plain.report["compiled"]["macs"],
+                     "macs": float(found.cost) * module.exits[-1].macs / whole_macs,
                      "shares": found.shares.tolist(), "samples": len(right),
                      "gained": int((right & ~before[here]).sum()),
                      "lost": int((before[here] & ~right).sum()), "us": mean_us(module, sample),
@@ -300,6 +307,8 @@ def main() -> int:
     parser.add_argument("--joint", action="store_true", help="the network learns along")
     parser.add_argument("--criteria", default="max-prob,entropy,margin,patience,gate")
     parser.add_argument("--drop", type=float, default=0.5, help="points that thresholds may lose")
+    parser.add_argument("--macs", type=float, metavar="FRACTION", help="of the multiply-accumulates that thresholds "
+                        "may take, as accurate as possible, instead of --drop")
     parser.add_argument("--int8", action="store_true", help="the same in int8, too")
     parser.add_argument("--limit", type=int, default=300, help="samples that are timed")
     parser.add_argument("--json", metavar="FILE")
@@ -320,8 +329,8 @@ def main() -> int:
             plains = [skive.compile(model.network, example_inputs=example, quantize=q) for q in quantizes]
             for criterion in a.criteria.split(","):
                 for quantize, plain in zip(quantizes, plains, strict=True):
-                    row = together(measured(model, plain, test, before == test[1], a.drop, criterion, quantize, a.limit,
-                                            plan.parts))
+                    row = together(measured(model, plain, test, before == test[1], a.drop, a.macs, criterion, quantize,
+                                            a.limit, plan.parts))
                     done.append({"model": name, "seed": seed, **row})
                     print(line(name, f"seed {seed}", row), flush=True)
         rows += done

@@ -11,16 +11,19 @@ template <int N>
 inline int32_t byte_exponentials(const float* s, uint8_t* p, float top, float factor) {
   const auto rounded_product = [](int a, int b) { return (a * b + (1 << 14)) >> 15; };
   int32_t sum = 0;
-  for (int i = 0; i < N; ++i) {
-    const float x = (s[i] - top) * factor;
-    const int t = x > -32768.0f ? static_cast<int>(__builtin_rintf(x)) : -32768;
-    const int h = static_cast<int16_t>(static_cast<uint16_t>(t) << 5), n = (t + 1024) >> 11;
-    int r = rounded_product(h, kExponential[3]) + kExponential[2];
-    r = rounded_product(r, h) + kExponential[1];
-    r = rounded_product(r, h) + kExponential[0];
-    const int e = n < -9 ? 0 : rounded_product(r, 512 >> -n);
-    p[i] = static_cast<uint8_t>(e);
-    sum += e;
+  for (int i = 0; i < N; i += kLanes) {
+    const Vec<kLanes> x = (load<kLanes>(s + i) - splat<kLanes>(top)) * splat<kLanes>(factor);
+    int32_t steps[kLanes];
+    store(steps, round_to_int(vmax(x, splat<kLanes>(-32768.0f))));
+    for (int j = 0; j < kLanes && i + j < N; ++j) {
+      const int n = (steps[j] + 1024) >> 11, h = 32 * (steps[j] - 2048 * n);
+      int r = rounded_product(h, kExponential[3]) + kExponential[2];
+      r = rounded_product(r, h) + kExponential[1];
+      r = rounded_product(r, h) + kExponential[0];
+      const int e = n < -9 ? 0 : rounded_product(r, 512 >> -n);
+      p[i + j] = static_cast<uint8_t>(e);
+      sum += e;
+    }
   }
   for (int i = N; i < round_up(N, 4); ++i) p[i] = 0;
   return sum;
