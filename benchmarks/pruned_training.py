@@ -193,8 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--models", default="resnet20_cifar10,kws_dscnn")
-    parser.add_argument("--work", type=Path, default=Path("trained"), metavar="WORK", help="where networks that are "
-                        "trained here are kept (default: trained)")
+    parser.add_argument("--work", type=Path, metavar="WORK", help="where mobilenet_cifar10 is kept, once trained")
     parser.add_argument("--views", type=int, default=0, metavar="EPOCHS", help="after so many epochs the same views of "
                         "the samples come again, with answers that are remembered (default: always new ones)")
     parser.add_argument("--macs", type=float, default=0.5)
@@ -214,6 +213,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="samples of the test at most")
     parser.add_argument("--json", metavar="FILE")
     a = parser.parse_args()
+    if a.work is None and "mobilenet_cifar10" in a.models:
+        parser.error("mobilenet_cifar10 is trained first: --work says where it is kept")
     torch.set_num_threads(1)
     known = {m.name: m for m in REAL_MODELS}
     known["mobilenet_cifar10"] = replace(known["resnet20_cifar10"], name="mobilenet_cifar10")
