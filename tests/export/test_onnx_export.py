@@ -58,7 +58,11 @@ def check_operation(*inputs: Node, op: str, **attrs: object) -> None:
               rng.integers(0, 2 if i.dtype is DType.bool else 20, i.shape).astype(i.dtype.numpy) for i in graph.inputs]
     (got,), (want,) = run(export_onnx(graph), *values), reference.evaluate_graph(graph, values)
     assert got.dtype == want.dtype and got.shape == want.shape
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    # A weight of attention is 255 e^x in 16-bit fixed point here and rounded from float32 in ONNX: one may lie a level
+    # beside, which is what a value weighs against a sum of 255 and more.
+    level = attrs["factor"] * 20 / 255 if op == "quantized_attention" else 0  # type: ignore[operator]
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6 + level)
+    assert (got != want).mean() <= 0.2 or not level
 
 
 def value(name: str, *shape: int, dtype: DType = DType.f32) -> Node:
