@@ -82,7 +82,7 @@ def attention(w: Writer, n: Node) -> None:
 
 
 def byte_weights(w: Writer, scores: str) -> str:
-    """255 exp(score - largest of its row), in bytes; from float32, so that one may lie a level beside the artefact's."""
+    """255 exp(score - largest of its row), in bytes; from float32, so that one may be a level beside the artefact's."""
     e = w.emit("Exp", w.emit("Sub", scores, w.emit("ReduceMax", scores, integers(-1), keepdims=1)))
     return w.emit("QuantizeLinear", e, scalar(1 / 255, F32), scalar(0, DType.u8))
 
