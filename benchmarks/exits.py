@@ -217,8 +217,8 @@ def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.nda
         curve = exit_calibration.curve(others)
         known = [*curve, exit_calibration.setting(others, stay)]
         if macs is not None:
-            most = macs * whole_macs / module.exits[-1].macs
-            chosen = max((s for s in known if s.cost <= most), key=lambda s: s.accuracy).thresholds
+            goal = exit_calibration.Goal("macs", macs * whole_macs / module.exits[-1].macs)
+            chosen = exit_calibration.calibrate(others, goal).setting.thresholds
         else:
             best = max(s.accuracy for s in known)
             least = min(best, 100 * float(before[~here].mean()) - drop) - 1e-9  # few samples may ask for too much

@@ -34,7 +34,7 @@ WORDS = 1000
 
 def encoder(width: int, layers: int, tokens: int = 128) -> Graph:
     """BERT (Devlin et al., 2019) for two classes, of random weights: heads of 64 channels, GELU, four times the width
-    inside, and a vocabulary of `WORDS` instead of 30,522, which changes no time."""
+    inside, and a vocabulary of `WORDS` instead of 30,522."""
     rng = np.random.default_rng(0)
 
     def weight(*shape: int) -> Node:

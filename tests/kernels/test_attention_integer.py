@@ -11,6 +11,7 @@ from driver import cpu_isas
 
 from skive import ops
 from skive.ir import constant
+from skive.ops.attention import _byte_exponentials
 from skive.types import DType
 
 # B, heads, Nq, Nk, D, Dv
@@ -89,6 +90,30 @@ def test_equals_the_op_table(isa: str, tmp_path: Path) -> None:
                     )
                     cases.append(Case(text, inputs, [want], kernel))
     check(cases, ["attention_integer.h"], isa, tmp_path)
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+def test_exponentials(isa: str, tmp_path: Path) -> None:
+    """Every step there is, what lies below them, infinity and NaN; rows of all remainders of a register."""
+    steps = np.arange(0, -33000, -1, dtype=np.float32)
+    want = _byte_exponentials(steps / np.float32(2048)).astype(np.uint8)
+    far = np.abs(want - 255 * np.exp2(steps.astype(np.float64) / 2048))
+    assert want[0] == 255 and far.max() < 0.53  # and what rounding to a step adds: less than 0.05
+    between = np.float32(-np.linspace(0, 16, 100_001))
+    assert np.abs(_byte_exponentials(between) - 255 * np.exp2(between.astype(np.float64))).max() < 0.57
+    odd = np.array([-1e30, -np.inf, np.nan, 0, -2047.4, -3e9], np.float32)
+    assert not _byte_exponentials(odd[[0, 1, 2, 5]] / 2048).any()
+    cases = []
+    for row in (steps, odd, *(steps[-1000 : -1000 - n : -1] * 3 for n in (1, 17, 64, 129))):
+        n, wide = len(row), -(-len(row) // 64) * 64
+        scores = np.full(wide, -np.inf, np.float32)
+        scores[:n] = row + np.float32(5)
+        exact = _byte_exponentials((scores[:n] - np.float32(5)) * np.float32(0.5) / np.float32(2048)).astype(np.uint8)
+        got = np.array([exact.sum(dtype=np.int64)], np.int32)
+        call = f"{{ alignas(64) static uint8_t p[{wide}]; y1[0] = byte_exponentials<{n}>(x0, p, 5.0f, 0.5f); "
+        call += f"__builtin_memcpy(y0, p, {n}); }}"
+        cases.append(Case(call, [scores], [exact, got], parts=(1,)))
+    check(cases, ["exponentials.h"], isa, tmp_path)
 
 
 def test_close_to_float_attention() -> None:

@@ -15,6 +15,7 @@
 #ifndef SKIVE_EXPONENTIALS_H
 #define SKIVE_EXPONENTIALS_H
 
+#include "skive/tile.h"
 #include "skive/vec.h"
 
 namespace skive {
