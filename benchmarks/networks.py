@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
-import torch
-from distillation import Batches, followed
 from torch import Tensor, nn
 from torch.nn import functional as fn
 
@@ -58,25 +53,3 @@ class MobileNet(nn.Sequential):
 
 def _normed(layer: nn.Conv2d) -> tuple[nn.Module, ...]:
     return layer, nn.BatchNorm2d(layer.out_channels), nn.ReLU()
-
-
-def from_scratch(net: nn.Module, batches: Batches, epochs: int, rate: float = 0.05,
-                 progress: Callable[[int, float], None] = lambda epoch, loss: None) -> nn.Module:
-    """`net` as it has learnt what the teacher of `batches` says, in evaluation mode: SGD with momentum, the rate
-    rising for the first of the `epochs` and falling to 0 along a cosine."""
-    net.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: min((t + 1) / len(batches), 0.5 * (1 + math.cos(math.pi * min(1.0, t / steps)))))
-    for epoch in range(epochs):
-        total = 0.0
-        for x, said in batches:
-            loss = followed(net(x.to(memory_format=torch.channels_last)), said)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += float(loss.detach())
-        progress(epoch, total / len(batches))
-    return net.eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

@@ -40,7 +40,7 @@ import results
 import torch
 from accuracy import wilson
 from distillation import BATCH, Batches, answers, followed, mean_answer
-from networks import MobileNet, ResNet20, from_scratch
+from networks import MobileNet, ResNet20
 from real_models import REAL_MODELS, RealModel
 from torch import nn
 
@@ -103,9 +103,12 @@ def mobilenet(batches: Batches, a: argparse.Namespace) -> nn.Module:
     if file.exists():
         net.load_state_dict(torch.load(file, weights_only=True))
         return net
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     started = time.process_time()
-    from_scratch(net, batches, WHOLE_EPOCHS, progress=lambda epoch, loss: print(
-        f"    mobilenet_cifar10 epoch {epoch + 1}: {loss:.3f}, {time.process_time() - started:.0f} s", flush=True))
+    helpers.finetune(net, batches, WHOLE_EPOCHS, 0.05, loss=followed, weight_decay=5e-4,
+                     progress=lambda epoch, loss: print(f"    mobilenet_cifar10 epoch {epoch + 1}: {loss:.3f}, "
+                                                        f"{time.process_time() - started:.0f} s", flush=True))
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(net.state_dict(), file)
     return net

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from skive.torch.network import Network, canonical_graph
 TURNS = 16  # in which blocks go during training: each waits until the weights left have made up for the last
 
 Loss = Callable[[Any, torch.Tensor], torch.Tensor]
+AnyModule = TypeVar("AnyModule", bound=torch.nn.Module)
 
 
 def importance(model: Any, data: Iterable[Any], loss: Loss = F.cross_entropy, *, kind: str = "taylor",
@@ -89,26 +90,30 @@ def _thin_out(net: Network, options: Sparsify, share: float) -> None:
     net.masks = {old.inputs[1]: new.inputs[1].value != 0 for old, new in zip(*layers, strict=True)}
 
 
-def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, distill: Any = None,
+def finetune(net: AnyModule, loader: Iterable[Any], epochs: int, lr: float, *, distill: Any = None,
              loss: Loss = F.cross_entropy, weight_decay: float = 1e-4, temperature: float = 2.0, share: float = 0.7,
              normalise: bool = True, gradual: Sparsify | str | None = None, bfloat16: bool = False,
              step: Callable[[float], None] = lambda done: None,
-             progress: Callable[[int, float], None] = lambda epoch, loss: None) -> Network:
+             progress: Callable[[int, float], None] = lambda epoch, loss: None) -> AnyModule:
     """Trains `net` on the batches (inputs, target) of `loader`: SGD with momentum, the rate rising for 1/20 of the
     steps and then falling to 0 along a cosine. Returns the network itself, in evaluation mode.
+    It may be any module; `normalise` (`Network.normalise` on the first batch) and `gradual` are for a `Network`.
 
     `distill`: a module whose outputs are followed with weight `share`, as softened probabilities (Hinton et al.,
     Distilling the Knowledge in a Neural Network, 2015). `gradual`: blocks of weights that become zero during
     the first half of the steps, the more the sooner (Zhu and Gupta, To Prune, or Not to Prune, 2017). `bfloat16`:
     products in that type, about 1.6 times as fast where the processor has them. `step` is told after each step
     which part of them is done, `progress` the mean loss of every epoch.
+
+    Raises:
+        PruningError: `gradual` for a module that is no `Network`, or of a pattern that has a fraction of its own.
     """
     batches = len(loader)  # type: ignore[arg-type]
-    if normalise:
+    thinned = None if gradual is None else (_network(net), _gradual(gradual))
+    if normalise and isinstance(net, Network):
         inputs, _ = next(iter(loader))
         net.normalise(*_tuple(inputs))
     net.train()
-    asked = None if gradual is None else _gradual(gradual)
     optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     steps = epochs * batches
     rise = max(1, steps // 20)
@@ -133,13 +138,20 @@ def finetune(net: Network, loader: Iterable[Any], epochs: int, lr: float, *, dis
             error.backward()
             optimizer.step()
             schedule.step()
-            if asked is not None and taken in turns:
-                _thin_out(net, asked, 1 - (1 - turns[taken]) ** 3)
+            if thinned is not None and taken in turns:
+                _thin_out(*thinned, 1 - (1 - turns[taken]) ** 3)
             taken += 1
             step(taken / steps)
             total += float(error.detach())
         progress(epoch, total / batches)
     return net.eval()
+
+
+def _network(net: torch.nn.Module) -> Network:
+    if isinstance(net, Network):
+        return net
+    raise PruningError(f"gradual: the blocks of a {type(net).__name__} are not known; train "
+                       "skive.torch.network(module, example_inputs) instead")
 
 
 def _gradual(value: Sparsify | str) -> Sparsify:

@@ -118,6 +118,16 @@ def test_a_pruned_network_learns_again() -> None:
     assert right(net) > 0.95 and len(told) == 8 and told[-1] < told[0]
 
 
+def test_any_module_is_trained_but_only_a_network_loses_blocks() -> None:
+    x, y = stripes()
+    module = small()
+    assert helpers.finetune(module, batches(), 8, 0.1) is module and not module.training
+    with torch.no_grad():
+        assert float((module(x).argmax(-1) == y).float().mean()) > 0.95
+    with pytest.raises(PruningError, match=r"blocks of a \w+ are not known; train skive.torch.network"):
+        helpers.finetune(small(), batches(), 1, 0.1, gradual="block4x16@0.75")
+
+
 @pytest.mark.parametrize("kind", ["taylor", "snip"])
 def test_importances_find_what_the_loss_does_not_need(kind: str) -> None:
     """Channels of the first layer whose output the second multiplies by almost nothing."""
