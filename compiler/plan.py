@@ -24,7 +24,7 @@ def aligned(n: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Arg:
     """A pointer parameter: `kind` is input, output, arena or weights; `index` the input or output
-    ordinal; `offset` in bytes from there."""
+    ordinal; `offset` in bytes from there; `step` bytes between the samples of a call that runs for each."""
 
     name: str
     ctype: str
@@ -32,6 +32,7 @@ class Arg:
     index: int = 0
     offset: int = 0
     const: bool = True
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,9 @@ class Guard:
 class Call:
     """One kernel call: `kernel<template...>::run(args..., part, fn)`.
 
-    `order` is the spelling of the argument list: argument names, `part`, `fn`, literals.
+    `order` is the spelling of the argument list: argument names, `part`, `fn`, literals. `samples`: neighbouring
+    calls of more than one run one behind the other for the first sample, then for the next; `macs` and `bytes` are
+    those of all. They are the first ones of a plan.
     """
 
     kernel: str
@@ -100,6 +103,7 @@ class Call:
     parallel: bool = True
     scratch_bytes: int = 0  # given to the kernel; the emitted code asserts that it is enough
     guards: tuple[Guard, ...] = ()
+    samples: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def signature(call: Call) -> str:
     if call.fn and call.fn.steps:
         operands = ",".join(f"{a.mode}{a.stride or ''}" for a in call.fn.operands)
         text += " " + ";".join(f"{s.name}({','.join(s.args)})" for s in call.fn.steps) + f" on {operands}"
-    return text
+    return text + (f" for {call.samples} samples" if call.samples > 1 else "")
 
 
 class SpeedTable:

@@ -14,7 +14,7 @@ import onnx
 
 from skive import ops
 from skive.frontend.onnx.table import CONSTANT, REFUSED, ROWS
-from skive.lower import LOWER
+from skive.lower import LOWER, NOT_COMPUTED
 
 HERE = Path(__file__).resolve().parent
 CASES = HERE / "onnx_cases.json"  # written by `make onnx`
@@ -30,8 +30,6 @@ KINDS = {
     "window": "Windows",
     "normalize": "Normalisation",
 }
-# These have a row in another form than a kernel: a view of memory, or memory itself.
-WITHOUT_KERNEL = {"reshape", "input", "const"}
 
 
 def _attrs(row: ops.Op) -> str:
@@ -52,7 +50,7 @@ def ops_page() -> str:
             "|---|---|---|---|---|---|\n"
         )
         for row in sorted((r for r in ops.OPS.values() if r.kind == kind), key=lambda r: r.name):
-            assert row.name in LOWER or row.name in WITHOUT_KERNEL, f"{row.name} has no kernel"
+            assert row.name in LOWER or row.name in NOT_COMPUTED, f"{row.name} has no kernel"
             low, high = row.operands
             count = str(low) if low == high else f"{low} to {high}"
             out.append(

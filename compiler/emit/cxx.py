@@ -62,6 +62,8 @@ _KEEP_WRITES = (
 
 def _pointer(a: Arg) -> str:
     base = _BASES[a.kind].format(index=a.index)
+    if a.step:
+        base += f" + m.sample * ptrdiff_t{{{a.step}}}"
     typed = f"{'const ' if a.const else ''}{a.ctype}*"
     return f"reinterpret_cast<{typed}>({base} + {a.offset})" if a.offset else f"reinterpret_cast<{typed}>({base})"
 
@@ -74,7 +76,7 @@ def emit(plan: Plan, target: Target) -> Sources:
     calls = []
     for c in plan.calls:
         anonymous = replace(
-            c, args=tuple(replace(a, kind="", index=0, offset=0) for a in c.args), origin="", macs=0, bytes=0
+            c, args=tuple(replace(a, kind="", index=0, offset=0, step=0) for a in c.args), origin="", macs=0, bytes=0
         )
         key = signature(anonymous, "", plan.threads) + body(anonymous, plan.threads)
         if key not in functions:
@@ -171,6 +173,7 @@ def _main_unit(
     split: bool,
 ) -> str:
     n = plan.name
+    several = sum(c.samples > 1 for c in plan.calls)  # of the first calls
     out = [
         f"// {n}: layers in order, with their places in memory. Generated; do not edit.",
         f'#include "{n}.h"',
@@ -202,6 +205,7 @@ def _main_unit(
         "  unsigned char* const* out;",
         "  unsigned char* arena;",
         "  const unsigned char* weights;",
+        *(["  int sample;  // of the batch"] if several else []),
         "};",
         "",
     ]
@@ -213,16 +217,23 @@ def _main_unit(
         f"static Memory memory({POINTERS}) {{",
         "  return {reinterpret_cast<const unsigned char* const*>(inputs),",
         "          reinterpret_cast<unsigned char* const*>(outputs), static_cast<unsigned char*>(arena),",
-        f"          {n}_weights}};",
+        f"          {n}_weights{', 0' if several else ''}}};",
         "}",
         "",
         "// This and what follows up to the checks is kept apart from the entries: their own code must",
         "// run on any processor, and here even a copy of two pointers may be a vector instruction.",
         f"__attribute__((noinline)) static void run({POINTERS}) {{",
-        f"  {'' if calls else '[[maybe_unused]] '}const Memory m = memory(inputs, outputs, arena);",
+        f"  {'' if calls else '[[maybe_unused]] '}{'' if several else 'const '}Memory m = memory(inputs, outputs,"
+        " arena);",
     ]
     steps = host.sequence(plan, layers)
-    out += host.guarded(steps, "  ")
+    if several:
+        out += [
+            f"  for (; m.sample < {plan.calls[0].samples}; ++m.sample) {{",
+            *host.guarded(steps[:several], "    "),
+            "  }",
+        ]
+    out += host.guarded(steps[several:], "  ")
     out += ["}", ""]
     if plan.batch_max:
         out += [
@@ -236,7 +247,7 @@ def _main_unit(
     if calls:
         out += [
             f"__attribute__((noinline)) static void run_layer(int layer, {POINTERS}) {{",
-            *host.layer_table(layers),
+            *host.layer_table(layers, several, plan.calls[0].samples),
             "}",
             "",
         ]

@@ -150,8 +150,8 @@ def _statements(steps: Sequence[tuple[str, str]], indent: str) -> list[str]:
     return lines
 
 
-def layer_table(names: Sequence[str]) -> list[str]:
-    """Statements that call the function of number `layer` of `names`."""
+def layer_table(names: Sequence[str], several: int = 0, samples: int = 1) -> list[str]:
+    """Statements that call the function of number `layer` of `names`, of the `several` first ones for all `samples`."""
     table: list[str] = []
     number, first = [], 0
     for group, count in runs(names):
@@ -162,10 +162,14 @@ def layer_table(names: Sequence[str]) -> list[str]:
                        f"    at = {len(table)} + (layer - {first}) % {len(group)};", "  }"]
         table += group
         first += len(group) * count
+    at = "at" if number else "layer"
+    each = ["  Memory m = memory(inputs, outputs, arena);",
+            f"  for (; layer < {several} && m.sample < {samples - 1}; ++m.sample) layers[{at}](m);"]
     return [
         "  static void (*const layers[])(const Memory&) = {" + ",\n    ".join(table) + "};",
         *(["  int at = layer;  // trips of a loop are the same functions", *number] if number else []),
-        f"  layers[{'at' if number else 'layer'}](memory(inputs, outputs, arena));",
+        *(each if several else []),
+        f"  layers[{at}]({'m' if several else 'memory(inputs, outputs, arena)'});",
     ]
 
 

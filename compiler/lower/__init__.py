@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from skive.ir import Graph, Node
 from skive.lower import (
+    batches,
     branches,
     compressed,
     convolution,
@@ -32,12 +33,14 @@ from skive.targets.base import Target
 from skive.tuning import Tuning
 from skive.types import DType
 
-__all__ = ["LOWER", "Lowering", "lower", "lowers"]
+__all__ = ["LOWER", "NOT_COMPUTED", "Lowering", "lower", "lowers"]
 
 # Each registers the lowering of its operations.
 FAMILIES = (
     branches, compressed, convolution, pooling, elementwise, movement, indexing, recurrence, reductions, products
 )
+
+NOT_COMPUTED = ("input", "const", "reshape", "sample", "batch")  # memory, or a view of it
 
 
 def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None = None,
@@ -46,14 +49,19 @@ def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None 
 
     UnsupportedOpError lists every node without a kernel.
     """
-    graph = legalise(graph)
+    turns = batches.Turns(legalise(graph)) if exits else batches.one_by_one(legalise(graph), target)
+    graph = turns.graph
     guards = guards_of(graph)
     program = Program(graph, exits) if exits else None
     stages = program.stages() if program else (graph.nodes,)
     rolled = loops.rolled(graph, stages, guards)
     ctx = Lowering(rolled.graph, target, threads, tuning or Tuning(), rolled.loops)
     if not program:
-        _lower_nodes(ctx, rolled.stages[0], rolled)
+        ctx.samples = turns.samples
+        _lower_nodes(ctx, turns.nodes, rolled)
+        ctx.end_turns()
+        ctx.samples = 1
+        _lower_nodes(ctx, rolled.stages[0][len(turns.nodes):], rolled)
         return ctx.finish()
     reached: list[Node] = []
     for i, nodes in enumerate(rolled.stages):
@@ -70,7 +78,7 @@ def _lower_nodes(ctx: Lowering, nodes: Sequence[Node], rolled: loops.Rolled) -> 
     for node in nodes:
         if node in starts:
             loop, first = starts[node], len(ctx.calls)
-        if node.op not in ("input", "const", "reshape") and node.type.size:
+        if node.op not in NOT_COMPUTED and node.type.size:
             ctx.guards = rolled.guards[node]
             _lower_node(ctx, node)
             ctx.guards = ()

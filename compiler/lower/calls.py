@@ -34,6 +34,7 @@ class Lowering(Storage):
         self._computed: list[Node] = []  # by each call
         self._repeated: list[tuple[int, int, Loop]] = []  # calls of a trip: the first, behind the last
         self.guards: Guards = ()  # of the calls that are appended next
+        self.samples = 1  # for each of which these run
 
     def read(self, name: str, node: Node, strided: bool = False) -> tuple[View, Arg]:
         """An operand; `strided`: of a kernel that heeds `pixel(node)`."""
@@ -72,7 +73,7 @@ class Lowering(Storage):
 
         `scratch`: bytes of working memory; the argument called `scratch` in `order`, null if 0.
         """
-        index = len(self.calls)
+        index, samples = len(self.calls), self.samples
         if scratch:
             args = [
                 *args,
@@ -82,15 +83,15 @@ class Lowering(Storage):
             order = ["nullptr" if o == "scratch" else o for o in order]
         moved = 0
         for view, _ in args:
-            moved += view.root.bytes
+            moved += view.root.bytes * (1 if view.step else samples)
             if view.root.block:
-                view.root.block.first = min(view.root.block.first, index)
+                view.root.block.first = min(view.root.block.first, 0 if view.step else index)
                 view.root.block.last = max(view.root.block.last, index)
         conditions = [(self.view(c), Arg("", "bool", "")) for c, _ in self.guards]
         for view, _ in conditions:  # read by the host program right before the call
             if view.root.block:
                 view.root.block.last = max(view.root.block.last, index)
-        pending = [(v.root, v.offset, a) for v, a in (*args, *conditions)]
+        pending = [(v.root, v.offset, replace(a, step=v.step)) for v, a in (*args, *conditions)]
         self._computed.append(node)
         self._pending.append((pending, index, tuple(holds for _, holds in self.guards)))
         self.calls.append(
@@ -103,10 +104,11 @@ class Lowering(Storage):
                 fn,
                 node.label(),
                 node.op,
-                ops.macs(node),
+                ops.macs(node) * samples,
                 moved,
                 parallel,
                 scratch,
+                samples=samples,
             )
         )
 
@@ -117,6 +119,14 @@ class Lowering(Storage):
         for root in self._roots:
             if root.block and root.block.first < first <= root.block.last:
                 root.block.last = max(root.block.last, end - 1)
+
+    def end_turns(self) -> None:
+        """All calls so far run for every sample: what holds a batch of them stays to the last one."""
+        end = len(self.calls) - 1
+        for args, _, _ in self._pending:
+            for root, _, arg in args:
+                if arg.step and root.block:
+                    root.block.last = max(root.block.last, end)
 
     def _write_outputs(self, numbers: Iterable[int]) -> None:
         """Copies these outputs out, unless their kernels wrote them in place."""

@@ -17,7 +17,7 @@ from skive.types import DType
 def _shift(arg: tuple[View, Arg], elements: int, dtype: DType) -> tuple[View, Arg]:
     """The same argument, `elements` further on."""
     view, a = arg
-    return View(view.root, view.offset + elements * dtype.bytes), a
+    return View(view.root, view.offset + elements * dtype.bytes, step=view.step), a
 
 
 def _copy(

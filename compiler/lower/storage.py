@@ -75,11 +75,13 @@ class Root:
 @dataclass(frozen=True)
 class View:
     """A value's place: bytes `offset` into `root`; `pixel` elements between neighbours along the last
-    axis but one where the value is a slice of channels of a wider one, 0 if it is dense."""
+    axis but one where the value is a slice of channels of a wider one, 0 if it is dense; `step` bytes from one
+    sample to the next where `root` holds a batch that is computed sample by sample."""
 
     root: Root
     offset: int = 0
     pixel: int = 0
+    step: int = 0
 
 
 class Storage:
@@ -135,7 +137,10 @@ class Storage:
         for n in graph.nodes:
             if n.op in ("input", "const"):
                 continue
-            view = self._views[entry_of[n]] if n in entry_of else self._shared_view(n, position, last_use, outputs)
+            if n in entry_of:
+                view: View | None = self._views[entry_of[n]]
+            else:
+                view = self._view_of_samples(n) or self._shared_view(n, position, last_use, outputs)
             view = view or View(self._new_root("arena", n.type.bytes))
             self._views[n] = view
             view.root.values.append(n)
@@ -193,6 +198,15 @@ class Storage:
             self._roots.remove(root)
         return moved
 
+    def _view_of_samples(self, n: Node) -> View | None:
+        """Where a sample lies in its batch, or a batch that is computed sample by sample."""
+        if n.op == "sample":
+            return View(self._views[n.inputs[0]].root, step=n.type.bytes)
+        if n.op == "batch":
+            return View(self._views[n.inputs[0]].root)
+        batch = next((u for u in self.graph.users[n] if u.op == "batch"), None)
+        return View(self._new_root("arena", batch.type.bytes), step=n.type.bytes) if batch else None
+
     def _shared_view(
         self, n: Node, position: dict[Node, int], last_use: dict[Node, int], outputs: set[Node]
     ) -> View | None:
@@ -236,7 +250,7 @@ class Storage:
         if not dense and n not in self._strided_readers:
             return None
         start = sum(s * b for s, b in zip(self.strides(x), n.attrs["start"], strict=True))
-        return View(whole.root, whole.offset + start * n.dtype.bytes, 0 if dense else width)
+        return View(whole.root, whole.offset + start * n.dtype.bytes, 0 if dense else width, whole.step)
 
     def _concat_in_place(self, n: Node, outputs: set[Node]) -> None:
         """Operands that nothing else shares memory with are computed right where they end up."""
@@ -267,7 +281,7 @@ class Storage:
                 self._roots.remove(own.root)
                 for v in own.root.values:
                     inner = self._views[v]
-                    self._views[v] = View(view.root, offset + inner.offset, inner.pixel)
+                    self._views[v] = View(view.root, offset + inner.offset, inner.pixel, inner.step or view.step)
                 view.root.values.extend(own.root.values)
             offset += x.type.bytes
 
@@ -327,7 +341,7 @@ class Storage:
         for v in root.values:
             pixels, rest = divmod(self._views[v].offset, width)
             offset = result.offset + (pixels * pixel + channel) * size + rest
-            self._views[v] = View(result.root, offset, pixel)
+            self._views[v] = View(result.root, offset, pixel, result.step)
         result.root.values.extend(root.values)
 
     def pixel(self, node: Node) -> int:
