@@ -49,7 +49,8 @@ def lower(graph: Graph, target: Target, threads: int = 1, tuning: Tuning | None 
 
     UnsupportedOpError lists every node without a kernel.
     """
-    turns = batches.Turns(legalise(graph)) if exits else batches.one_by_one(legalise(graph), target)
+    graph = legalise(graph)
+    turns = batches.Turns(graph) if exits else batches.one_by_one(graph, target, threads)
     graph = turns.graph
     guards = guards_of(graph)
     program = Program(graph, exits) if exits else None

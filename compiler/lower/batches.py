@@ -17,9 +17,11 @@ from skive.lower.loops import OrderedGraph
 from skive.targets.base import Target
 from skive.types import DType
 
-# Bytes of a layer's operands and result that stay in the caches up to the next one. On a Zen 4 (1 MiB of L2 for each
-# core) layers of MobileNetV2 cost a batch of 8 what they cost eight samples up to here, 1.2 to 4 times as much above.
-CACHED_BYTES = 3 << 20
+# A value up to here stays in the caches until it is read. On a Zen 4 (1 MiB of L2 for each core) layers of MobileNetV2
+# with such operands and results cost a batch of 8 what they cost eight samples, above 1.2 to 4 times as much.
+CACHED_BYTES = 2 << 20
+# What one more call costs, as bytes that come from memory in that time (0.2 us; with a pool of threads 2 us).
+CALL_BYTES, POOLED_CALL_BYTES = 4 << 10, 40 << 10
 
 _ALONG_AN_AXIS = frozenset(
     ("softmax", "log_softmax", "integer_softmax", "integer_layer_norm", "layer_norm", "rms_norm", "concat")
@@ -36,7 +38,7 @@ class Turns:
     samples: int = 1
 
 
-def one_by_one(graph: Graph, target: Target) -> Turns:
+def one_by_one(graph: Graph, target: Target, threads: int = 1) -> Turns:
     """The graph with its first nodes for one sample, where that saves traffic; values that later ones read go through
     `batch`."""
     samples = next((n.shape[0] for n in graph.inputs if n.type.rank), 1)
@@ -48,7 +50,8 @@ def one_by_one(graph: Graph, target: Target) -> Turns:
             single[n] = ops.make("sample", n, origin=n.label())
         elif not n.is_const and n.op != "input" and (one := _of_a_sample(n, single, samples)):
             single[n] = one
-    front = _cheapest([n for n in graph.nodes if n in single and n.op != "input"], samples, target)
+    order = [n for n in graph.nodes if n in single and n.op != "input"]
+    front = _cheapest(graph, order, samples, target, threads)
     return _joined(graph, front, single, samples) if front else Turns(graph)
 
 
@@ -100,23 +103,28 @@ def _treats_alike(n: Node) -> bool:
     return n.op in ("linear", "lookup") or row.kind in ("elementwise", "window")
 
 
-def _cheapest(order: list[Node], samples: int, target: Target) -> list[Node]:
+def _cheapest(graph: Graph, order: list[Node], samples: int, target: Target, threads: int) -> list[Node]:
     """The nodes of `order` up to where the traffic is least if they run for one sample after the other."""
-    best, least, saved = 0, 0, 0
+    unread = {n: len(graph.users[n]) + graph.is_output(n) for n in order}  # times that what lies behind reads a value
+    best, most, saved = 0, 0, 0
     for i, n in enumerate(order, 1):
         weights = sum(x.type.bytes for x in n.inputs if x.is_const)
         if n.op == "conv2d" and n.dtype is DType.f32 and n.inputs[1].is_const and target.winograd_pays(n):
             weights *= 4
-        values = n.type.bytes + sum(x.type.bytes for x in n.inputs if not x.is_const)
-        saved += (samples - 1) * weights + _far(values // samples) * samples - _far(values)
-        if saved < least:
-            best, least = i, saved
+        saved -= (samples - 1) * (weights + (CALL_BYTES if threads == 1 else POOLED_CALL_BYTES))
+        for x in n.inputs:
+            if x in unread:
+                unread[x] -= 1
+                saved += _nearer(x, samples) * (1 if unread[x] else 2)  # the last reader spares that it is written, too
+        if saved > most:
+            best, most = i, saved
     return order[:best]
 
 
-def _far(size: int) -> int:
-    """What of `size` bytes comes from beyond the caches."""
-    return size if size > CACHED_BYTES else 0
+def _nearer(value: Node, samples: int) -> int:
+    """Bytes of a batch of `value` that its samples, one by one, spare from beyond the caches."""
+    size = value.type.bytes
+    return size if size // samples <= CACHED_BYTES < size else 0
 
 
 def _joined(graph: Graph, front: list[Node], single: Mapping[Node, Node], samples: int) -> Turns:

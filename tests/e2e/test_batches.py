@@ -60,7 +60,7 @@ def turns(graph: Graph, target: str = "generic") -> batches.Turns:
 
 def divide(patch: pytest.MonkeyPatch) -> None:
     """All that can runs sample by sample, however small."""
-    patch.setattr(batches, "_cheapest", lambda order, samples, target: order)
+    patch.setattr(batches, "_cheapest", lambda graph, order, *about: order)
 
 
 @pytest.fixture
@@ -98,18 +98,31 @@ def test_what_holds_a_batch_is_not_used_for_the_next_sample(divided: None) -> No
     assert not any(a.step for c in plan.calls[len(front):] for a in c.args)
 
 
+def layers(samples: int, *channels: int) -> Graph:
+    """1x1 convolutions; the last two halve the image."""
+    x = y = given((samples, 16, 16, 8))
+    for i, count in enumerate(channels):
+        y = ops.make("conv2d", y, const(count, 1, 1, y.shape[3]), origin=f"layer {i}", label=f"layer {i}",
+                     stride=(2, 2) if i >= len(channels) - 2 else (1, 1))
+    return Graph("g", (x,), (y,), ("y",))
+
+
 def test_layers_with_many_weights_see_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = given((8, 16, 16, 8))
-    y = x
-    for i, channels in enumerate((8, 8, 128, 128)):
-        y = ops.make("conv2d", y, const(channels, 1, 1, y.shape[3]), origin=f"layer {i}", label=f"layer {i}",
-                     stride=(2, 2) if i in (2, 3) else (1, 1))
-    graph = Graph("g", (x,), (y,), ("y",))
-    monkeypatch.setattr(batches, "CACHED_BYTES", 8 * 16 * 16 * 8 * 4)  # of the batch between two layers; both are more
-    front = [n.origin for n in turns(graph).nodes if n.op == "conv2d"]
-    assert front == ["layer 0", "layer 1", "layer 2"]
+    graph = layers(8, 8, 8, 128, 256)
+    monkeypatch.setattr(batches, "CACHED_BYTES", 40_000)  # values have 8, 8 and 32 KiB for each sample
+    assert [n.origin for n in turns(graph).nodes if n.op == "conv2d"] == ["layer 0", "layer 1", "layer 2"]
     plan = lower(graph, TARGETS["generic"])
     assert sum(c.macs for c in plan.calls) == sum(map(ops.macs, graph.nodes)), "those of all samples"
+
+
+def test_a_loop_is_worth_its_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "CACHED_BYTES", 20_000)
+    assert turns(layers(8, 8)).samples == 1, "what comes from the caller and goes to it is as far in any case"
+    assert turns(layers(8, 8, 8, 8, 8)).samples == 8
+    assert batches.one_by_one(layers(8, 8, 8, 8, 8), TARGETS["generic"], threads=2).samples == 1
+    small = given((512, 2, 2, 8))
+    chain = ops.make("conv2d", ops.make("conv2d", small, const(8, 1, 1, 8)), const(8, 1, 1, 8))
+    assert turns(Graph("g", (small,), (chain,), ("y",))).samples == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 4, 8), (8,), (4, 8)])
