@@ -86,7 +86,7 @@ def public_header(plan: Plan, upper: str) -> str:
         f"{upper}_API const char* {n}_error(int code);",
         "",
         "/* Runs one layer, 0 to LAYER_COUNT - 1, on an arena in which the layers before it ran: for profiling. */",
-        *(["/* Of a layer that runs for one sample after the other, all of them: what they leave is not that of a run. */"]
+        *(["/* The first ones run for every sample here; what they leave for the next is not that of a run. */"]
           if any(c.samples > 1 for c in plan.calls) else []),
         f"#define {upper}_LAYER_COUNT {len(plan.calls)}",
         f"{upper}_API int {n}_run_layer(int layer, {POINTERS});",
