@@ -151,4 +151,4 @@ def test_a_chain_of_thousands_in_linear_time() -> None:
 
     short = min(seconds(500) for _ in range(3))
     # Ten times the nodes: quadratic time would take a hundred times as long.
-    assert seconds(5000) < 40 * short
+    assert min(seconds(5000) for _ in range(3)) < 40 * short
