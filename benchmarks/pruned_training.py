@@ -14,8 +14,8 @@ scope behind it if wanted (`activation-measured`): pruned at once, fitted (not l
 the shape of `activation` with new weights and five times the rate. `tas`: channels by `activation`, how many of each
 layer by a search (`skive.torch.search_widths`) for as many epochs on two halves of the data, which comes on top
 (`search_seconds`). `torch-pruning`: Torch-Pruning, if installed, of ResNet-20 the channels inside blocks, as it cannot
-follow the shortcuts that append zeros. `blocks`: three quarters of the blocks of 4x16 weights of each layer zero, half
-of them at once with reconstruction, the others during the first half of the training. `--int8` adds the top-1 of the
+follow the shortcuts that append zeros. `blocks`: `--zeros` of the blocks of 4x16 weights of each layer zero, half
+of all at once with reconstruction, the others during the first half of the training. `--int8` adds the top-1 of the
 result compiled in INT8. `--held-out` keeps the last tenth of the training part to judge instead of the test, for
 choosing settings. Keywords have no training part: 300 maps are trained on, 300 judge. No MobileNet comes with the
 data: `mobilenet_cifar10` (`networks.py`) is trained here, on the answers of `--teachers` for `WHOLE_EPOCHS`, and kept
@@ -176,7 +176,7 @@ def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
     if way == "scratch":
         net.normalise(t.batches.inputs[:BATCH]).reset(a.seed)
     started = time.process_time()
-    most = skive.Sparsify(SPARSE, 0.75, scope=a.scope)
+    most = skive.Sparsify(SPARSE, a.zeros, scope=a.scope)
     helpers.finetune(net, t.batches, a.epochs, 5 * a.rate if way == "scratch" else a.rate, loss=followed,
                      gradual=most if way == "blocks" else None, bfloat16=a.bfloat16,
                      progress=lambda epoch, loss: print(f"    {way} epoch {epoch + 1}: {loss:.3f}, "
@@ -209,6 +209,8 @@ def main() -> int:
     parser.add_argument("--keep", metavar="NAMES", help="patterns of layers that keep their channels, with commas")
     parser.add_argument("--scope", default="layer", help="of blocks: each layer loses the fraction, or all together "
                         "(global)")
+    parser.add_argument("--zeros", type=float, default=0.75, metavar="FRACTION", help="of blocks (with --scope global "
+                        "of the multiply-accumulates)")
     parser.add_argument("--bfloat16", action="store_true", help="products in bfloat16, where the processor has them")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--held-out", action="store_true")
