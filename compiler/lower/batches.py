@@ -20,7 +20,8 @@ from skive.types import DType
 # A value up to here stays in the caches until it is read. On a Zen 4 (1 MiB of L2 for each core) layers of MobileNetV2
 # with such operands and results cost a batch of 8 what they cost eight samples, above 1.2 to 4 times as much.
 CACHED_BYTES = 2 << 20
-# What one more call costs, as bytes that come from memory in that time (0.2 us; with a pool of threads 2 us).
+# What one more call costs, as bytes that come from memory in that time: estimates for about 0.2 us, and 2 us with a
+# pool of threads.
 CALL_BYTES, POOLED_CALL_BYTES = 4 << 10, 40 << 10
 
 _ALONG_AN_AXIS = frozenset(
@@ -108,6 +109,8 @@ def _cheapest(graph: Graph, order: list[Node], samples: int, target: Target, thr
     unread = {n: len(graph.users[n]) + graph.is_output(n) for n in order}  # times that what lies behind reads a value
     best, most, saved = 0, 0, 0
     for i, n in enumerate(order, 1):
+        if n.op == "reshape":  # no call: its operand's memory, which its readers count
+            continue
         weights = sum(x.type.bytes for x in n.inputs if x.is_const)
         if n.op == "conv2d" and n.dtype is DType.f32 and n.inputs[1].is_const and target.winograd_pays(n):
             weights *= 4

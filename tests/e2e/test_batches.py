@@ -86,6 +86,34 @@ def test_the_results_are_those_of_the_whole_batch(target: str, threads: int, mon
         assert np.abs(one - exact).max() < 1e-4, name
 
 
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_no_kernel_adds_up_in_another_order(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever rows, tiles and blocks a kernel chooses for a batch."""
+    if missing := set(TARGETS[target].features) - set(_native.cpu_features()):
+        pytest.skip(f"this processor has no {', '.join(missing)}")
+    rows, image = given((8, 1100), "rows"), given((8, 14, 14, 48), "image")
+    small = ops.make("slice", image, start=(0, 0, 0, 0), size=(8, 2, 3, 48), step=(1, 1, 1, 1))
+    outputs = {
+        "linear": ops.make("linear", rows, const(70, 1100), const(70)),
+        "softmax": ops.make("softmax", rows, axis=1),
+        "norm": ops.make("layer_norm", rows, const(1100), const(1100), axis=1),
+        "winograd": conv(image, 64, "winograd"),
+        "strided": conv(image, 64, "strided", stride=(2, 2)),
+        "direct": ops.make("conv2d", small, const(100, 2, 3, 48), const(100)),
+        "depthwise": ops.make("conv2d", image, const(48, 5, 5, 1), groups=48),
+        "grouped": ops.make("conv2d", image, const(96, 3, 3, 12), groups=4),
+        "transposed": ops.make("conv_transpose2d", small, const(20, 3, 3, 48), stride=(2, 2)),
+        "mean": ops.make("reduce_mean", image, axes=(1, 3), keep=False),
+    }
+    graph = Graph("g", (rows, image), tuple(outputs.values()), tuple(outputs))
+    data = [RNG.standard_normal(i.shape).astype(np.float32) for i in graph.inputs]
+    whole = run_graph(graph, TARGETS[target], 1)(data)
+    divide(monkeypatch)
+    assert sum(n.op == "batch" for n in turns(graph, target).graph.nodes) == len(outputs)
+    one_by_one = run_graph(graph, TARGETS[target], 1)(data)
+    assert not [name for name, a, b in zip(outputs, whole, one_by_one, strict=True) if not np.array_equal(a, b)]
+
+
 def test_what_holds_a_batch_is_not_used_for_the_next_sample(divided: None) -> None:
     plan = lower(network(), TARGETS["generic"])
     front = [c for c in plan.calls if c.samples > 1]
