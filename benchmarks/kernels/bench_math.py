@@ -63,7 +63,7 @@ def main() -> None:
         f"  repeat([=] {{ {text}; }}, samples, times);\n}}\n"
         for i, (_, text, _) in enumerate(calls)
     )
-    library = build(["map", "transpose"], body, args.isa, args.opt)
+    library = build(["functions", "map", "transpose"], body, args.isa, args.opt)
     rows: list[dict[str, Any]] = []
     for i, (name, _, size) in enumerate(calls):
         x = aligned(np.linspace(-5, 5, size, dtype=np.float32))

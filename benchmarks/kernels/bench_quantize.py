@@ -91,7 +91,7 @@ def main() -> None:
     args = arguments(__doc__)
     chosen = [call for call in calls() if args.only in call[0]]
     body = "".join(_BODY % (i, text) for i, (_, text, _) in enumerate(chosen))
-    library = build(["map", "pool", "transpose", "copy"], body, args.isa, args.opt)
+    library = build(["functions", "map", "pool", "transpose", "copy"], body, args.isa, args.opt)
     rng = np.random.default_rng(0)
     x = aligned(rng.integers(0, 2**30, 1 << 20).astype(np.int32).view(np.float32))
     y = aligned(np.zeros(1 << 20, np.float32))

@@ -99,4 +99,4 @@ def signature(call: Call, name: str, threads: int) -> str:
 
 def headers_of(calls: Sequence[Call]) -> list[str]:
     """The kernel headers that these calls need."""
-    return sorted({c.header for c in calls} | {"math.h" for c in calls if c.fn and c.fn.steps})
+    return sorted({c.header for c in calls} | {"functions.h" for c in calls if c.fn and c.fn.steps})

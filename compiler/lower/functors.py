@@ -15,7 +15,7 @@ from skive.ir import Node
 from skive.plan import Access, FnStep
 from skive.types import DType, TensorType
 
-# Operations whose function in math.h has an overload for Vec<N>; the others run on scalars.
+# Operations whose function in math.h or functions.h has an overload for Vec<N>; the others run on scalars.
 VECTOR = frozenset(
     """
     less less_equal greater greater_equal equal not_equal and or xor not where is_nan is_inf add sub

@@ -7,6 +7,7 @@
 #ifndef SKIVE_ATTENTION_H
 #define SKIVE_ATTENTION_H
 
+#include "skive/functions.h"
 #include "skive/matmul.h"
 
 namespace skive {

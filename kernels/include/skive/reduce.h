@@ -9,6 +9,7 @@
 #ifndef SKIVE_REDUCE_H
 #define SKIVE_REDUCE_H
 
+#include "skive/functions.h"
 #include "skive/row.h"
 
 namespace skive {

@@ -12,6 +12,7 @@
 #ifndef SKIVE_RNN_H
 #define SKIVE_RNN_H
 
+#include "skive/functions.h"
 #include "skive/matmul.h"
 
 namespace skive {

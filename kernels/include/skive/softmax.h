@@ -3,6 +3,7 @@
 #ifndef SKIVE_SOFTMAX_H
 #define SKIVE_SOFTMAX_H
 
+#include "skive/functions.h"
 #include "skive/row.h"
 
 namespace skive {
