@@ -40,7 +40,8 @@ def main() -> int:
         network, _, (x, _) = plan.load(a.data)
         example = (torch.from_numpy(x[:1]),)
         torch.manual_seed(0)
-        model = add_exits(network.eval(), example, plan.at, channels=plan.channels, grid=plan.grid).eval()
+        model = add_exits(network.eval(), example, plan.at, channels=plan.channels, grid=plan.grid,
+                          hidden=plan.hidden).eval()
         file = a.work / f"{name}-0-{a.epochs}{'-joint' if a.joint else ''}.pt"
         if file.exists():
             model.load_state_dict(torch.load(file, weights_only=True))

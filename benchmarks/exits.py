@@ -2,14 +2,14 @@
 
     python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs N] [--joint]
                                [--views EPOCHS] [--teachers resnet20_cifar10,resnet56_cifar10]
-                               [--criteria max-prob,entropy,margin,patience,gate] [--drop 0.5 | --macs 0.6] [--int8]
-                               [--json FILE]
+                               [--criteria max-prob,entropy,margin,patience,gate]
+                               [--drop 0.5 | --macs 0.6 [--shared]] [--int8] [--json FILE]
 
 DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
 samples, where they lose `--drop` points of what the network had before it got exits, or take `--macs` of its
-multiply-accumulates, and every figure from the other half, both ways round; the mean of both stands here. `us` is the
-mean over samples of the smallest time of a call, beside that of the same network compiled without exits, to which
-shares of multiply-accumulates refer, too.
+multiply-accumulates (`--shared`: one for all exits, for few samples), and every figure from the other half, both ways
+round; the mean of both stands here. `us` is the mean over samples of the smallest time of a call, beside that of the
+same network compiled without exits, to which shares of multiply-accumulates refer, too.
 
 There are 600 keyword recordings, none of them a training part: 500 judge, a third of them with each seed. Heads (and
 the network, `--joint`) learn from the other two thirds and 100 more, thresholds (and gates) come from three quarters of
@@ -111,7 +111,7 @@ class Plan:
     load: Callable[..., tuple[nn.Module, Arrays, Arrays]]  # of the folder and the seed
     at: tuple[str, ...]
     channels: int
-    grid: int
+    grid: int | tuple[int, int]
     shift: tuple[int, int]
     images: bool
     rate: float  # of the network that learns along
@@ -124,7 +124,7 @@ class Plan:
 
 MODELS = {
     "resnet20": Plan(resnet20, ("layer2.0", "layer3.0"), 32, 2, (4, 4), True, 1.5e-3),
-    "dscnn": Plan(dscnn, ("blocks.0", "blocks.1", "blocks.2"), 0, 1, (3, 0), False, 2e-3, epochs=500, hidden=64,
+    "dscnn": Plan(dscnn, ("blocks.0", "blocks.1", "blocks.2"), 0, (1, 5), (3, 0), False, 2e-3, epochs=500, hidden=64,
                   temperature=2.0, parts=4, folds=KEYWORD_FOLDS),
 }
 
@@ -189,7 +189,8 @@ def gates(module: skive.Module, x: np.ndarray, y: np.ndarray, tradeoff: float) -
 
 
 def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.ndarray, drop: float, macs: float | None,
-             criterion: str, quantize: skive.Quantize | None, limit: int, parts: int) -> list[dict[str, Any]]:
+             shared: bool, criterion: str, quantize: skive.Quantize | None, limit: int,
+             parts: int) -> list[dict[str, Any]]:
     """A criterion, calibrated on all but one of `parts` of the test samples and measured on that one, every way round,
     to lose `drop` points or, if given, to take `macs` of the multiply-accumulates. `before`: which samples the network
     without exits has right; `plain`: that network as `model` has it. `curve`: what all settings that are good on the
@@ -218,7 +219,7 @@ def measured(model: WithExits, plain: skive.Module, test: Arrays, before: np.nda
         known = [*curve, exit_calibration.setting(others, stay)]
         if macs is not None:
             goal = exit_calibration.Goal("macs", macs * whole_macs / module.exits[-1].macs)
-            chosen = exit_calibration.calibrate(others, goal).setting.thresholds
+            chosen = exit_calibration.calibrate(others, goal, shared).setting.thresholds
         else:
             best = max(s.accuracy for s in known)
             least = min(best, 100 * float(before[~here].mean()) - drop) - 1e-9  # few samples may ask for too much
@@ -309,6 +310,7 @@ def main() -> int:
     parser.add_argument("--drop", type=float, default=0.5, help="points that thresholds may lose")
     parser.add_argument("--macs", type=float, metavar="FRACTION", help="of the multiply-accumulates that thresholds "
                         "may take, as accurate as possible, instead of --drop")
+    parser.add_argument("--shared", action="store_true", help="with --macs: one threshold for all exits")
     parser.add_argument("--int8", action="store_true", help="the same in int8, too")
     parser.add_argument("--limit", type=int, default=300, help="samples that are timed")
     parser.add_argument("--json", metavar="FILE")
@@ -329,8 +331,8 @@ def main() -> int:
             plains = [skive.compile(model.network, example_inputs=example, quantize=q) for q in quantizes]
             for criterion in a.criteria.split(","):
                 for quantize, plain in zip(quantizes, plains, strict=True):
-                    row = together(measured(model, plain, test, before == test[1], a.drop, a.macs, criterion, quantize,
-                                            a.limit, plan.parts))
+                    row = together(measured(model, plain, test, before == test[1], a.drop, a.macs, a.shared, criterion,
+                                            quantize, a.limit, plan.parts))
                     done.append({"model": name, "seed": seed, **row})
                     print(line(name, f"seed {seed}", row), flush=True)
         rows += done

@@ -20,6 +20,7 @@ from skive.exit_calls import COMPARE
 from skive.runtime import Module
 
 CANDIDATES = 48  # thresholds tried for each exit, between all that its scores distinguish
+SHARED_CANDIDATES = 1000  # the same for one threshold of all exits
 PRICES = 40  # points of the curve before the worse ones are left out
 SWEEPS = 6
 BETWEEN = 8  # settings tried between two neighbours of the curve
@@ -163,14 +164,22 @@ def setting(evidence: Evidence, thresholds: np.ndarray) -> Setting:
                    float((~right & evidence.right[:, -1]).mean()))
 
 
-def curve(evidence: Evidence) -> list[Setting]:
-    """Settings from the most accurate to the cheapest, each cheaper and less accurate than the one before."""
+def curve(evidence: Evidence, shared: bool = False) -> list[Setting]:
+    """Settings from the most accurate to the cheapest, each cheaper and less accurate than the one before. `shared`:
+    those with the same threshold at all exits, from the dearest to the cheapest, whatever these samples say about
+    their accuracy; ExitError if the exits compare in different ways."""
     k = len(evidence.tests)
+    if shared:
+        if len(set(evidence.tests)) > 1:
+            raise ExitError("the exits compare their scores in different ways (" + ", ".join(evidence.tests)
+                            + "): they cannot share a threshold")
+        every = [*_spaced(evidence.scores, SHARED_CANDIDATES), always(evidence.tests[0])]
+        by_cost = {s.cost: s for s in (setting(evidence, np.full(k, t, np.float32)) for t in every)}
+        return [by_cost[c] for c in sorted(by_cost, reverse=True)]
     candidates = []
     for i, test in enumerate(evidence.tests):
-        distinct = np.unique(evidence.scores[:, i])
-        steps = np.unique(np.linspace(0, len(distinct) - 1, min(CANDIDATES, len(distinct))).astype(int))
-        candidates.append(np.concatenate([distinct[steps], [always(test), -always(test)]]).astype(np.float32))
+        steps = _spaced(evidence.scores[:, i], CANDIDATES)
+        candidates.append(np.concatenate([steps, [always(test), -always(test)]]).astype(np.float32))
     passes = [np.stack([evidence.leaves(i, t) for t in c]) for i, c in enumerate(candidates)]
     chosen = [len(c) - 1 for c in candidates]  # nobody leaves
     settings = [setting(evidence, np.asarray([c[j] for c, j in zip(candidates, chosen, strict=True)]))]
@@ -197,6 +206,12 @@ def curve(evidence: Evidence) -> list[Setting]:
         if not front or s.accuracy > front[-1].accuracy:
             front.append(s)
     return front[::-1]
+
+
+def _spaced(scores: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the distinct `scores`, evenly spaced by rank."""
+    distinct = np.unique(scores)
+    return distinct[np.unique(np.linspace(0, len(distinct) - 1, min(most, len(distinct))).astype(int))]
 
 
 def _between(evidence: Evidence, settings: Sequence[Setting]) -> list[Setting]:
@@ -243,16 +258,19 @@ class Calibrated:
     bound: float | None = None
 
 
-def calibrate(evidence: Evidence, goal: Goal) -> Calibrated:
+def calibrate(evidence: Evidence, goal: Goal, shared: bool = False) -> Calibrated:
     """The cheapest (most accurate) setting that keeps `goal`. With a risk, thresholds come from one half of the samples
     and are tested on the other, from the safest on until the bound breaks (fixed-sequence testing: Angelopoulos et
-    al., Learn then Test, 2021). ExitError if not even the safest setting keeps it."""
-    every = curve(evidence)
+    al., Learn then Test, 2021). ExitError if not even the safest setting keeps it.
+
+    `shared`: one threshold for all exits, for few samples, to which thresholds of their own fit too closely; a goal of
+    cost is then spent, as what leaves later is right more often."""
+    every = curve(evidence, shared)
     whole = setting(evidence, np.asarray([-always(t) for t in evidence.tests], np.float32))
     first, second = evidence.part(slice(0, None, 2)), evidence.part(slice(1, None, 2))
     if goal.kind == "risk":
         n, found, bound = len(second.scores), None, 1.0
-        for s in [setting(first, whole.thresholds), *curve(first)]:
+        for s in [setting(first, whole.thresholds), *curve(first, shared)]:
             tested = setting(second, s.thresholds)
             limit = binomial_bound(round(tested.risk * n), n, goal.confidence)
             if limit > goal.value:
@@ -263,11 +281,11 @@ def calibrate(evidence: Evidence, goal: Goal) -> Calibrated:
             raise ExitError(f"{len(evidence.scores)} samples cannot show a risk of {goal.value:g} with confidence "
                             f"{goal.confidence:g}, even if none fails, but {least:.3g} at best; give more data")
         return Calibrated(setting(evidence, found), setting(second, found), whole, every, bound)
-    half = _chosen(curve(first), setting(first, whole.thresholds), goal)
-    return Calibrated(_chosen(every, whole, goal), setting(second, half.thresholds), whole, every)
+    half = _chosen(curve(first, shared), setting(first, whole.thresholds), goal, shared)
+    return Calibrated(_chosen(every, whole, goal, shared), setting(second, half.thresholds), whole, every)
 
 
-def _chosen(settings: Sequence[Setting], whole: Setting, goal: Goal) -> Setting:
+def _chosen(settings: Sequence[Setting], whole: Setting, goal: Goal, shared: bool) -> Setting:
     """The best of `settings` for a goal that is not a risk."""
     if goal.kind.startswith("accuracy"):
         least = goal.value if goal.kind == "accuracy" else whole.accuracy - goal.value
@@ -281,7 +299,7 @@ def _chosen(settings: Sequence[Setting], whole: Setting, goal: Goal) -> Setting:
         cheapest = min(settings, key=lambda s: s.cost)
         raise ExitError(f"{goal.kind}={goal.value:g} cannot be reached: the cheapest setting takes {cheapest.cost:.3f} "
                         "of the whole network; put an exit further to the front")
-    return max(good, key=lambda s: s.accuracy)
+    return max(good, key=lambda s: s.cost if shared else s.accuracy)
 
 
 def to_json(result: Calibrated, names: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from skive.errors import ExitError
 @click.option("--goal", required=True, metavar="GOAL",
               help="accuracy=90 (percent), accuracy-drop=0.5 (points), macs=0.6 or latency=0.6 (fraction of the whole "
                    "network's), risk=0.05@0.95 (fraction of inputs that lose a right answer, confidence).")
+@click.option("--shared", is_flag=True, help="One threshold for all exits: better with a few hundred samples or less.")
 @click.option("--exit", "exits", multiple=True, metavar="NAME:CRITERION",
               help="Of a MODEL: an exit and its criterion (repeatable); by default every output but the last, by "
                    "max-prob.")
@@ -31,7 +32,7 @@ from skive.errors import ExitError
 @click.option("--plot", metavar="FILE.svg", help="Write accuracy against cost as a picture.")
 @CONFIG
 @JSON
-def command(subject: str, data: str, labels: str | None, goal: str, exits: tuple[str, ...],
+def command(subject: str, data: str, labels: str | None, goal: str, shared: bool, exits: tuple[str, ...],
                     inputs: tuple[tuple[str, tuple[int, ...]], ...], batch_max: int | None, example: str | None,
                     output: str | None, plot: str | None, as_json: bool) -> None:
     """Choose the thresholds of early exits on labelled data.
@@ -64,8 +65,10 @@ def command(subject: str, data: str, labels: str | None, goal: str, exits: tuple
     classes = read_labels(labels, data, len(arrays[0]), None) if labels is not None else None
     evidence = exit_calibration.collect(module, in_calls(arrays, module.inputs, module.manifest["batch_max"]), classes,
                                         wanted.kind == "latency")
-    found = exit_calibration.calibrate(evidence, wanted)
     rows = module.manifest["exits"]
+    if shared and len(criteria := sorted({r["criterion"] for r in rows[:-1]})) > 1:
+        raise ExitError(f"the exits have different criteria ({', '.join(criteria)}): they cannot share a threshold")
+    found = exit_calibration.calibrate(evidence, wanted, shared)
     texts = [Exit(r["name"], r["criterion"], 0.0, r["of"]).text(t) if r["criterion"] in CRITERIA else ""
              for r, t in zip(rows, found.setting.thresholds, strict=False)]
     facts = exit_calibration.to_json(found, [r["name"] for r in rows]) | {"goal": goal, "exits": texts}

@@ -25,14 +25,15 @@ Progress = Callable[[int, float], None]  # (epoch, mean loss of its batches)
 class Head(nn.Module):
     """Class scores from the features of some layer.
 
-    Of images [N, C, H, W]: averages and maxima over a grid, then one linear layer (Kaya et al., Shallow-Deep
-    Networks, 2019, reduce features so); before that, with `channels`, averages of 2x2 and a 3x3 convolution to so many,
-    of stride 2 where more than 8 positions per side are left: what never leaves pays for it too.
+    Of images [N, C, H, W]: averages and maxima over a grid of `grid` rows and as many columns, or (rows, columns), then
+    one linear layer (Kaya et al., Shallow-Deep Networks, 2019, reduce features so); before that, with `channels`,
+    averages of 2x2 and a 3x3 convolution to so many, of stride 2 where more than 8 positions per side are left: what
+    never leaves pays for it too.
     Of sequences [N, T, C] the mean over T. Of [N, C] the linear layer alone. With `hidden`, before the last layer
-    another linear one with so many outputs and ReLU.
+    a normalisation over the batch, another linear one with so many outputs and ReLU.
     """
 
-    def __init__(self, example: Tensor, classes: int, channels: int = 0, grid: int | None = None,
+    def __init__(self, example: Tensor, classes: int, channels: int = 0, grid: int | tuple[int, int] | None = None,
                  hidden: int = 0) -> None:
         super().__init__()
         self.window: tuple[int, int] | None = None
@@ -46,7 +47,8 @@ class Head(nn.Module):
                                               nn.BatchNorm2d(channels), nn.ReLU())
                 example = self.features.eval()(example)
             height, wide = example.shape[2:]
-            self.window = (max(1, height // grid), max(1, wide // grid))
+            rows, columns = (grid, grid) if isinstance(grid, int) else grid
+            self.window = (max(1, height // rows), max(1, wide // columns))
             width = self._pooled(example).shape[1]
         elif example.dim() == 3:
             width = example.shape[2]
@@ -54,7 +56,8 @@ class Head(nn.Module):
             raise ExitError(f"a head reads a tensor of 2 to 4 dimensions, not {example.dim()}")
         self.linear: nn.Module = nn.Linear(hidden or width, classes)
         if hidden:
-            self.linear = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), self.linear)
+            normalise = nn.BatchNorm1d(width, affine=False)
+            self.linear = nn.Sequential(normalise, nn.Linear(width, hidden), nn.ReLU(), self.linear)
 
     def _pooled(self, x: Tensor) -> Tensor:
         assert self.window is not None
@@ -153,14 +156,16 @@ def suggest_exits(network: nn.Module, example_inputs: Sequence[Tensor], count: i
 
 
 def add_exits(network: nn.Module, example_inputs: Sequence[Tensor], at: Sequence[str] | int = 3,
-              classes: int | None = None, channels: int = 0, grid: int | None = None,
+              classes: int | None = None, channels: int = 0, grid: int | tuple[int, int] | None = None,
               hidden: int = 0) -> WithExits:
     """`network` with untrained heads behind the submodules called `at`, or at so many suggested places.
 
     `classes`: by default the size of the last axis of the network's result. `channels`: of a convolution in each
     head of image features, 0 for none; `grid`: positions per side that a head keeps of them (4, behind a convolution 2;
-    1 is cheapest and learns from the fewest samples). `hidden`: outputs of a linear layer with ReLU before the last
-    one, 0 for none: a head that can tell more apart asks less of the features. Train them with `train_exits`.
+    1 is cheapest and learns from the fewest samples), or (rows, columns): of a spectrum, where columns are
+    frequencies and rows time, (1, 5) tells five bands apart and not when something was heard. `hidden`: outputs of a
+    linear layer with ReLU before the last one, 0 for none: a head that can tell more apart asks less of the features.
+    Train them with `train_exits`.
     """
     places = suggest_exits(network, example_inputs, at) if isinstance(at, int) else list(at)
     with torch.no_grad():

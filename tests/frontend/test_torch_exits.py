@@ -109,8 +109,10 @@ def test_heads_learn_on_a_network_that_stays() -> None:
     assert not all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
 
 
-def test_a_hidden_layer_tells_apart_what_no_line_divides() -> None:
-    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+@pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (1e-3, 5.0)])
+def test_a_hidden_layer_tells_apart_what_no_line_divides(scale: float, offset: float) -> None:
+    """Whatever the size of the features: they are normalised."""
+    x = scale * torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]) + offset
     y = torch.tensor([0, 1, 1, 0])
     right = {}
     for hidden in (0, 16):
@@ -120,6 +122,20 @@ def test_a_hidden_layer_tells_apart_what_no_line_divides() -> None:
         train_exits(model, lambda: [(x, y)] * 20, epochs=20, lr=0.02, distill=0.0)
         right[hidden] = int((model(x)["exit0"].argmax(-1) == y).sum())
     assert right[0] < 4 and right[16] == 4
+
+
+def test_a_grid_of_rows_and_columns() -> None:
+    """One row and five columns: what happens in a column counts, where in it does not."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 25, 5)
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    model = add_exits(network, (x[:1],), ["0"], grid=(1, 5), hidden=8).eval()
+    head = model(x)["exit0"]
+    assert model.heads[0].linear[1].in_features == 2 * 4 * 5
+    torch.testing.assert_close(model(x.flip(2))["exit0"], head)
+    assert not torch.allclose(model(x.flip(3))["exit0"], head, atol=1e-3)
+    module = skive.compile(model, example_inputs=(x[:1],), exits=["exit0:max-prob=2"])
+    np.testing.assert_allclose(module.all_outputs(x[:1].numpy())[0], head[:1].detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_places_that_are_not_there_are_refused() -> None:

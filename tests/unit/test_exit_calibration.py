@@ -45,6 +45,35 @@ def test_goals_are_kept() -> None:
     assert cheap.setting.accuracy > 100 * (0.625 * e.right[:, 0].mean() + 0.375 * e.right[:, 2].mean()) + 3
 
 
+def test_a_shared_threshold_spends_what_it_may_and_suits_few_samples() -> None:
+    """On new data right more often than thresholds of their own, which are the most accurate on 60 samples by luck.
+    With "<" the same samples leave."""
+    fresh, goal = evidence(20_000, seed=999), Goal("macs", 0.6)
+    gained = []
+    for trial in range(40):
+        few = evidence(60, seed=trial)
+        own, shared = (setting(fresh, calibrate(few, goal, s).setting.thresholds) for s in (False, True))
+        chosen = calibrate(few, goal, shared=True).setting
+        assert 0.55 < chosen.cost <= 0.6 and len(set(chosen.thresholds)) == 1
+        gained.append(shared.accuracy - own.accuracy)
+    assert np.mean(gained) > 0.5
+    few, turned = evidence(60), evidence(60, test="<")
+    assert np.array_equal(few.taken(calibrate(few, goal, True).setting.thresholds),
+                          turned.taken(calibrate(turned, goal, True).setting.thresholds))
+    costs = [s.cost for s in curve(few, shared=True)]
+    assert costs == sorted(costs, reverse=True) and costs[-1] == pytest.approx(few.cost[0])
+
+
+def test_a_shared_threshold_keeps_the_other_goals() -> None:
+    e = evidence(1000)
+    drop = calibrate(e, Goal("accuracy-drop", 2.0), shared=True)
+    assert drop.setting.accuracy >= drop.whole.accuracy - 2.0 and drop.setting.cost < 0.95
+    risk = calibrate(e, Goal("risk", 0.08), shared=True)
+    assert risk.bound is not None and risk.bound <= 0.08 and len(set(risk.setting.thresholds)) == 1
+    with pytest.raises(ExitError, match="different ways"):
+        calibrate(Evidence(e.scores, e.right, e.cost, (">", "<")), Goal("macs", 0.6), shared=True)
+
+
 def test_a_risk_holds_with_its_confidence() -> None:
     """On new data the risk is above the bound in at most 5 % of trials, but for luck (7 of 50: below 1 %)."""
     fresh = evidence(40_000, seed=999)
