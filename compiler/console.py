@@ -170,6 +170,10 @@ class _Interrupted(BaseException):
     """Raised by a signal. Not a KeyboardInterrupt: click prints an empty line for that."""
 
 
+def _late(signum: int, frame: Any) -> None:
+    """Ignores a signal. Not SIG_IGN: a compiler that a thread starts meanwhile would inherit that, and not end."""
+
+
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
     """Within the block, SIGINT and SIGTERM end the child processes and raise _Interrupted.
@@ -185,7 +189,7 @@ def _interruptible() -> Iterator[None]:
 
     def interrupt(signum: int, frame: Any) -> None:
         for s in before:
-            signal.signal(s, signal.SIG_IGN)  # cleaning up is not interrupted
+            signal.signal(s, _late)  # cleaning up is not interrupted
         raise _Interrupted
 
     def watch() -> None:
@@ -205,7 +209,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        if signal.getsignal(signal.SIGINT) is _late:
             raise _Interrupted from e
         raise
     finally:

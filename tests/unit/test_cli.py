@@ -334,6 +334,31 @@ def test_an_interrupted_build_leaves_nothing(place: Path, tmp_path: Path, number
         assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_thread_starts_after_the_signal_ends_too(number: int) -> None:
+    """As a pool does that compiles one file while another is interrupted: the command waits for all of its threads."""
+    program = f"""
+import concurrent.futures, os, signal, subprocess, time
+from skive import console
+
+def late():
+    while signal.getsignal({int(number)}) is before:
+        time.sleep(0.01)
+    subprocess.run(["sleep", "60"])
+
+def build():
+    global before
+    before = signal.getsignal({int(number)})
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        pool.submit(late)
+        os.kill(os.getpid(), {int(number)})
+
+raise SystemExit(console._guarded(build))
+"""
+    process = subprocess.run([sys.executable, "-c", program], text=True, capture_output=True, timeout=30)
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", "error: interrupted\n")
+
+
 def test_a_reader_that_leaves_is_no_traceback(place: Path) -> None:
     process = start("inspect", place / "tiny", "--json")
     assert process.stdout is not None and process.stderr is not None
