@@ -14,8 +14,10 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -52,7 +54,17 @@ struct Tensor {
   size_t item_bytes = 0;
   std::vector<Py_intptr_t> shape;
   bool batched = false;  // the first dimension is the batch of the call
+
+  // Of the rows of `batch` samples; of everything if it is not batched.
+  size_t bytes(int batch) const {
+    size_t n = batched ? item_bytes * static_cast<size_t>(batch) : item_bytes;
+    for (size_t i = batched ? 1 : 0; i < shape.size(); ++i) n *= static_cast<size_t>(shape[i]);
+    return n;
+  }
 };
+
+// For each early exit of the artefact the numbers of its outputs.
+using Ways = std::vector<std::vector<size_t>>;
 
 py::object numpy_dtype(const std::string& name) {
   // Only the IR's names and NumPy's long ones: NumPy reads the short form "i8" as eight bytes.
@@ -85,6 +97,35 @@ std::vector<Tensor> parse_tensors(py::handle list, const char* role, bool allow_
     tensors.push_back(std::move(t));
   }
   return tensors;
+}
+
+// Ways that a call can end. The samples of a batch end in different ones, whose outputs are then
+// joined to one array.
+Ways parse_ways(py::handle list, const std::vector<Tensor>& outputs, bool batch) {
+  Ways ways;
+  if (outputs.empty()) throw py::value_error("ways without outputs");
+  for (py::handle item : list) {
+    auto& way = ways.emplace_back();
+    for (py::handle number : item) {
+      const size_t i = number.cast<size_t>();
+      // The last output says which way was taken.
+      if (i + 1 >= outputs.size()) throw py::value_error("a way has an output that is not there");
+      way.push_back(i);
+    }
+    const auto& first = ways.front();
+    bool same = way.size() == first.size();
+    for (size_t k = 0; same && k < way.size(); ++k) {
+      const Tensor &a = outputs[way[k]], &b = outputs[first[k]];
+      same = !batch || (a.batched && a.shape == b.shape && a.dtype.equal(b.dtype));
+    }
+    if (!same) throw py::value_error("the ways have different outputs");
+  }
+  const Tensor& taken = outputs.back();
+  if (!taken.dtype.equal(numpy_dtype("int32")) || taken.shape.size() != 1 ||
+      (batch ? !taken.batched : taken.shape[0] != 1)) {
+    throw py::value_error("the last output must say in int32 which way each sample took");
+  }
+  return ways;
 }
 
 // Scratch memory for the calls of one artefact. A call takes a free arena or allocates one; what it
@@ -155,11 +196,13 @@ class Library {
   using RunBatch = int (*)(const void* const*, void* const*, void*, int);
 
   Library(std::string path_, std::string name_, std::vector<Tensor> inputs_,
-          std::vector<Tensor> outputs_, size_t arena_bytes_, int batch_max_, int threads_)
+          std::vector<Tensor> outputs_, Ways ways_, size_t arena_bytes_, int batch_max_,
+          int threads_)
       : path(std::move(path_)),
         name(std::move(name_)),
         inputs(std::move(inputs_)),
         outputs(std::move(outputs_)),
+        ways(std::move(ways_)),
         arena_bytes(arena_bytes_),
         batch_max(batch_max_),
         threads(threads_),
@@ -204,6 +247,7 @@ class Library {
 
   const std::string path, name;
   const std::vector<Tensor> inputs, outputs;
+  const Ways ways;
   const size_t arena_bytes;
   const int batch_max, threads;
   Arenas arenas;
@@ -404,15 +448,31 @@ bool order_arguments(const Library& lib, PyObject* const* args, size_t positiona
   return true;
 }
 
-// The output arrays of one call: the array itself for one output, otherwise a tuple.
-py::object call(Library& lib, PyObject* const* args, size_t positional, PyObject* keywords) {
+// The batch of a call whose inputs `pointers` lead to; throws if the arguments do not fit.
+int bind_arguments(const Library& lib, PyObject* const* args, size_t positional,
+                   PyObject* keywords, const void** pointers, Small<py::object>& copies) {
   Small<PyObject*> ordered(lib.inputs.size());
-  if (!order_arguments(lib, args, positional, keywords, ordered.data()))
+  int batch = 0;
+  if (!order_arguments(lib, args, positional, keywords, ordered.data()) ||
+      !bind_inputs(lib, ordered.data(), pointers, copies, batch)) {
     throw py::error_already_set();
+  }
+  return batch;
+}
+
+// The array itself for one output, otherwise a tuple.
+py::object packed(Small<py::object>& arrays, size_t count) {
+  if (count == 1) return std::move(arrays[0]);
+  py::tuple result(count);
+  for (size_t i = 0; i < count; ++i) result[i] = std::move(arrays[i]);
+  return std::move(result);
+}
+
+// The output arrays of one call.
+py::object call(Library& lib, PyObject* const* args, size_t positional, PyObject* keywords) {
   Small<const void*> in(lib.inputs.size());
   Small<py::object> copies(lib.inputs.size());
-  int batch = 0;
-  if (!bind_inputs(lib, ordered.data(), in.data(), copies, batch)) throw py::error_already_set();
+  const int batch = bind_arguments(lib, args, positional, keywords, in.data(), copies);
 
   const size_t count = lib.outputs.size();
   Small<py::object> arrays(count);
@@ -422,10 +482,66 @@ py::object call(Library& lib, PyObject* const* args, size_t positional, PyObject
     out[i] = array_proxy(arrays[i].ptr())->data;
   }
   if (!execute(lib, in.data(), out.data(), batch)) throw py::error_already_set();
-  if (count == 1) return std::move(arrays[0]);
-  py::tuple result(count);
-  for (size_t i = 0; i < count; ++i) result[i] = std::move(arrays[i]);
-  return std::move(result);
+  return packed(arrays, count);
+}
+
+// The outputs of the exit that each sample took. A network has several exits and most outputs are
+// a few numbers: an array (60 ns) is made of what is returned, the rest is written to the stack.
+py::object call_taken(Library& lib, PyObject* const* args, size_t positional) {
+  if (lib.ways.empty()) throw py::type_error(lib.name + ": has no ways to take");
+  Small<const void*> in(lib.inputs.size());
+  Small<py::object> copies(lib.inputs.size());
+  const int batch = bind_arguments(lib, args, positional, nullptr, in.data(), copies);
+
+  const size_t count = lib.outputs.size();
+  alignas(64) unsigned char stack[4096];
+  size_t used = 0;
+  Small<py::object> arrays(count);
+  Small<void*> out(count);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t bytes = (lib.outputs[i].bytes(batch) + 63) / 64 * 64;
+    if (bytes <= sizeof stack - used) {
+      out[i] = stack + used;
+      used += bytes;
+    } else {
+      arrays[i] = new_output(lib.outputs[i], batch);
+      out[i] = array_proxy(arrays[i].ptr())->data;
+    }
+  }
+  if (!execute(lib, in.data(), out.data(), batch)) throw py::error_already_set();
+
+  const auto* exits = static_cast<const int32_t*>(out[count - 1]);
+  const int samples = lib.batch_max > 0 ? batch : 1;
+  bool same = true;
+  for (int s = 0; s < samples; ++s) {
+    if (exits[s] < 0 || static_cast<size_t>(exits[s]) >= lib.ways.size()) {
+      throw std::runtime_error(lib.name + ": an exit was taken that is not there");
+    }
+    same = same && exits[s] == exits[0];
+  }
+  const auto& way = lib.ways[static_cast<size_t>(exits[0])];
+  Small<py::object> results(way.size());
+  for (size_t k = 0; k < way.size(); ++k) {
+    const Tensor& t = lib.outputs[way[k]];
+    if (same && arrays[way[k]]) {
+      results[k] = arrays[way[k]];
+      continue;
+    }
+    results[k] = new_output(t, batch);
+    auto* to = static_cast<unsigned char*>(
+        static_cast<void*>(array_proxy(results[k].ptr())->data));
+    if (same) {
+      std::memcpy(to, out[way[k]], t.bytes(batch));
+      continue;
+    }
+    const size_t row = t.bytes(1);
+    for (int s = 0; s < samples; ++s) {
+      const void* from = out[lib.ways[static_cast<size_t>(exits[s])][k]];
+      const size_t offset = static_cast<size_t>(s) * row;
+      std::memcpy(to + offset, static_cast<const unsigned char*>(from) + offset, row);
+    }
+  }
+  return packed(results, way.size());
 }
 
 // Whether two checked, contiguous arrays share memory; `a_item` and `b_item` are bytes per element.
@@ -517,6 +633,12 @@ PyObject* artifact_vectorcall(PyObject* self, PyObject* const* args, size_t flag
   });
 }
 
+PyObject* artifact_taken(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&] {
+    return call_taken(library_of(self), args, static_cast<size_t>(count)).release().ptr();
+  });
+}
+
 PyObject* artifact_call_into(PyObject* self, PyObject* args) {
   return guarded([&]() -> PyObject* {
     PyObject *inputs = nullptr, *outputs = nullptr;
@@ -530,16 +652,17 @@ PyObject* artifact_call_into(PyObject* self, PyObject* args) {
 
 PyObject* artifact_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
   static const char* const kNames[] = {"path",      "name",    "inputs", "outputs", "arena_bytes",
-                                       "batch_max", "threads", "needs",  nullptr};
+                                       "batch_max", "threads", "needs",  "ways",    nullptr};
   return guarded([&]() -> PyObject* {
-    PyObject *path = nullptr, *inputs = nullptr, *outputs = nullptr, *needs = nullptr;
+    PyObject *path = nullptr, *inputs = nullptr, *outputs = nullptr;
+    PyObject *needs = nullptr, *ways = nullptr;
     const char* name = nullptr;
     Py_ssize_t arena_bytes = 0;
     int batch_max = 0, threads = 1;
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&sOOn|ii$O:Artifact",
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&sOOn|ii$OO:Artifact",
                                      const_cast<char**>(kNames), PyUnicode_FSConverter, &path,
                                      &name, &inputs, &outputs, &arena_bytes, &batch_max, &threads,
-                                     &needs)) {
+                                     &needs, &ways)) {
       return nullptr;
     }
     const std::string file = py::reinterpret_steal<py::bytes>(path);
@@ -563,6 +686,8 @@ PyObject* artifact_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
     }
     auto parsed_inputs = parse_tensors(inputs, "input", batch_max > 0);
     auto parsed_outputs = parse_tensors(outputs, "output", batch_max > 0);
+    Ways parsed_ways;
+    if (ways != nullptr) parsed_ways = parse_ways(ways, parsed_outputs, batch_max > 0);
     bool batched = false;
     for (const Tensor& t : parsed_inputs) batched = batched || t.batched;
     if (batch_max > 0 && !batched) {
@@ -574,7 +699,8 @@ PyObject* artifact_new(PyTypeObject* type, PyObject* args, PyObject* keywords) {
     auto* artifact = reinterpret_cast<ArtifactObject*>(self);
     artifact->vectorcall = artifact_vectorcall;
     artifact->library = new Library(file, name, std::move(parsed_inputs), std::move(parsed_outputs),
-                                    static_cast<size_t>(arena_bytes), batch_max, threads);
+                                    std::move(parsed_ways), static_cast<size_t>(arena_bytes),
+                                    batch_max, threads);
     return py::object(owner).release().ptr();
   });
 }
@@ -634,6 +760,8 @@ void add_artifact_type(py::module_& m) {
   static PyMethodDef methods[] = {
       {"call_into", artifact_call_into, METH_VARARGS,
        "call_into(inputs, outputs): runs the artefact and writes its results into `outputs`."},
+      {"taken", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(artifact_taken)),
+       METH_FASTCALL, "taken(*inputs): the outputs of the way that each sample took."},
       {nullptr, nullptr, 0, nullptr}};
   static PyGetSetDef properties[] = {
       {"path", artifact_path, nullptr, "The shared library.", nullptr},

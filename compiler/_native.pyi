@@ -22,6 +22,9 @@ class Artifact:
     With `batch_max` > 0 a leading dimension of -1 is the batch, the same 1 to `batch_max` in every
     array of a call, and the library must have `NAME_run_batch`.
 
+    `ways`, of a network with early exits: for each exit the numbers of its outputs; the last output then says in
+    int32 which exit each sample took.
+
     `needs` names processor features (as `cpu_features()` spells them) without which the library is not
     even opened.
 
@@ -45,10 +48,14 @@ class Artifact:
         threads: int = 1,
         *,
         needs: Sequence[str] = (),
+        ways: Sequence[Sequence[int]] = (),
     ) -> Artifact: ...
     def __call__(
         self, *inputs: np.ndarray[Any, Any], **named: np.ndarray[Any, Any]
     ) -> np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], ...]: ...
+    def taken(self, /, *inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], ...]:
+        """The outputs of the way that each sample took, in the order of the samples."""
+
     def call_into(
         self, inputs: Sequence[np.ndarray[Any, Any]], outputs: Sequence[np.ndarray[Any, Any]], /
     ) -> None:

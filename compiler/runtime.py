@@ -108,7 +108,8 @@ class Module:
                 given = [*inputs, ("thresholds", self._limits.shape, self._limits.dtype.name)]
                 got = [*outputs, ("exit_taken", (-1 if batch else 1,), "int32")]
                 self._call_exits = _native.Artifact(
-                    str(library.resolve()), f"{name}_exits", given, got, arena, batch, threads
+                    str(library.resolve()), f"{name}_exits", given, got, arena, batch, threads,
+                    ways=[e.outputs for e in self.exits],
                 )
         except (RuntimeError, OSError) as e:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
@@ -127,14 +128,13 @@ class Module:
         those of the exit that each sample took."""
         if not named:
             try:
-                return self._taken(*args) if self.exits else self._call(*args)
+                return self._call_exits.taken(*args, self._limits) if self.exits else self._call(*args)
             except (TypeError, ValueError):
                 pass  # not plain matching arrays: the careful path below says what is wrong
         return self._careful(args, named, self._taken if self.exits else self._call)
 
     def _taken(self, *arrays: np.ndarray) -> Any:
-        *values, exits = self._call_exits(*arrays, self._limits)
-        return exit_calls.taken(self.exits, values, exits)
+        return self._call_exits.taken(*arrays, self._limits)
 
     def run(self, *args: Any, **named: Any) -> exit_calls.Result:
         """A call with what it cost: `.outputs` as a call gives them, and for each sample `.exit`, the index of the exit

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from skive import exit_calls
 from skive.errors import ToolchainError
-from skive.exit_calls import COMPARE
 
 VERSION = "0.27.0.post1"
 CONSTANTS = "constants.npz"  # of an artefact: values of sides of choices, by number
@@ -73,7 +73,7 @@ class Stages:
         stored = np.load(folder / CONSTANTS) if (folder / CONSTANTS).exists() else {}
         self._constants = {int(k): self._tvm.runtime.tensor(stored[k]) for k in stored}
         names = [p["name"] for p in manifest["outputs"]]
-        self._tests = [(names.index(e["score"]), COMPARE[e["test"]]) for e in manifest.get("exits", ())
+        self._tests = [(names.index(e["score"]), exit_calls.COMPARE[e["test"]]) for e in manifest.get("exits", ())
                        if e["score"] is not None]
 
     def __call__(self, *arrays: np.ndarray) -> Any:
@@ -89,6 +89,12 @@ class Stages:
             exits[b] = self._run(one, into, thresholds)
         results = [*outputs, exits] if self._with_exits else outputs
         return results[0] if len(results) == 1 else tuple(results)
+
+    def taken(self, *arrays: np.ndarray) -> Any:
+        """The outputs of the exit that each sample took."""
+        *values, exits = self(*arrays)
+        ways, _ = exit_calls.read(self._manifest, [p["name"] for p in self._manifest["outputs"]])
+        return exit_calls.taken(ways, values, exits)
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Runs on `inputs` and writes the results into `outputs`."""

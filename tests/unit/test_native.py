@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import timeit
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,18 @@ API int many_run(const void* const* in, void* const* out, void*) {
   for (int i = 0; i < 12; ++i) ((float*)out[i])[0] = sum + i;
   return 0;
 }
+// Sample s leaves by the way that its first number says; output o has s + 100 o in its 1,000 numbers (o odd) or 3.
+API int leave_run_batch(const void* const* in, void* const* out, void*, int batch) {
+  for (int s = 0; s < batch; ++s) {
+    for (int o = 0; o < 6; ++o) {
+      const int n = o % 2 ? 1000 : 3;
+      for (int i = 0; i < n; ++i) ((float*)out[o])[s * n + i] = s + 100 * o;
+    }
+    ((int32_t*)out[6])[s] = (int)((const float*)in[0])[2 * s];
+  }
+  return 0;
+}
+API int leave_run(const void* const* in, void* const* out, void* arena) { return leave_run_batch(in, out, arena, 1); }
 """
 
 
@@ -209,6 +222,49 @@ def test_more_tensors_than_the_stack_arrays_hold(library: Path) -> None:
     outputs = many(*[np.array([i], np.float32) for i in range(20)])
     assert [float(y) for y in outputs] == [190.0 + i for i in range(12)]
     assert all(y.shape == () for y in outputs)
+
+
+def leaving(library: Path, batch_max: int, ways: Sequence[Sequence[int]], taken: str = "i32") -> Artifact:
+    """Six outputs, of 3 and of 1,000 numbers in turn."""
+    outputs = [(f"y{o}", (-1 if batch_max else 1, 1000 if o % 2 else 3), "f32") for o in range(6)]
+    return Artifact(library, "leave", [("x", (-1 if batch_max else 1, 2), "f32")],
+                    [*outputs, ("taken", (-1 if batch_max else 1,), taken)], 64, batch_max, ways=ways)
+
+
+@pytest.mark.parametrize("batch_max", [0, 4])
+def test_the_outputs_of_the_way_that_was_taken(library: Path, batch_max: int) -> None:
+    leave = leaving(library, batch_max, [(0, 1), (2, 5), (4, 3)])
+    for way, (small, large) in enumerate([(0, 1), (2, 5), (4, 3)]):
+        a, b = leave.taken(np.array([[way, 0]], np.float32))
+        np.testing.assert_array_equal(a, np.full((1, 3), 100 * small, np.float32))
+        np.testing.assert_array_equal(b, np.full((1, 1000), 100 * large, np.float32))
+    one = leaving(library, batch_max, [(4,), (0,)]).taken(np.array([[1, 0]], np.float32))
+    assert isinstance(one, np.ndarray) and one.tolist() == [[0, 0, 0]]
+    with pytest.raises(RuntimeError, match="an exit was taken that is not there"):
+        leave.taken(np.array([[3, 0]], np.float32))
+    with pytest.raises(TypeError, match="input 'x': not given"):
+        leave.taken()
+
+
+def test_samples_of_a_batch_take_different_ways(library: Path) -> None:
+    ways = [(0, 1), (4, 3), (2, 5), (0, 3)]  # outputs may be those of several ways
+    leave = leaving(library, 4, ways)
+    for taken in [(2, 0, 1, 3), (0, 3, 0, 3), (1, 1, 1, 1), (3, 2), (0,)]:
+        a, b = leave.taken(np.stack([np.float32(taken), np.zeros(len(taken), np.float32)], 1))
+        assert (a.shape, b.shape) == ((len(taken), 3), (len(taken), 1000))
+        for s, way in enumerate(taken):
+            assert (a[s] == s + 100 * ways[way][0]).all() and (b[s] == s + 100 * ways[way][1]).all()
+
+
+def test_wrong_ways_are_refused(library: Path, scale: Artifact) -> None:
+    for ways in [[(6,)], [(9,)], [(-1,)], [(0,), (1,)], [(0,), (0, 2)]]:
+        with pytest.raises((ValueError, RuntimeError)):
+            leaving(library, 4, ways)
+    with pytest.raises(ValueError, match="int32"):
+        leaving(library, 4, [(0,)], taken="f32")
+    leaving(library, 0, [(0,), (1,)])  # a single sample may get outputs of different shapes
+    with pytest.raises(TypeError, match="has no ways to take"):
+        scale.taken(X)
 
 
 def test_calls_from_several_threads_run_at_once_in_their_own_arenas(library: Path) -> None:
