@@ -15,6 +15,8 @@ SUMS = frozenset({"avg_pool2d", "reduce_mean"})
 # A value this much smaller than what is computed from it is left alone if no contraction reads it:
 # a gate of a squeeze-and-excitation block.
 SMALL = 4
+# An average of this many bytes has digits that a byte has not, and takes half of their room as float32.
+AVERAGED = 8
 # Attention in bytes: features of a head with which scores are exact in float32, and keys with which the sums
 # of their values fit 32 bits.
 ATTENTION_WIDTH, ATTENTION_KEYS = 256, 32768
@@ -108,7 +110,15 @@ class Storage:
             return True
         if other or not self._from_integers(node):
             return False
-        return total or any(u in self.stored and node.type.size * SMALL > u.type.size for u in passed)
+        return total or not self._is_summary(node) and any(
+            u in self.stored and node.type.size * SMALL > u.type.size for u in passed)
+
+    def _is_summary(self, node: Node) -> bool:
+        """True for averages over many values, maxima beside them and what joins them: elementwise work, such as a
+        normalisation that enlarges small differences, reads them unrounded."""
+        if node.op in SUMS or node.op == "max_pool2d":
+            return node.inputs[0].type.size >= AVERAGED * node.type.size
+        return node.op in MOVES and all(self._is_summary(i) for i in node.inputs)
 
     def _from_integers(self, node: Node) -> bool:
         """True if an integer kernel computes `node`: a contraction, or what moves or sums values."""
