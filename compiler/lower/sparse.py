@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from skive import gathered_weights, pack, sparse_weights
+from skive import _native, gathered_weights, pack, sparse_weights
 from skive.ir import Graph, Node
 from skive.lower.abilities import has_fast_kernel, is_depthwise
 from skive.lower.calls import Lowering
@@ -45,6 +45,14 @@ BLOCKS: dict[tuple[str, bool], tuple[float, dict[int, Costs]]] = {
     ("generic", False): (19.0, {1: Costs(1.24, 29), 2: Costs(1.1, 26)}),
 }
 BLOCKS["avx512vnni", False] = BLOCKS["avx512", False]
+# The same on Zen 5, for all processors that have 512-bit registers and the VNNI of narrower ones: they multiply two
+# such registers at once, and a block of one register waits for its loads.
+BLOCKS_WIDE: dict[tuple[str, bool], tuple[float, dict[int, Costs]]] = {
+    ("avx512vnni", True): (10.8, {1: Costs(1.33, 14.7), 2: Costs(1.02, 11.1)}),
+    ("avx512", True): (3.2, {1: Costs(1.17, 8.1), 2: Costs(1.01, 4.9)}),
+    ("avx512", False): (1.5, {1: Costs(1.37, 6.6), 2: Costs(1.03, 2.7), 3: Costs(1.05, 4.0)}),
+}
+BLOCKS_WIDE["avx512vnni", False] = BLOCKS_WIDE["avx512", False]
 
 # The same with `--rows`, of spmm.h by the output channels that read the same inputs: as long as the turned inputs fit
 # the first cache, and where they do not. An output costs ROWS_OUTPUT and ROWS_TURN for each input channel that is
@@ -77,6 +85,7 @@ GATHERED: dict[str, dict[int, GatherCosts]] = {
     "avx2": {1: GatherCosts(0.96, 3.1, 0.7, 5.3), 2: GatherCosts(0.94, 1.0, 0.35, 5.9)},
     "generic": {1: GatherCosts(0.85, 0, 0.2, 13), 2: GatherCosts(1.07, 0, 0, 13)},
 }
+GATHERED_WIDE = {"avx512vnni": {1: GatherCosts(1.27, 6.5, 1.2, 18.5), 2: GatherCosts(0.88, 2.1, 0.3, 13.2)}}
 GATHER_DEPTHS = {"avx512": (64, 32, 16), "avx2": (32, 16), "generic": (16,)}  # bytes of a place, by Target.vectors
 GATHER_KEEPS = (8, 4)  # of 16 bytes
 
@@ -156,12 +165,18 @@ def _obstacle(node: Node) -> str | None:
     return f"{channels} input channels do not fill the {step} of a block" if channels < step else None
 
 
+def _wide() -> bool:
+    """True if this processor multiplies two registers of 512 bits at once."""
+    return "avxvnni" in _native.cpu_features()
+
+
 def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
     """Every sparse kernel for `node`, with its forecast."""
     weights, image, window = _window(node)
     oc, length, channels = weights.shape[0], weights[0].size, weights.shape[3]
     integer = node.inputs[0].dtype is not DType.f32
-    dense_output, blocks = BLOCKS[target.name, integer]
+    key = target.name, integer
+    dense_output, blocks = (_wide() and BLOCKS_WIDE.get(key)) or BLOCKS[key]
     dense = length / (WINOGRAD[node.attrs["stride"][0]] if winograd else 1.0) + dense_output
     step = 4 // node.inputs[0].dtype.bytes
     for vectors, costs in blocks.items():
@@ -193,7 +208,8 @@ def _gathered(
     run = gathered_weights.run_length(
         weights.shape, window, sparse_weights.copied_pitch(image, window, weights.shape[3], 1)
     )
-    for vectors, costs in GATHERED[target.name].items():
+    measured = (_wide() and GATHERED_WIDE.get(target.name)) or GATHERED[target.name]
+    for vectors, costs in measured.items():
         block = min(vectors * target.lanes, -(-oc // 4) * 4)
         read = gathered_weights.channels_read(weights, block)
         if read.mean() > 1 - LEAST_ZEROS:

@@ -10,6 +10,7 @@ import pytest
 from skive import ops, sparsity
 from skive.errors import PruningError
 from skive.ir import Graph, Node, constant
+from skive.lower import sparse as lower_sparse
 from skive.lower.sparse import Choice, sparse_choice, sparse_layers
 from skive.reference import evaluate_graph
 from skive.sparsity import Pattern, Sparsify
@@ -194,6 +195,28 @@ def test_bytes_of_n_of_m_are_gathered_where_that_pays(target: str) -> None:
         for oc, ic in ((144, 24), (96, 16)):
             assert "the dense kernel is as fast" in str(choice(oc, ic, "2:4").refused)
         assert "25% of the weights are zero" in str(choice(64, 256, "3:4").refused)
+
+
+def test_blocks_of_one_register_save_less_where_they_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On processors that multiply two registers of 512 bits at once: a quarter of such blocks is not worth it there."""
+    node = by_name(network(256), "middle")
+    full = node.inputs[1].value
+
+    def speedups(block: int) -> list[float]:
+        found = []
+        for fraction in (0.3, 0.75):
+            w = np.clip(200 * full * sparsity.mask(full, f"block4x{block}", fraction), -127, 127).astype(np.int8)
+            x = ops.make("input", shape=node.inputs[0].shape, dtype=DType.u8, label="x")
+            choice = sparse_choice(ops.make("conv2d", x, constant(w), zero=0), TARGETS["avx512vnni"])
+            assert choice is not None and (choice.speedup < 1.1) == (choice.refused is not None)
+            found.append(choice.speedup)
+        return found
+
+    half_rate = speedups(16)
+    assert half_rate == pytest.approx([1.4, 3.9], rel=0.05)
+    monkeypatch.setattr(lower_sparse, "_wide", lambda: True)
+    assert speedups(16) == pytest.approx([1.07, 3.0], rel=0.05)
+    assert speedups(32) == pytest.approx(half_rate, rel=0.05)
 
 
 def test_the_report_names_every_layer_with_zeros() -> None:
