@@ -113,6 +113,8 @@ class Module:
                 )
         except (RuntimeError, OSError) as e:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
+        except ValueError as e:
+            raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {e}") from None
 
     def export_onnx(self, path: str | Path) -> None:
         """Writes the optimised, pruned, quantized graph as ONNX, with QuantizeLinear and DequantizeLinear where

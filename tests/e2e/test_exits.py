@@ -15,7 +15,7 @@ import pytest
 import skive
 from skive import _native, criteria, ops
 from skive.cli import cli
-from skive.errors import ExitError
+from skive.errors import ExitError, InvalidModelError
 from skive.ir import Graph, Node, constant
 from skive.pipeline import total_macs
 from skive.targets.base import TARGETS
@@ -306,6 +306,16 @@ def test_changed_thresholds_are_saved(batched: skive.Module, tmp_path: Path) -> 
         assert again.thresholds == {**before, name: 0.125} and again.manifest.keys() == batched.manifest.keys()
     finally:
         batched.thresholds = before
+
+
+def test_exits_of_different_outputs_are_a_damaged_manifest(batched: skive.Module, tmp_path: Path) -> None:
+    batched.save(tmp_path / "copy")
+    file = tmp_path / "copy" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["exits"][0]["outputs"] = [manifest["exits"][0]["score"]]
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(InvalidModelError, match="is damaged: the ways have different outputs"):
+        skive.load(tmp_path / "copy")
 
 
 def test_an_unknown_threshold_is_refused(batched: skive.Module) -> None:
