@@ -130,7 +130,7 @@ class Module:
         those of the exit that each sample took."""
         if not named:
             try:
-                return self._call_exits.taken(*args, self._limits) if self.exits else self._call(*args)
+                return self._taken(*args) if self.exits else self._call(*args)
             except (TypeError, ValueError):
                 pass  # not plain matching arrays: the careful path below says what is wrong
         return self._careful(args, named, self._taken if self.exits else self._call)

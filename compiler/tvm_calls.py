@@ -73,6 +73,7 @@ class Stages:
         stored = np.load(folder / CONSTANTS) if (folder / CONSTANTS).exists() else {}
         self._constants = {int(k): self._tvm.runtime.tensor(stored[k]) for k in stored}
         names = [p["name"] for p in manifest["outputs"]]
+        self._ways, _ = exit_calls.read(manifest, names)
         self._tests = [(names.index(e["score"]), exit_calls.COMPARE[e["test"]]) for e in manifest.get("exits", ())
                        if e["score"] is not None]
 
@@ -93,8 +94,7 @@ class Stages:
     def taken(self, *arrays: np.ndarray) -> Any:
         """The outputs of the exit that each sample took."""
         *values, exits = self(*arrays)
-        ways, _ = exit_calls.read(self._manifest, [p["name"] for p in self._manifest["outputs"]])
-        return exit_calls.taken(ways, values, exits)
+        return exit_calls.taken(self._ways, values, exits)
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Runs on `inputs` and writes the results into `outputs`."""

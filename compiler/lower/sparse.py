@@ -45,8 +45,7 @@ BLOCKS: dict[tuple[str, bool], tuple[float, dict[int, Costs]]] = {
     ("generic", False): (19.0, {1: Costs(1.24, 29), 2: Costs(1.1, 26)}),
 }
 BLOCKS["avx512vnni", False] = BLOCKS["avx512", False]
-# The same on Zen 5, for all processors that have 512-bit registers and the VNNI of narrower ones: they multiply two
-# such registers at once, and a block of one register waits for its loads.
+# The same where `_wide`, measured on Zen 5: a block of one register waits for its loads.
 BLOCKS_WIDE: dict[tuple[str, bool], tuple[float, dict[int, Costs]]] = {
     ("avx512vnni", True): (10.8, {1: Costs(1.33, 14.7), 2: Costs(1.02, 11.1)}),
     ("avx512", True): (3.2, {1: Costs(1.17, 8.1), 2: Costs(1.01, 4.9)}),
@@ -166,7 +165,8 @@ def _obstacle(node: Node) -> str | None:
 
 
 def _wide() -> bool:
-    """True if this processor multiplies two registers of 512 bits at once."""
+    """True if this processor multiplies two registers of 512 bits at once, which no instruction tells: assumed of all
+    that have AVX-VNNI beside 512-bit registers. It decides what is fast, never what is right."""
     return "avxvnni" in _native.cpu_features()
 
 
@@ -175,8 +175,7 @@ def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
     weights, image, window = _window(node)
     oc, length, channels = weights.shape[0], weights[0].size, weights.shape[3]
     integer = node.inputs[0].dtype is not DType.f32
-    key = target.name, integer
-    dense_output, blocks = (_wide() and BLOCKS_WIDE.get(key)) or BLOCKS[key]
+    dense_output, blocks = (BLOCKS | BLOCKS_WIDE if _wide() else BLOCKS)[target.name, integer]
     dense = length / (WINOGRAD[node.attrs["stride"][0]] if winograd else 1.0) + dense_output
     step = 4 // node.inputs[0].dtype.bytes
     for vectors, costs in blocks.items():
@@ -208,8 +207,7 @@ def _gathered(
     run = gathered_weights.run_length(
         weights.shape, window, sparse_weights.copied_pitch(image, window, weights.shape[3], 1)
     )
-    measured = (_wide() and GATHERED_WIDE.get(target.name)) or GATHERED[target.name]
-    for vectors, costs in measured.items():
+    for vectors, costs in (GATHERED | GATHERED_WIDE if _wide() else GATHERED)[target.name].items():
         block = min(vectors * target.lanes, -(-oc // 4) * 4)
         read = gathered_weights.channels_read(weights, block)
         if read.mean() > 1 - LEAST_ZEROS:

@@ -118,7 +118,7 @@ class Storage:
         normalisation that enlarges small differences, reads them unrounded."""
         if node.op in SUMS or node.op == "max_pool2d":
             return node.inputs[0].type.size >= AVERAGED * node.type.size
-        return node.op in MOVES and all(self._is_summary(i) for i in node.inputs)
+        return node.op in MOVES - {"expand", "pad"} and all(self._is_summary(i) for i in node.inputs)
 
     def _from_integers(self, node: Node) -> bool:
         """True if an integer kernel computes `node`: a contraction, or what moves or sums values."""
