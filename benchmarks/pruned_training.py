@@ -16,10 +16,12 @@ layer by a search (`skive.torch.search_widths`) for as many epochs on two halves
 (`search_seconds`). `torch-pruning`: Torch-Pruning, if installed, of ResNet-20 the channels inside blocks, as it cannot
 follow the shortcuts that append zeros. `blocks`: `--zeros` of the blocks of 4x16 weights of each layer zero, half
 of all at once with reconstruction, the others during the first half of the training. `--int8` adds the top-1 of the
-result compiled in INT8. `--held-out` keeps the last tenth of the training part to judge instead of the test, for
-choosing settings. Keywords have no training part: 300 maps are trained on, 300 judge. No MobileNet comes with the
-data: `mobilenet_cifar10` (`networks.py`) is trained here, on the answers of `--teachers` for `WHOLE_EPOCHS`, and kept
-in WORK; what it becomes then follows the same answers. Seconds are those of this process's processor time.
+result compiled in INT8. `difference` is that to the whole network as it came, on the same samples, with its 95 %
+interval. `--held-out` keeps the last tenth of the training part to judge instead of the test, for choosing settings.
+Keywords have no training part: each third of the maps is judged by networks trained on the others, and the rows say
+how all 600 were answered. No MobileNet comes with the data: `mobilenet_cifar10` (`networks.py`) is trained here, on
+the answers of `--teachers` for `WHOLE_EPOCHS`, and kept in WORK; what it becomes then follows the same answers.
+Seconds are those of this process's processor time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -38,7 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import results
 import torch
-from accuracy import wilson
+from accuracy import paired, wilson
 from distillation import BATCH, Batches, answers, followed, mean_answer
 from networks import MobileNet, ResNet20
 from real_models import REAL_MODELS, RealModel
@@ -50,6 +53,7 @@ from skive.pipeline import total_macs
 
 SPARSE = "block4x16"
 WHOLE_EPOCHS = 60  # of a network that does not come with the data
+KEYWORD_PARTS = 3
 
 
 @dataclass
@@ -70,9 +74,17 @@ class Task:
         return (self.calibration[:1],)
 
 
-def task(model: RealModel, data: Path, a: argparse.Namespace) -> Task:
+def keywords(model: RealModel, data: Path, part: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Maps to train on and their classes, those of `part`, which judge, and theirs."""
     (fold,) = model.folds(data)
-    assert fold.expected is not None
+    x, y = np.concatenate([fold.calibration, fold.inputs]), np.load(data / "kws_mfcc_a.npz")["y"]
+    judged = np.random.default_rng(0).permutation(len(x)) % KEYWORD_PARTS == part
+    recording = np.unique(x.reshape(len(x), -1), axis=0, return_inverse=True)[1].reshape(-1)
+    trained = ~judged & ~np.isin(recording, recording[judged])  # some are there twice
+    return x[trained], y[trained], x[judged], y[judged]
+
+
+def task(model: RealModel, data: Path, a: argparse.Namespace, part: int = 0) -> Task:
     images = model.name.endswith("cifar10")
     if images:
         mean, deviation = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
@@ -80,11 +92,11 @@ def task(model: RealModel, data: Path, a: argparse.Namespace) -> Task:
         pixels = np.concatenate([p["x"] for p in parts]).astype(np.float32) / 255
         x = np.ascontiguousarray(((pixels - mean) / deviation).transpose(0, 3, 1, 2))
         y = np.concatenate([p["y"] for p in parts])
+        (fold,) = model.folds(data)
+        assert fold.expected is not None
         inputs, classes = fold.inputs[: a.limit], fold.expected[: a.limit]
     else:
-        x = np.concatenate([fold.calibration, fold.inputs[:200]])
-        y = np.concatenate([np.zeros(len(fold.calibration)), fold.expected[:200]])
-        inputs, classes = fold.inputs[200:], fold.expected[200:]
+        x, y, inputs, classes = keywords(model, data, part)
     if a.held_out:
         kept = len(x) - len(x) // 10
         x, inputs, classes = x[:kept], x[kept:], y[kept:]
@@ -114,16 +126,16 @@ def mobilenet(batches: Batches, a: argparse.Namespace) -> nn.Module:
     return net
 
 
-def top1(got: np.ndarray, classes: np.ndarray) -> dict[str, Any]:
-    """{top1, interval} in percent."""
-    right = int((got.argmax(-1) == classes).sum())
-    return {"top1": 100 * right / len(classes), "interval": wilson(right, len(classes))}
+def top1(right: np.ndarray) -> float:
+    return 100 * float(right.mean())
 
 
 @torch.no_grad()
-def accuracy(net: torch.nn.Module, t: Task) -> dict[str, Any]:
+def right_of(net: torch.nn.Module, t: Task) -> np.ndarray:
+    """bool [samples]: which the network answers rightly."""
     net.eval()
-    return top1(torch.cat([net(part) for part in torch.from_numpy(t.inputs).split(125)]).numpy(), t.classes)
+    got = torch.cat([net(part) for part in torch.from_numpy(t.inputs).split(125)]).numpy()
+    return got.argmax(-1) == t.classes
 
 
 def torch_module(t: Task) -> nn.Module:
@@ -160,19 +172,26 @@ def smaller(way: str, t: Task, a: argparse.Namespace) -> helpers.Network:
     return helpers.prune(t.source, asked, example_inputs=t.example)
 
 
-def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
-    """What the benchmark says about one way."""
+@dataclass
+class Trained:
+    """What one way made of one task; the arrays tell which samples are answered rightly."""
+
+    removed: float  # of the multiply-accumulates
+    whole: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+    seconds: float
+    extra: dict[str, float]
+    int8: np.ndarray | None = None
+
+
+def trained(way: str, t: Task, a: argparse.Namespace) -> Trained:
     t.batches.rewind()
     torch.manual_seed(a.seed)
     started = time.process_time()
     net = smaller(way, t, a)
-    searched = time.process_time() - started
-    row: dict[str, Any] = {
-        "model": t.model.name, "way": way, "epochs": a.epochs, "rate": a.rate, "seed": a.seed,
-        "judged_on": "held out" if a.held_out else "test", "samples": len(t.classes),
-        "macs_removed": 1 - total_macs(net.source) / total_macs(t.whole.source), "before": accuracy(net, t)["top1"]}
-    if way == "tas":
-        row["search_seconds"] = searched
+    extra = {"search_seconds": time.process_time() - started} if way == "tas" else {}
+    before = right_of(net, t)
     if way == "scratch":
         net.normalise(t.batches.inputs[:BATCH]).reset(a.seed)
     started = time.process_time()
@@ -181,14 +200,32 @@ def trained(way: str, t: Task, a: argparse.Namespace) -> dict[str, Any]:
                      gradual=most if way == "blocks" else None, bfloat16=a.bfloat16,
                      progress=lambda epoch, loss: print(f"    {way} epoch {epoch + 1}: {loss:.3f}, "
                                                         f"{time.process_time() - started:.0f} s", flush=True))
-    row |= {"seconds": time.process_time() - started, **accuracy(net, t)}
+    done = Trained(1 - total_macs(net.source) / total_macs(t.whole.source), right_of(t.whole, t), before,
+                   right_of(net, t), time.process_time() - started, extra)
     if way == "blocks":
         stays = [m for m in net.masks.values()]
-        row["zeros"] = 1 - sum(int(m.sum()) for m in stays) / sum(m.size for m in stays)
+        extra["zeros"] = 1 - sum(int(m.sum()) for m in stays) / sum(m.size for m in stays)
     if a.int8:
         module = skive.compile(net.graph(), quantize=skive.Quantize("int8", calibration=t.calibration), verify=False)
-        row["int8"] = top1(answers(module, t.inputs), t.classes)["top1"]
-        row["sparse_layers"] = sum(layer["kernel"].startswith("sparse") for layer in module.report["layers"])
+        done.int8 = answers(module, t.inputs).argmax(-1) == t.classes
+        extra["sparse_layers"] = sum(layer["kernel"].startswith("sparse") for layer in module.report["layers"])
+    return done
+
+
+def together(model: str, way: str, parts: list[Trained], a: argparse.Namespace) -> dict[str, Any]:
+    """What the benchmark says about one way, over all parts of the data; shares and seconds are means of a part."""
+    whole, before, after = (np.concatenate([getattr(p, n) for p in parts]) for n in ("whole", "before", "after"))
+    gained, lost = int((after & ~whole).sum()), int((whole & ~after).sum())
+    row: dict[str, Any] = {
+        "model": model, "way": way, "epochs": a.epochs, "rate": a.rate, "seed": a.seed,
+        "judged_on": "held out" if a.held_out else "test", "samples": len(after),
+        "macs_removed": statistics.mean(p.removed for p in parts), "whole": top1(whole), "before": top1(before),
+        "top1": top1(after), "interval": wilson(int(after.sum()), len(after)),
+        "difference": 100 * (gained - lost) / len(after), "difference_interval": paired(gained, lost, len(after)),
+        "seconds": statistics.mean(p.seconds for p in parts)}
+    row |= {name: statistics.mean(p.extra[name] for p in parts) for name in parts[0].extra}
+    if a.int8:
+        row["int8"] = top1(np.concatenate([p.int8 for p in parts if p.int8 is not None]))
     return row
 
 
@@ -225,19 +262,20 @@ def main() -> int:
     known["mobilenet_cifar10"] = replace(known["resnet20_cifar10"], name="mobilenet_cifar10")
     rows: list[dict[str, Any]] = []
     for name in a.models.split(","):
-        t = task(known[name], a.data, a)
+        tasks = [task(known[name], a.data, a, part) for part in range(KEYWORD_PARTS if name == "kws_dscnn" else 1)]
         for way in a.ways.split(","):
             if way == "torch-pruning" and name not in ("resnet20_cifar10", "mobilenet_cifar10"):
                 print(f"{name:<18} {way:<13} left out: there is no PyTorch module of it here", flush=True)
                 continue
-            row = trained(way, t, a)
+            row = together(name, way, [trained(way, t, a) for t in tasks], a)
             rows.append(row)
-            low, high = row["interval"]
+            (low, high), (least, most) = row["interval"], row["difference_interval"]
             print(f"{name:<18} {way:<13} {row['macs_removed']:6.1%} of the MACs gone  top-1 {row['before']:6.2f} % "
-                  f"untrained, {row['top1']:6.2f} % [{low:.2f}, {high:.2f}] after {a.epochs} epochs in "
-                  f"{row['seconds']:.0f} s"
+                  f"untrained, {row['top1']:6.2f} % [{low:.2f}, {high:.2f}] of {row['whole']:.2f} "
+                  f"({row['difference']:+.2f} [{least:+.2f}, {most:+.2f}]) after {a.epochs} epochs in {row['seconds']:.0f} s"
                   + (f"  {row['zeros']:.1%} of the weights zero" if "zeros" in row else "")
-                  + (f"  INT8 {row['int8']:.2f} %, {row['sparse_layers']} sparse layers" if a.int8 else ""), flush=True)
+                  + (f"  INT8 {row['int8']:.2f} %, {row['sparse_layers']:.0f} sparse layers" if a.int8 else ""),
+                  flush=True)
             if a.json:
                 results.write(a.json, rows)
     return 0
