@@ -3,7 +3,7 @@
     python benchmarks/exits.py DATA WORK [--models resnet20,dscnn] [--seeds 1] [--epochs N] [--joint]
                                [--views EPOCHS] [--teachers resnet20_cifar10,resnet56_cifar10]
                                [--criteria max-prob,entropy,margin,patience,gate]
-                               [--drop 0.5 | --macs 0.6 [--shared]] [--int8] [--json FILE]
+                               [--drop 0.5 | --macs 0.6 [--shared]] [--int8 [--ranges mse]] [--json FILE]
 
 DATA as for `accuracy.py`; trained heads are kept in WORK and used again. Thresholds come from one half of the test
 samples, where they lose `--drop` points of what the network had before it got exits, or take `--macs` of its
@@ -44,6 +44,7 @@ from skive.torch import WithExits, add_exits, fit_gates, train_exits
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 Arrays = tuple[np.ndarray, np.ndarray]
 KEYWORD_FOLDS = 3
+CALIBRATION = 500  # training samples that INT8 ranges come from, at most
 TRADEOFF = 0.5  # of gates: what the whole network's cost counts against cross-entropy in nats
 
 
@@ -270,11 +271,11 @@ def line(name: str, seed: str, row: dict[str, Any]) -> str:
             f"{row['us']:.1f} us of {row['plain_us']:.1f} (never leaving {row['never_us']:.1f})")
 
 
-def int8_and_batch(model: WithExits, fold: Arrays, test: Arrays, samples: int = 1500, batch: int = 64) -> None:
+def int8_and_batch(model: WithExits, test: Arrays, quantize: skive.Quantize, samples: int = 1500,
+                   batch: int = 64) -> None:
     """Prints how often int8 leaves where float32 does, thresholds of 0.9, and what a batch saves beside its MACs."""
     example, x = (torch.from_numpy(test[0][:1]),), test[0][:samples]
     exits = [skive.Exit(f"exit{i}", "max-prob", 0.9) for i in range(len(model.at))]
-    quantize = skive.Quantize("int8", calibration=fold[0][:200])
     taken = []
     for kind, lossy in (("float32", None), ("int8", quantize)):
         module = skive.compile(model, example_inputs=example, exits=exits, quantize=lossy, batch_max=batch)
@@ -312,6 +313,7 @@ def main() -> int:
                         "may take, as accurate as possible, instead of --drop")
     parser.add_argument("--shared", action="store_true", help="with --macs: one threshold for all exits")
     parser.add_argument("--int8", action="store_true", help="the same in int8, too")
+    parser.add_argument("--ranges", default="minmax", help="of --int8")
     parser.add_argument("--limit", type=int, default=300, help="samples that are timed")
     parser.add_argument("--json", metavar="FILE")
     a = parser.parse_args()
@@ -324,9 +326,10 @@ def main() -> int:
             classes = teacher(network.eval(), test[0][:1])
             before = np.concatenate([classes(x).argmax(-1) for x in np.array_split(test[0], -(-len(test[0]) // BATCH))])
             model = trained(name, network, fold, a.work, seed, a.epochs or plan.epochs, a.joint, teachers(a), a.views)
+            int8 = skive.Quantize("int8", calibration=fold[0][:CALIBRATION], method=a.ranges)
             if a.int8:
-                int8_and_batch(model, fold, test)
-            quantizes = [None, skive.Quantize("int8", calibration=fold[0][:200])][:1 + a.int8]
+                int8_and_batch(model, test, int8)
+            quantizes = [None, int8][:1 + a.int8]
             example = (torch.from_numpy(test[0][:1]),)
             plains = [skive.compile(model.network, example_inputs=example, quantize=q) for q in quantizes]
             for criterion in a.criteria.split(","):

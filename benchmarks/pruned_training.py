@@ -272,7 +272,8 @@ def main() -> int:
             (low, high), (least, most) = row["interval"], row["difference_interval"]
             print(f"{name:<18} {way:<13} {row['macs_removed']:6.1%} of the MACs gone  top-1 {row['before']:6.2f} % "
                   f"untrained, {row['top1']:6.2f} % [{low:.2f}, {high:.2f}] of {row['whole']:.2f} "
-                  f"({row['difference']:+.2f} [{least:+.2f}, {most:+.2f}]) after {a.epochs} epochs in {row['seconds']:.0f} s"
+                  f"({row['difference']:+.2f} [{least:+.2f}, {most:+.2f}]) after {a.epochs} epochs "
+                  f"in {row['seconds']:.0f} s"
                   + (f"  {row['zeros']:.1%} of the weights zero" if "zeros" in row else "")
                   + (f"  INT8 {row['int8']:.2f} %, {row['sparse_layers']:.0f} sparse layers" if a.int8 else ""),
                   flush=True)

@@ -281,6 +281,9 @@ struct DenseConv {
     return static_cast<size_t>(kCopyBytes) * static_cast<size_t>(parts);
   }
 
+  // Rows of weights from which on adding up several chains at the end of a tile is worth it.
+  static constexpr int kLongRun = 32;
+
   template <int Columns>
   struct Offsets {
     template <int P>
@@ -300,6 +303,24 @@ struct DenseConv {
       return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
     };
     const auto to = [&](int p) __attribute__((always_inline)) { return y + at(p) * YS + channel; };
+    constexpr int kChains = sizeof...(Ranges) > 0 || div_up(kRun, kStep) < kLongRun
+                                ? 1 : chain_count(T::kRegisters, Policy::kChained);
+    if constexpr (Spill == 0 && kChains > 1) {
+      Chains<Policy, T, kChains> sums;
+      sums.start(bias);
+      for (int kh = 0; kh < shape.kh; ++kh) {
+        for (int kw = 0; kw < kTaps; ++kw) {
+          sums.template run<kRun>(x + kh * shape.dh * kRow + kw * shape.dw * kPixel, w);
+          w += div_up(kRun, kStep) * T::kRow;
+        }
+      }
+      sums.finish(
+          [&](int p, int c, auto value) __attribute__((always_inline)) {
+            return epilogue(value, at(p), channel + c);
+          },
+          to);
+      return;
+    }
     typename T::Accumulators acc;
     if constexpr (Spill == 0) {
       T::start(acc, bias, typename T::EachRegister{});

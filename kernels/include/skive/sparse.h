@@ -219,78 +219,41 @@ struct sparse_conv2d {
     }
   };
 
-  // Chains that a tile of `registers` accumulators is summed in.
-  static constexpr int chain_count(int registers) {
-    return registers * 4 <= Policy::kInFlight + 1 ? 4 : registers * 2 <= Policy::kInFlight + 1 ? 2 : 1;
-  }
-  template <class T, class>
-  struct ChainSet;
-  template <class T, int... C>
-  struct ChainSet<T, Index<C...>> : Slot<C, typename T::Accumulators>... {};
-  alignas(64) static constexpr Sum kZeros[round_up(NB, kLanes)] = {};
-
-  template <class T, int C, class Set>
-  static SKIVE_INLINE void start_chains(Set& set, const Sum* bias) {
-    if constexpr (C > 0) {
-      T::start(slot<C - 1>(set), C == 1 ? bias : kZeros, typename T::EachRegister{});
-      start_chains<T, C - 1>(set, bias);
-    }
-  }
-  template <class W, int... C, class Set>
-  static SKIVE_INLINE void add_places(Set& set, const Element* x, const int32_t* at, const Weight* w, Index<C...>) {
-    (W::place(slot<C>(set), x + at[C], w + C * W::kPlace), ...);
+  template <class W, int... C, class Sums>
+  static SKIVE_INLINE void add_places(Sums& sums, const Element* x, const int32_t* at, const Weight* w, Index<C...>) {
+    (W::place(sums.template chain<C>(), x + at[C], w + C * W::kPlace), ...);
   }
   // All places of the blocks from B on.
-  template <class T, class Offsets, int Channels, int Chains, int B, class Set>
-  static SKIVE_INLINE void add_blocks(Set& set, const Element* x, const Blocks& blocks) {
+  template <class T, class Offsets, int Channels, int Count, int B, class Sums>
+  static SKIVE_INLINE void add_blocks(Sums& sums, const Element* x, const Blocks& blocks) {
     if constexpr (B * NB < Channels) {
       constexpr int kCount = div_up(Channels - B * NB < NB ? Channels - B * NB : NB, kLanes);
       using W = Walk<T, Offsets, B * div_up(NB, kLanes), kCount>;
       const Weight* w = blocks.w + static_cast<ptrdiff_t>(blocks.starts[B]) * (kOrder + kSteps * kStep * NB);
       const int32_t* at = blocks.places + blocks.starts[B];
       const int32_t* const end = blocks.places + blocks.starts[B + 1];
-      if constexpr (Chains > 1) {
-        for (; end - at >= Chains; at += Chains, w += Chains * W::kPlace) {
-          add_places<W>(set, x, at, w, Indices<Chains>{});
-        }
+      if constexpr (Count > 1) {
+        for (; end - at >= Count; at += Count, w += Count * W::kPlace) add_places<W>(sums, x, at, w, Indices<Count>{});
       }
-      for (; at != end; ++at, w += W::kPlace) W::place(slot<0>(set), x + *at, w);
-      add_blocks<T, Offsets, Channels, Chains, B + 1>(set, x, blocks);
+      for (; at != end; ++at, w += W::kPlace) W::place(sums.template chain<0>(), x + *at, w);
+      add_blocks<T, Offsets, Channels, Count, B + 1>(sums, x, blocks);
     }
   }
-  // Stores the chains from C on to `to`, Size apart.
-  template <class T, int Size, int C, int Count, class Set>
-  static SKIVE_INLINE void store_chains(Set& set, Sum* to) {
-    if constexpr (C < Count) {
-      T::finish(
-          slot<C>(set), [](int, int, auto value) __attribute__((always_inline)) { return value; },
-          [=](int p) __attribute__((always_inline)) { return to + p * T::kVectors * kLanes; });
-      store_chains<T, Size, C + 1, Count>(set, to + Size);
-    }
-  }
-
   // One register tile: Rows x Columns pixels from flat output pixel `pixel`, Channels channels.
   template <int Rows, int Columns, int Channels, class Y, class E>
   static SKIVE_NOINLINE void compute_tile(const Element* x, const Blocks& blocks, Y* y, ptrdiff_t pixel,
                                           const E& epilogue) {
     using T = Tile<Policy, Rows * Columns, Channels, Offsets<Columns>>;
-    constexpr int kChains = Group > 1 ? 1 : chain_count(Rows * Columns * T::kVectors);
+    constexpr int kChains = Group > 1 ? 1 : chain_count(T::kRegisters, Policy::kInFlight + 1);
     const auto number = [=](int p) __attribute__((always_inline)) {
       return pixel + p / Columns * shape.to_row + p % Columns * shape.to_pixel;
     };
-    ChainSet<T, Indices<kChains>> set;
-    start_chains<T, kChains>(set, blocks.bias);
-    add_blocks<T, Offsets<Columns>, Channels, kChains, 0>(set, x, blocks);
-    constexpr int kSize = Rows * Columns * T::kVectors * kLanes;
-    alignas(64) Sum others[kChains > 1 ? (kChains - 1) * kSize : 1];
-    store_chains<T, kSize, 1, kChains>(set, others);
+    Chains<Policy, T, kChains> sums;
+    sums.start(blocks.bias);
+    add_blocks<T, Offsets<Columns>, Channels, kChains, 0>(sums, x, blocks);
     const int channel = blocks.channel;
-    T::finish(
-        slot<0>(set),
+    sums.finish(
         [&](int p, int c, auto value) __attribute__((always_inline)) {
-          for (int i = 0; i < kChains - 1; ++i) {
-            value = value + load<decltype(value)::lanes>(others + i * kSize + p * T::kVectors * kLanes + c);
-          }
           return epilogue(value, number(p), channel + c);
         },
         [&](int p) __attribute__((always_inline)) { return y + number(p) * YS + channel; });

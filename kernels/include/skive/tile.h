@@ -126,9 +126,10 @@ struct Tile {
   template <int... I>
   struct Registers<Index<I...>> : Slot<I, typename Policy::template Lanes<lanes(I % kVectors)>>... {};
 
+  static constexpr int kRegisters = Pixels * kVectors;
   using EachVector = Indices<kVectors>;
   using EachPixel = Indices<Pixels>;
-  using EachRegister = Indices<Pixels * kVectors>;
+  using EachRegister = Indices<kRegisters>;
   using WeightRow = Row<EachVector>;
   using Accumulators = Registers<EachRegister>;
 
@@ -146,7 +147,7 @@ struct Tile {
   }
   // The accumulators' share above 16 bits in memory, kLanes for each; they keep 0..65535.
   struct High {
-    alignas(64) int32_t lanes[Pixels * kVectors * kLanes];
+    alignas(64) int32_t lanes[kRegisters * kLanes];
   };
   template <bool First, int... I>
   static SKIVE_INLINE void spill(Accumulators& acc, High& high, Index<I...>) {
@@ -249,6 +250,84 @@ struct Tile {
     finish_from<0>(acc, apply, at, EachVector{});
   }
 };
+
+// The sums of a tile T in Count chains, which are added at the end: a tile of few registers waits for the
+// latency of its multiply-adds otherwise. Of integers exact in any order.
+template <class Policy, class T, int Count>
+struct Chains {
+  using Element = typename T::Element;
+  using Weight = typename T::Weight;
+  using Sum = typename T::Sum;
+  using Accumulators = typename T::Accumulators;
+  using Each = Indices<Count>;
+
+  template <class>
+  struct Set;
+  template <int... C>
+  struct Set<Index<C...>> : Slot<C, Accumulators>... {};
+  Set<Each> set;
+
+  alignas(64) static constexpr Sum kZeros[T::kVectors * kLanes] = {};
+
+  template <int C>
+  SKIVE_INLINE Accumulators& chain() { return slot<C>(set); }
+
+  SKIVE_INLINE void start(const Sum* bias) { start(bias, Each{}); }
+  template <int... C>
+  SKIVE_INLINE void start(const Sum* bias, Index<C...>) {
+    (T::start(chain<C>(), C == 0 ? bias : kZeros, typename T::EachRegister{}), ...);
+  }
+
+  // As Tile::run: rows of weights go to the chains in turn.
+  template <int Length>
+  SKIVE_INLINE void run(const Element* x, const Weight* w) {
+    constexpr int kWhole = Length / T::kStep, kTurns = kWhole / Count;
+    for (int i = 0; i < kTurns; ++i, x += Count * T::kStep, w += Count * T::kRow) steps<0, Count>(x, w);
+    steps<0, kWhole % Count>(x, w);
+    constexpr int kDone = kWhole % Count * T::kStep;
+    if constexpr (Length % T::kStep != 0)
+      T::template run<Length % T::kStep, Length>(chain<Count - 1>(), x + kDone, w + kWhole % Count * T::kRow);
+  }
+  template <int C, int Last>
+  SKIVE_INLINE void steps(const Element* x, const Weight* w) {
+    if constexpr (C < Last) {
+      T::step(chain<C>(), x, w, typename T::EachPixel{});
+      steps<C + 1, Last>(Policy::opaque(x + T::kStep), w + T::kRow);
+    }
+  }
+
+  // Tile::finish of the sums of all chains.
+  template <class Apply, class At>
+  SKIVE_INLINE void finish(const Apply& apply, const At& at) {
+    constexpr int kSize = T::kRegisters * kLanes;
+    alignas(64) Sum others[Count > 1 ? (Count - 1) * kSize : 1];
+    store<1>(others);
+    T::finish(
+        chain<0>(),
+        [&](int p, int c, auto value) __attribute__((always_inline)) {
+          for (int i = 0; i < Count - 1; ++i) {
+            value = value + load<decltype(value)::lanes>(others + i * kSize + p * T::kVectors * kLanes + c);
+          }
+          return apply(p, c, value);
+        },
+        at);
+  }
+  // The chains from C on, one behind the other.
+  template <int C>
+  SKIVE_INLINE void store(Sum* to) {
+    if constexpr (C < Count) {
+      T::finish(
+          chain<C>(), [](int, int, auto value) __attribute__((always_inline)) { return value; },
+          [=](int p) __attribute__((always_inline)) { return to + p * T::kVectors * kLanes; });
+      store<C + 1>(to + T::kRegisters * kLanes);
+    }
+  }
+};
+
+// Chains of a tile of `registers` accumulators where `in_flight` multiply-adds hide the latency of one.
+constexpr int chain_count(int registers, int in_flight) {
+  return registers * 4 <= in_flight ? 4 : registers * 2 <= in_flight ? 2 : 1;
+}
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

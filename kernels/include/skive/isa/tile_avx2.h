@@ -23,6 +23,7 @@ struct F32Tile {
   static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
   // Independent multiply-adds that hide the latency of one (4 cycles, 2 per cycle).
   static constexpr int kInFlight = 11;
+  static constexpr int kChained = 0;
 
   template <int W, class = void> struct Register { using type = __m256; };
   template <class T> struct Register<4, T> { using type = __m128; };
@@ -98,6 +99,7 @@ struct IntegerTile {
   static constexpr bool kEmbeds = false;
   static constexpr int kRegisters = 16;
   static constexpr int kInFlight = 4;  // an addition of one cycle ends each step
+  static constexpr int kChained = 0;
 
   template <int R, class = void> struct Register { using type = __m256i; };
   template <class T> struct Register<4, T> { using type = __m128i; };

@@ -24,6 +24,8 @@ struct F32Tile {
   // Independent multiply-adds that must be in flight to hide the latency of one (4 cycles, 1 per
   // cycle).
   static constexpr int kInFlight = 5;
+  // Those that tiles of few registers keep in flight by several chains (tile.h); 0: sums keep their order.
+  static constexpr int kChained = 0;
 
   // L lanes, a multiple of 4, in the narrowest register that holds them: Zen 4 runs two 256-bit
   // multiply-adds in the time of one 512-bit one.
@@ -116,6 +118,7 @@ struct IntegerTile {
   static constexpr bool kEmbeds = false;
   static constexpr int kRegisters = 32;
   static constexpr int kInFlight = 5;
+  static constexpr int kChained = 8;  // two per cycle
 
   template <int L> static constexpr int width() { return L <= 4 ? 4 : L <= 8 ? 8 : 16; }
   template <int R, class = void> struct Register { using type = __m512i; };

@@ -17,6 +17,7 @@ struct F32Tile {
   static constexpr int kRegisters = 16;
   static constexpr int kInputRegisters = 1, kWeightRegisters = 1;  // of a pixel; of a vector of channels
   static constexpr int kInFlight = 8;
+  static constexpr int kChained = 0;
 
   // L lanes: always 4. A vector type of GNU C++, which every target has: SIMD where there is some,
   // four scalars otherwise. Unlike an array it stays in registers and compiles fast.
@@ -80,6 +81,7 @@ struct IntegerTile {
   static constexpr int kRegisters = 16;
   static constexpr int kInputRegisters = 2, kWeightRegisters = kStep;
   static constexpr int kInFlight = 4;
+  static constexpr int kChained = 0;
 
   typedef uint32_t Register __attribute__((vector_size(16)));
   template <int L>
