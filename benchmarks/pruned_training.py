@@ -101,7 +101,8 @@ def task(model: RealModel, data: Path, a: argparse.Namespace, part: int = 0) -> 
         kept = len(x) - len(x) // 10
         x, inputs, classes = x[:kept], x[kept:], y[kept:]
     teachers = [data / "models" / f"{name}.onnx" for name in (a.teachers or model.name).split(",")]
-    batches = Batches(x, mean_answer(teachers, x[:1]), (4, 4) if images else (2, 0), images, a.seed, epochs=a.views)
+    batches = Batches(x, mean_answer(teachers, x[:1]), (4, 4) if images else (3, 0), images, a.seed,
+                      spectra=not images, epochs=a.views)
     source = mobilenet(batches, a) if model.name == "mobilenet_cifar10" else model.path(data)
     return Task(model, source, batches, x[:: len(x) // 128][:128], inputs, classes,
                 helpers.network(source, (x[:1],)).eval())
