@@ -90,6 +90,15 @@ JOBS += [(case, NARROW[i % len(NARROW)]) for i, case in enumerate(ALL[1::2] + _S
 _FULL = [Case((1, 3, 13, 9), (lanes * n, 1, 1), block=lanes * n) for lanes in (4, 8, 16) for n in (1, 2, 4)]
 JOBS += [(case, kind) for i, case in enumerate(_FULL) for kind in NARROW[i % 2 : 4 : 2]]
 
+# Tiles of few registers, whose long sums are those of several chains: ends of steps and of turns, rows of taps.
+_CHAINED = [
+    Case((1, 1, 1, 640), (32, 1, 1)),
+    Case((1, 1, 1, 151), (16, 1, 1)),
+    Case((1, 1, 3, 257), (20, 1, 1)),
+    Case((1, 4, 1, 134), (12, 3, 1), xs=2),
+]
+JOBS += [(case, kind) for case in _CHAINED for kind in (U8, I16, NARROW[1])]
+
 JOBS += [(case, WIDE[i % len(WIDE)]) for i, case in enumerate(c for c in ALL if not isinstance(c, Transposed))]
 JOBS += [(Case((1, 4, 30, 2048), (20, 1, 1)), kind) for kind in WIDE]
 # Without a border, which only zeros allow.
