@@ -15,8 +15,8 @@ one round (`skive.bench`), outputs bound once, float32 in and out. A peer's conf
                              torch module that NAME.onnx was exported from
 
 `err` is the relative L2 distance of the output from onnxruntime's float32. An INT8 row whose error is more
-than 0.1 and 2.5 times the median of its network is marked `!` and wins nothing. `skive-sparse` has three quarters
-of its weights zero, in blocks and without training: for times only. `ratio` is the time of the
+than 0.1 and 2.5 times the median of its network is marked `!` and wins nothing. `skive-block4x16` and
+`-block4x32` have three quarters of their weights zero, without training: for times only. `ratio` is the time of the
 fastest peer by that of skive-int8, the median over rounds; `limit` the share of what the machine can do:
 the time that all multiply-adds take at the measured peak, or reading the packed weights, the input and the
 output once from where they fit, whichever is longer, by the fastest call.
@@ -130,7 +130,7 @@ ENGINES = {
     "skive-int16": Engine("skive", "", (), _skive("int16")),
     "skive-float32": Engine("skive", "", (), _skive("float32")),
     "skive-auto": Engine("skive", "", (), _skive("auto")),
-    "skive-sparse": Engine("skive", "", (), _skive("int8", "block4x16@0.75")),
+    **{f"skive-block4x{n}": Engine("skive", "", (), _skive("int8", f"block4x{n}@0.75")) for n in (16, 32)},
     "onnxruntime-qdq": Engine("onnxruntime", ".onnx", ("onnxruntime",), _onnxruntime()),
     "onnxruntime-qop": Engine("onnxruntime", ".onnx", ("onnxruntime",), _onnxruntime(operators=True)),
     "onnxruntime-dynamic": Engine(
@@ -140,7 +140,8 @@ ENGINES = {
     "openvino-qdq": Engine("openvino", ".onnx", ("onnxruntime", "openvino"), _onnxruntime()),
     "executorch": Engine("executorch", ".pte", ("executorch",), _executorch),
 }
-DEFAULT = [e for e in ENGINES if e not in ("skive-auto", "skive-sparse")]
+SPARSE = tuple(e for e in ENGINES if e.startswith("skive-block"))
+DEFAULT = [e for e in ENGINES if e not in ("skive-auto", *SPARSE)]
 PEERS = [e for e in ENGINES if not e.startswith("skive")]
 
 
@@ -183,7 +184,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> None:
     """Sets `wrong` of every row: a fast wrong answer must not win. See the text above."""
     lossy = sorted(r["err"] for r in rows if "err" in r and r["engine"] in ("skive-int8", *PEERS))
     for r in rows:
-        if r["engine"] == "skive-sparse":  # weights were taken away: another network
+        if r["engine"] in SPARSE:  # weights were taken away: another network
             r["wrong"] = False
         elif "err" in r:
             eight = r["engine"] in ("skive-int8", "skive-auto", *PEERS)
