@@ -53,15 +53,23 @@ BLOCKS_WIDE: dict[tuple[str, bool], tuple[float, dict[int, Costs]]] = {
 }
 BLOCKS_WIDE["avx512vnni", False] = BLOCKS_WIDE["avx512", False]
 
-# The same with `--rows`, of spmm.h by the output channels that read the same inputs: as long as the turned inputs fit
-# the first cache, and where they do not. An output costs ROWS_OUTPUT and ROWS_TURN for each input channel that is
-# turned for it.
-ROWS: dict[str, dict[int, tuple[float, float]]] = {
-    "avx512": {1: (1.45, 2.1), 2: (1.1, 1.22), 4: (1.03, 1.06)},
-    "avx2": {1: (1.6, 2.4), 2: (1.2, 1.35)},
-    "generic": {1: (0.7, 0.95), 4: (0.65, 0.85)},
+
+class RowsCosts(NamedTuple):
+    """What spmm.h costs in the same unit (`--rows`): an output `output`, and `turn` for each input channel that is
+    turned for it; a multiply-add, by the output channels that read the same inputs, `kept` as long as the turned inputs
+    fit the first cache, and where they do not."""
+
+    output: float
+    turn: float
+    kept: dict[int, tuple[float, float]]
+
+
+ROWS = {
+    "avx512": RowsCosts(10, 5, {1: (1.45, 2.1), 2: (1.1, 1.22), 4: (1.03, 1.06)}),
+    "avx2": RowsCosts(10, 5, {1: (1.6, 2.4), 2: (1.2, 1.35)}),
+    "generic": RowsCosts(10, 5, {1: (0.7, 0.95), 4: (0.65, 0.85)}),
 }
-ROWS_OUTPUT, ROWS_TURN = 10, 5
+ROWS_WIDE = {"avx512": RowsCosts(16, 11, {1: (1.8, 2.8), 2: (1.25, 1.75), 4: (1.1, 1.25)})}
 ROWS_CACHE = 32 * 1024
 WINOGRAD = {1: 3.0, 2: 1.5}  # times as fast as the direct kernel, by stride, from 64 channels on
 
@@ -191,9 +199,10 @@ def _candidates(node: Node, target: Target, winograd: bool) -> Iterator[Choice]:
         if math.prod(image[:3]) < target.lanes:
             return
         far = channels * 4 * sparse_weights.rows_chunk(target.lanes) > ROWS_CACHE
-        for together, cost in ROWS[target.vectors].items():
+        rows = (ROWS | ROWS_WIDE if _wide() else ROWS)[target.vectors]
+        output = rows.output + rows.turn * channels / oc
+        for together, cost in rows.kept.items():
             left = float(sparse_weights.kept_places(weights, together, 1).mean()) * length
-            output = ROWS_OUTPUT + ROWS_TURN * channels / oc
             yield Choice("sparse_rows", together, 1, left / length, dense / (left * cost[far] + output))
 
 

@@ -219,6 +219,22 @@ def test_blocks_of_one_register_save_less_where_they_wait_for_loads(monkeypatch:
     assert speedups(32) == pytest.approx(half_rate, rel=0.05)
 
 
+def test_single_weights_need_more_zeros_where_they_wait_for_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They broke even at three quarters on Zen 5 where the costs of Zen 4 promised 1.3 times at half."""
+    w = np.random.default_rng(0).standard_normal((96, 1, 1, 96)).astype(np.float32)
+    x = ops.make("input", shape=(1, 14, 14, 96), dtype=DType.f32, label="x")
+
+    def refused(fraction: float) -> bool:
+        left = constant(w * sparsity.mask(w, "1x1", fraction))
+        choice = sparse_choice(ops.make("conv2d", x, left), TARGETS["avx512"])
+        assert choice is not None and choice.kernel == "sparse_rows"
+        return choice.refused is not None
+
+    assert not refused(0.6) and not refused(0.9)
+    monkeypatch.setattr(lower_sparse, "_wide", lambda: True)
+    assert refused(0.6) and not refused(0.9)
+
+
 def test_the_report_names_every_layer_with_zeros() -> None:
     graph, _ = sparsity.apply(network(), Sparsify("block4x16", 0.75))
     found = {x["name"]: x for x in sparse_layers(graph, TARGETS["avx512vnni"])}
