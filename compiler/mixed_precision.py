@@ -234,7 +234,9 @@ class Search:
                     for v in g.sources:
                         if v not in quantizer.storage.stored:
                             continue  # operands of attention, which has no kernel of 16 bits, stay float32
-                        terms[place[v]] = quantizer.format_of(v).real(values[v]) - values[v]
+                        offset = quantizer.offset_of(v)
+                        stored = values[v] if offset is None else values[v] + offset
+                        terms[place[v]] = quantizer.format_of(v).real(stored) - stored
                     for p in g.products:
                         terms[place_of_sum[p]] = np.ascontiguousarray(values[p, d], np.float32)
                     got = network([*sample, *terms])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import skive
-from skive import ops
+from skive import _native, ops, quantization
 from skive.errors import QuantizationError
 from skive.ir import Graph, Node, constant
-from skive.mixed_precision import BINS, knapsack
+from skive.mixed_precision import BINS, Search, knapsack
 from skive.passes.quantize import Quantizer, Scheme, Storage
+from skive.targets.base import resolve
 from skive.types import DType
 
 
@@ -160,3 +162,27 @@ def test_roundings_may_go_either_way_only_behind_float_contractions() -> None:
     got = want.copy()
     got.flat[3] += 0.05  # one integer off, and no contraction to blame
     assert not check.flips_alike(moved, inputs, [(got, want)])
+
+
+def test_uniform_parts_make_no_noise_where_they_are_stored_exactly(tmp_path: Path) -> None:
+    """Most of the image is a border of one colour, which offsets of the channels make exact."""
+    rng = np.random.default_rng(0)
+    x = ops.make("input", shape=(1, 32, 32, 4), dtype=DType.f32, label="x", origin="x")
+    w = constant(rng.standard_normal((16, 1, 1, 4)).astype(np.float32) / 2)
+    a = ops.make("silu", ops.make("conv2d", x, w, origin="a", label="a"), origin="a", label="a_silu")
+    exact = rng.integers(-127, 128, (8, 1, 1, 16)).astype(np.float32)
+    exact[..., 0] = 127  # weights that rounding leaves as they are
+    b = ops.make("conv2d", a, constant(exact / 512), origin="b", label="b")
+    graph = Graph("net", (x,), (b,), ("y",))
+    samples = np.full((6, 1, 32, 32, 4), 0.37, np.float32)
+    samples[:, :, 12:14] = rng.standard_normal((6, 1, 2, 32, 4)) * 3
+    options = skive.Quantize("auto", calibration=samples, equalise=False)
+    known = quantization.calibrated(graph, options, lambda step, fraction: None, "host")
+    assert known.flat
+    search = Search(graph, known, options, resolve("host", _native.cpu_features()), 1, tmp_path)
+    search.uniform("float32")
+    [group] = [i for i, g in enumerate(search.groups) if g.products[0].name == "b"]
+    with_offset = search.sensitivities()[group, 1]
+    search.formats["int8"]._offsets.clear()
+    shutil.rmtree(tmp_path / "disturbed")
+    assert search.sensitivities()[group, 1] > 2 * with_offset > 0
