@@ -11,6 +11,7 @@
 #include <pybind11/pybind11.h>
 #include <structmember.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -486,12 +487,18 @@ py::object call(Library& lib, PyObject* const* args, size_t positional, PyObject
 }
 
 // The outputs of the exit that each sample took. A network has several exits and most outputs are
-// a few numbers: an array (60 ns) is made of what is returned, the rest is written to the stack.
+// a few numbers: an array (60 ns) is made of what is returned, the rest is written to the stack. The
+// last input, the thresholds, comes first: a functools.partial holds it.
 py::object call_taken(Library& lib, PyObject* const* args, size_t positional) {
   if (lib.ways.empty()) throw py::type_error(lib.name + ": has no ways to take");
+  Small<PyObject*> given(positional);
+  if (positional > 0) {
+    std::copy(args + 1, args + positional, given.data());
+    given[positional - 1] = args[0];
+  }
   Small<const void*> in(lib.inputs.size());
   Small<py::object> copies(lib.inputs.size());
-  const int batch = bind_arguments(lib, args, positional, nullptr, in.data(), copies);
+  const int batch = bind_arguments(lib, given.data(), positional, nullptr, in.data(), copies);
 
   const size_t count = lib.outputs.size();
   alignas(64) unsigned char stack[4096];
@@ -761,7 +768,8 @@ void add_artifact_type(py::module_& m) {
       {"call_into", artifact_call_into, METH_VARARGS,
        "call_into(inputs, outputs): runs the artefact and writes its results into `outputs`."},
       {"taken", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(artifact_taken)),
-       METH_FASTCALL, "taken(*inputs): the outputs of the way that each sample took."},
+       METH_FASTCALL,
+       "taken(last, *inputs): the outputs of the way that each sample took; the last input first."},
       {nullptr, nullptr, 0, nullptr}};
   static PyGetSetDef properties[] = {
       {"path", artifact_path, nullptr, "The shared library.", nullptr},

@@ -53,8 +53,11 @@ class Artifact:
     def __call__(
         self, *inputs: np.ndarray[Any, Any], **named: np.ndarray[Any, Any]
     ) -> np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], ...]: ...
-    def taken(self, /, *inputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], ...]:
-        """The outputs of the way that each sample took, in the order of the samples."""
+    def taken(
+        self, last: np.ndarray[Any, Any], /, *inputs: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any] | tuple[np.ndarray[Any, Any], ...]:
+        """The outputs of the way that each sample took, in the order of the samples. The last input, which
+        thresholds are, comes first, so that `functools.partial` can hold it."""
 
     def call_into(
         self, inputs: Sequence[np.ndarray[Any, Any]], outputs: Sequence[np.ndarray[Any, Any]], /

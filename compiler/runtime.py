@@ -6,6 +6,7 @@ Importing and running this needs numpy and the native loader only, neither onnx 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 import sys
@@ -80,6 +81,7 @@ class Module:
         self._names = [p.name for p in self.inputs]
         self._call: Any
         self._call_exits: Any
+        self._answer: Callable[..., Any]
         try:
             self.exits, self._thresholds = exit_calls.read(self.manifest, [p.name for p in self.outputs])
             self._limits = exit_calls.given(self.exits, self._thresholds)
@@ -95,6 +97,7 @@ class Module:
             from skive.tvm_calls import Stages
 
             self._call, self._call_exits = (Stages(self.folder, self.manifest, e) for e in (False, True))
+            self._bind()
             return
         library = self.folder / f"lib{name}.so"
         if not library.exists():
@@ -115,6 +118,7 @@ class Module:
             raise TargetError(f"{library} cannot be loaded: {e}") from None
         except ValueError as e:
             raise InvalidModelError(f"{self.folder / MANIFEST} is damaged: {e}") from None
+        self._bind()
 
     def export_onnx(self, path: str | Path) -> None:
         """Writes the optimised, pruned, quantized graph as ONNX, with QuantizeLinear and DequantizeLinear where
@@ -130,13 +134,16 @@ class Module:
         those of the exit that each sample took."""
         if not named:
             try:
-                return self._taken(*args) if self.exits else self._call(*args)
+                return self._answer(*args)
             except (TypeError, ValueError):
                 pass  # not plain matching arrays: the careful path below says what is wrong
-        return self._careful(args, named, self._taken if self.exits else self._call)
+        return self._careful(args, named, self._answer)
 
-    def _taken(self, *arrays: np.ndarray) -> Any:
-        return self._call_exits.taken(*arrays, self._limits)
+    def _bind(self) -> None:
+        """Makes calls leave by the thresholds as they are now."""
+        self._limits = exit_calls.given(self.exits, self._thresholds)
+        # What a call runs, ready to be called: a network may take less time than a few lines of Python.
+        self._answer = functools.partial(self._call_exits.taken, self._limits) if self.exits else self._call
 
     def run(self, *args: Any, **named: Any) -> exit_calls.Result:
         """A call with what it cost: `.outputs` as a call gives them, and for each sample `.exit`, the index of the exit
@@ -172,7 +179,7 @@ class Module:
     @thresholds.setter
     def thresholds(self, new: Mapping[str, float]) -> None:
         self._thresholds = exit_calls.changed(self.exits, self._thresholds, new)
-        self._limits = exit_calls.given(self.exits, self._thresholds)
+        self._bind()
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
         """Runs on C-contiguous arrays of the declared types and writes the results into `outputs`:

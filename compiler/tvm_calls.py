@@ -91,9 +91,9 @@ class Stages:
         results = [*outputs, exits] if self._with_exits else outputs
         return results[0] if len(results) == 1 else tuple(results)
 
-    def taken(self, *arrays: np.ndarray) -> Any:
+    def taken(self, thresholds: np.ndarray, *arrays: np.ndarray) -> Any:
         """The outputs of the exit that each sample took."""
-        *values, exits = self(*arrays)
+        *values, exits = self(*arrays, thresholds)
         return exit_calls.taken(self._ways, values, exits)
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:

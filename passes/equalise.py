@@ -40,6 +40,8 @@ FLOOR, JOINED_FLOOR = 2.0**-8, 0.25
 HEADROOM = {1: 1.2, 2: 2.0}
 WORTH = {1: 0.6, 2: 0.2}  # the noise power that must be left at most, as a share
 MULTIPLIED = 0.7  # times that, for factors which need a multiplication of their own
+# An average or maximum of this many places is so much smaller that multiplying it costs nothing.
+SUMMARY = 8
 # A scale of 16 bits is a power of two, and a range rarely is: one factor for all channels makes it fill the
 # integers, where it costs nothing and brings more than this (0.5 dB).
 FILLS = 1.06
@@ -70,12 +72,14 @@ class Shared:
 
     `start`: where the channels of each value begin among those of all. `readers`: for each contraction that reads
     them [IC] which of these channels each of its own is, -1 for one that stays as it is; `resized`: the same of other
-    sizes of them. `joined`: the concatenations. `beside`: the largest magnitude known of what they join and stays.
+    sizes of them; `summaries`: of averages and maxima that elementwise work reads. `joined`: the concatenations.
+    `beside`: the largest magnitude known of what they join and stays.
     """
 
     start: dict[Node, int] = field(default_factory=dict)
     readers: dict[Node, np.ndarray] = field(default_factory=dict)
     resized: dict[Node, np.ndarray] = field(default_factory=dict)
+    summaries: dict[Node, np.ndarray] = field(default_factory=dict)
     joined: set[Node] = field(default_factory=set)
     beside: float = 0.0
 
@@ -86,17 +90,18 @@ class Shared:
 
 @dataclass
 class _Read:
-    """What reads the channels of a value: contractions, and on the way there other sizes of it, both with the first
-    of their channels that is one of the value's, and concatenations."""
+    """What reads the channels of a value: contractions, and on the way there other sizes of it, averages and maxima
+    that elementwise work reads, all with the first of their channels that is one of the value's, and concatenations."""
 
     products: list[tuple[Node, int]] = field(default_factory=list)
     resized: list[tuple[Node, int]] = field(default_factory=list)
+    summaries: list[tuple[Node, int]] = field(default_factory=list)
     joined: list[Node] = field(default_factory=list)
 
 
 def _read(storage: Storage, value: Node) -> _Read | None:
-    """What reads `value`: contractions, directly or through window maxima, resizing and concatenations of channels;
-    None if anything else does."""
+    """What reads `value`: contractions, directly or through window maxima, resizing and concatenations of channels,
+    and elementwise work its averages and maxima over many places; None if anything else does."""
     found = _Read()
     graph, todo = storage.graph, [(value, 0)]
     while todo:
@@ -109,6 +114,8 @@ def _read(storage: Storage, value: Node) -> _Read | None:
                 found.joined.append(user)
                 widths = np.cumsum([0, *(i.shape[-1] for i in user.inputs)])
                 todo += [(user, first + int(widths[k])) for k, i in enumerate(user.inputs) if i is node]
+            elif _is_summary(graph, user):
+                found.summaries.append((user, first))
             elif user.op in ("max_pool2d", "resize2d") and user in storage.stored:
                 found.resized += [(user, first)] if user.op == "resize2d" else []
                 todo.append((user, first))
@@ -119,6 +126,17 @@ def _read(storage: Storage, value: Node) -> _Read | None:
             else:
                 return None
     return found if found.products else None
+
+
+def _is_summary(graph: Graph, node: Node) -> bool:
+    """True for averages and maxima over many places of the channels of an image, if only elementwise work on a few
+    values or on what joins them reads them: there factors are taken back for next to nothing."""
+    if node.op not in ("max_pool2d", "avg_pool2d", "reduce_mean") or node.inputs[0].type.rank != 4:
+        return False
+    if node.op == "reduce_mean" and any(a % 4 in (0, 3) for a in node.attrs["axes"]) or graph.is_output(node):
+        return False
+    many = node.inputs[0].type.size >= SUMMARY * node.type.size
+    return many and all(is_elementwise(u) or u.op == "concat" for u in graph.users[node])
 
 
 def _shared(storage: Storage, read: Mapping[Node, _Read], channels: Mapping[Node, Channels]) -> list[Shared]:
@@ -135,7 +153,8 @@ def _shared(storage: Storage, read: Mapping[Node, _Read], channels: Mapping[Node
     for shared in found:
         for value, start in shared.start.items():
             shared.joined |= {*read[value].joined}
-            for places, reached in ((shared.readers, read[value].products), (shared.resized, read[value].resized)):
+            for places, reached in ((shared.readers, read[value].products), (shared.resized, read[value].resized),
+                                    (shared.summaries, read[value].summaries)):
                 for node, first in reached:
                     place = places.setdefault(node, np.full(node.inputs[0].shape[-1], -1))
                     place[first : first + value.shape[-1]] = start + np.arange(value.shape[-1])
@@ -244,6 +263,7 @@ def equalised(
     even: set[Node] = set()
     rows: dict[Node, np.ndarray] = {}  # producer -> factors of its output channels
     columns: dict[Node, np.ndarray] = {}  # product -> factors of its input channels
+    undone: dict[Node, np.ndarray] = {}  # summary -> factors of its channels
     read: dict[Node, _Read] = {}
     for value in storage.sources:
         known = channels.get(value)
@@ -289,6 +309,8 @@ def equalised(
             even |= {*makers, *shared.resized}
         for r, place in shared.readers.items():
             columns[r] = _at(place, chosen, 1.0)
+        for n, place in shared.summaries.items():
+            undone[n] = _at(place, chosen, 1.0)
     if not factors:
         return Equalised(graph, {n: n for n in graph.nodes})
     new: dict[Node, Node] = {}
@@ -299,6 +321,9 @@ def equalised(
             new[node] = ops.make(node.op, *inputs, origin=node.origin, label=node.name, **node.attrs)
         else:
             new[node] = rebuilt(node, tuple(inputs))
+        if node in undone:
+            by = constant((1 / undone[node]).astype(np.float32), origin=node.origin)
+            new[node] = ops.make("mul", new[node], by, origin=node.origin)
         if node in explicit:
             by = constant(factors[node].astype(np.float32), origin=node.origin)
             new[node] = ops.make("mul", new[node], by, origin=node.origin)

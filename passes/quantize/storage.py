@@ -114,8 +114,10 @@ class Storage:
             u in self.stored and node.type.size * SMALL > u.type.size for u in passed)
 
     def _is_summary(self, node: Node) -> bool:
-        """True for averages over many values, maxima beside them and what joins them: elementwise work, such as a
-        normalisation that enlarges small differences, reads them unrounded."""
+        """True for averages over many values, maxima beside them, their multiples and what joins them: elementwise
+        work, such as a normalisation that enlarges small differences, reads them unrounded."""
+        if node.op == "mul" and node.inputs[1].is_const:
+            return self._is_summary(node.inputs[0])
         if node.op in SUMS or node.op == "max_pool2d":
             return node.inputs[0].type.size >= AVERAGED * node.type.size
         return node.op in MOVES - {"expand", "pad"} and all(self._is_summary(i) for i in node.inputs)

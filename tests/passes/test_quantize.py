@@ -289,6 +289,28 @@ def test_only_elementwise_values_are_multiplied() -> None:
     assert all(n in moved for n in Storage(result.graph).sources)
 
 
+@pytest.mark.parametrize(("window", "normalised"), [(4, True), (4, False), (2, True)])
+def test_averages_and_maxima_take_factors_back(window: int, normalised: bool) -> None:
+    """An exit's head reads few values made of many: multiplying them costs nothing, multiplying a quarter would."""
+    a = relu(conv(image(1, 8, 8, 3), 8, name="a"))
+    both = (ops.make(op, a, kernel=(window, window), stride=(window, window), origin=op, label=op)
+            for op in ("avg_pool2d", "max_pool2d"))
+    joined = ops.make("concat", *both, axis=3, origin="joined")
+    features = ops.make("reshape", joined, shape=(1, joined.type.size), origin="features")
+    if normalised:
+        features = ops.make("mul", features, normal(joined.type.size), origin="normalised")
+    head = ops.make("linear", features, normal(4, joined.type.size), origin="fc")
+    graph = graph_of(conv(a, 4, name="p"), head)
+    spread = np.float64([1, 2, 4, 8, 16, 32, 64, 100])
+    result = equalised(graph, Storage(graph), {a: Channels(spread, spread**2 / 9)})
+    verify(result.graph)
+    assert set(result.factors) == ({a} if window == 4 else set())
+    moved = set(result.node.values())
+    assert all(n in moved for n in Storage(result.graph).sources)  # nothing is stored that was not observed
+    for got, want in zip(*(evaluate_graph(h, random_inputs(graph)) for h in (result.graph, graph)), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_joined_values_are_balanced_together() -> None:
     """Also where one of them, or all, are read at another size, by another contraction; what comes from a rectifier is
     not, nor what a sum reads, too."""

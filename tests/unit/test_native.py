@@ -246,6 +246,17 @@ def test_the_outputs_of_the_way_that_was_taken(library: Path, batch_max: int) ->
         leave.taken()
 
 
+def test_the_last_input_comes_first_where_ways_are_taken(library: Path) -> None:
+    """Thresholds are the last: a functools.partial holds them."""
+    leave = Artifact(library, "leave", [("x", (1, 2), "f32"), ("limits", (3,), "f32")],
+                     [*((f"y{o}", (1, 1000 if o % 2 else 3), "f32") for o in range(6)), ("taken", (1,), "i32")], 64, 0,
+                     ways=[(0,), (2,)])
+    x, limits = np.array([[1, 7]], np.float32), np.zeros(3, np.float32)
+    assert leave.taken(limits, x).tolist() == [[200, 200, 200]]
+    with pytest.raises(ValueError, match="input 'x'"):
+        leave.taken(x, limits)
+
+
 def test_samples_of_a_batch_take_different_ways(library: Path) -> None:
     ways = [(0, 1), (4, 3), (2, 5), (0, 3)]  # outputs may be those of several ways
     leave = leaving(library, 4, ways)
