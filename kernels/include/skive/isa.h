@@ -59,9 +59,18 @@ struct Part {
   int count = 1;
 };
 
-// Bounds [begin, end) of this part's share of `n` work items.
-SKIVE_INLINE ptrdiff_t part_begin(ptrdiff_t n, Part p) { return n * p.index / p.count; }
-SKIVE_INLINE ptrdiff_t part_end(ptrdiff_t n, Part p) { return n * (p.index + 1) / p.count; }
+// Bounds [begin, end) of this part's share of `n` work items. The whole is not divided: a 64-bit
+// division takes 10 to 90 cycles, and a small network runs a hundred kernels in as many thousand.
+SKIVE_INLINE ptrdiff_t part_begin(ptrdiff_t n, Part p) {
+  return p.index == 0 ? 0 : n * p.index / p.count;
+}
+SKIVE_INLINE ptrdiff_t part_end(ptrdiff_t n, Part p) {
+  return p.index + 1 == p.count ? n : n * (p.index + 1) / p.count;
+}
+// Whether `parts` workers share out `a` items as evenly as `b`: by the largest share, as a part of all.
+SKIVE_INLINE bool shared_as_evenly(ptrdiff_t a, ptrdiff_t b, int parts) {
+  return parts == 1 || (a + parts - 1) / parts * b <= (b + parts - 1) / parts * a;
+}
 
 }  // namespace SKIVE_ISA
 }  // namespace skive

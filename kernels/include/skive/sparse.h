@@ -320,7 +320,7 @@ struct sparse_conv2d {
                   Part part, const E& epilogue) {
     // Workers share out the strips, or the blocks of channels where that is the more even split.
     constexpr int kAllStrips = shape.images * kStrips;
-    const bool by_strip = share_cost(kAllStrips, part.count) <= share_cost(kGroups, part.count);
+    const bool by_strip = shared_as_evenly(kAllStrips, kGroups, part.count);
     const Part whole;
     const int s0 = static_cast<int>(part_begin(kAllStrips, by_strip ? part : whole));
     const int s1 = static_cast<int>(part_end(kAllStrips, by_strip ? part : whole));
@@ -348,11 +348,6 @@ struct sparse_conv2d {
       }
       s += end - begin;
     }
-  }
-
-  // Largest share of n items over `parts` workers, in thousandths of an even one.
-  static constexpr int share_cost(int n, int parts) {
-    return static_cast<int>(1000LL * div_up(n, parts) * parts / n);
   }
 };
 

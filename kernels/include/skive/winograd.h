@@ -186,7 +186,7 @@ struct winograd2d {
                   Part part, const E& epilogue) {
     // Workers share out groups of tiles, or blocks of channels where that is the more even split.
     const Part whole;
-    const bool by_tiles = share(kGroups, part.count) * kBlocks <= share(kBlocks, part.count) * kGroups;
+    const bool by_tiles = shared_as_evenly(kGroups, kBlocks, part.count);
     const int g1 = static_cast<int>(part_end(kGroups, by_tiles ? part : whole));
     const int b0 = static_cast<int>(part_begin(kBlocks, by_tiles ? whole : part));
     const int b1 = static_cast<int>(part_end(kBlocks, by_tiles ? whole : part));
@@ -210,9 +210,6 @@ struct winograd2d {
   }
 
  private:
-  // Largest share of `items` that one of `parts` workers gets.
-  static constexpr int share(int items, int parts) { return (items + parts - 1) / parts; }
-
   struct Place {
     int n, h, w;  // image, and the tile's first output row and column
   };
