@@ -266,6 +266,64 @@ def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]
     return _kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
 
 
+def _hypot(x: Tensor, y: Tensor) -> Tensor:
+    """Squares of the quotient neither overflow nor vanish."""
+    x, y = torch.broadcast_tensors(x.abs(), y.abs())
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    ratio = torch.where(small == large, torch.ones_like(large), small / large)
+    return large * torch.sqrt(1 + ratio * ratio)
+
+
+def _copysign(x: Tensor, y: Tensor | float) -> Tensor:
+    if not isinstance(y, Tensor):
+        return -x.abs() if math.copysign(1, y) < 0 else x.abs()
+    negative = (y < 0) | (y == 0) & (1 / y < 0)  # -0, too
+    return torch.where(negative, -x.abs(), x.abs())
+
+
+def _scanned(x: tuple[Tensor, ...], dim: int, join: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """`x` joined with all before it along `dim` in log2(n) steps (Hillis, Steele: Data Parallel Algorithms, 1986)."""
+    step, length = 1, x[0].shape[dim] if x[0].dim() else 1
+    while step < length:
+        joined = join([t.narrow(dim, 0, length - step) for t in x], [t.narrow(dim, step, length - step) for t in x])
+        x = tuple(torch.cat([t.narrow(dim, 0, step), j], dim) for t, j in zip(x, joined, strict=True))
+        step *= 2
+    return x
+
+
+def _extreme_so_far(beats: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, int], tuple[Tensor, ...]]:
+    """cummax and cummin: (values, places), of equal ones the last place; a NaN stays."""
+    def join(before: list[Tensor], behind: list[Tensor]) -> tuple[Tensor, ...]:
+        taken = beats(behind[0], before[0]) | (behind[0] != behind[0])
+        return tuple(torch.where(taken, b, a) for a, b in zip(before, behind, strict=True))
+
+    def make(x: Tensor, dim: int) -> tuple[Tensor, ...]:
+        along = [1] * x.dim()
+        if x.dim():
+            along[dim] = -1
+        places = torch.arange(x.shape[dim] if x.dim() else 1, device=x.device).reshape(along).expand(x.shape)
+        return _scanned((x, places), dim, join)
+
+    return make
+
+
+def _cumprod(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    x = x.to(dtype or (x.dtype if x.is_floating_point() else torch.int64))
+    return _scanned((x,), dim, lambda before, behind: (before[0] * behind[0],))[0]
+
+
+def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
+    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return torch.linalg.vector_norm(x[first] - x[second], p, -1)
+
+
+def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
+    """The n-th place of the mask takes the n-th value of the source; a source that is too short gives its last."""
+    x, mask = torch.broadcast_tensors(x, mask)
+    turn = torch.cumsum(mask.reshape(-1).to(torch.int64), 0).clamp(1, source.numel()) - 1
+    return torch.where(mask, source.reshape(-1)[turn].reshape(mask.shape), x)
+
+
 def _each(v: list[int] | int, axes: int) -> list[int]:
     values = [v] if isinstance(v, int) else list(v)
     return values * axes if len(values) == 1 else values
@@ -369,6 +427,11 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.atan2.default: (_atan2, _always), aten.angle.default: (_angle, _always),
     aten.cdist.default: (_cdist, _always), aten.searchsorted.Tensor: (_searchsorted, _always),
     aten.kthvalue.default: (_kthvalue, _always), aten.median.dim: (_median, _always),
+    aten.hypot.default: (_hypot, _always), aten.masked_scatter.default: (_masked_scatter, _always),
+    aten.copysign.Tensor: (_copysign, _always), aten.copysign.Scalar: (_copysign, _always),
+    aten.cummax.default: (_extreme_so_far(torch.ge), _always),
+    aten.cummin.default: (_extreme_so_far(torch.le), _always),
+    aten.cumprod.default: (_cumprod, _always), aten.pdist.default: (_pdist, _always),
     aten.rrelu.default: (_rrelu, _always),
     aten.squeeze.dim: (_squeeze, _keeps), aten.squeeze.dims: (_squeeze, _keeps),
     aten.scatter_add.default: (_scatter_add, _unlike),

@@ -246,6 +246,11 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "seeing": [F.scaled_dot_product_attention(image, image, image, m) for m in (None, image[0, :, :, :7])],
         "distances": (torch.cdist(x, x[:3] + 1), torch.cdist(image[0], image[0, :, :2], p=1.0)),
         "order": (torch.median(x, 1), torch.kthvalue(x, 2, 0, keepdim=True), torch.median(x[:, :1], 0)),
+        "so far": [f(t, d) for f in (torch.cummax, torch.cummin, torch.cumprod)
+                   for t, d in ((x.round(), 0), (i % 5, 1), (image, -2), (x[:1], 0), (image.mean(), 0))],
+        "lengths": (torch.hypot(x, x[:1] * 1e25), torch.hypot(x * 0, x[:, :1] * 1e-30), F.pdist(x), F.pdist(x, 1.0)),
+        "signs": (torch.copysign(x, x.round() * -1), torch.copysign(x, -0.0), torch.copysign(x, 2.0)),
+        "put": (x.masked_scatter(mask, x.sin().T), image.masked_scatter(image[:, :1] > 0, image + 1)),
         "bounds": [torch.searchsorted(torch.sort(s, -1)[0], x, right=r, out_int32=r) for s in (x[0], x + 0.1)
                    for r in (False, True)],
         "phases": (torch.atan2(x.round() + 0.0, i.to(x.dtype) - 20), torch.atan2(x.abs() * 0, -x.abs()), x.angle(),
