@@ -274,6 +274,11 @@ def _hypot(x: Tensor, y: Tensor) -> Tensor:
     return large * torch.sqrt(1 + ratio * ratio)
 
 
+def _number(extreme: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """fmax and fmin: of a NaN and a number, the number."""
+    return lambda x, y: torch.where(x != x, y, torch.where(y != y, x, extreme(x, y)))
+
+
 def _copysign(x: Tensor, y: Tensor | float) -> Tensor:
     if not isinstance(y, Tensor):
         return -x.abs() if math.copysign(1, y) < 0 else x.abs()
@@ -427,6 +432,7 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.atan2.default: (_atan2, _always), aten.angle.default: (_angle, _always),
     aten.cdist.default: (_cdist, _always), aten.searchsorted.Tensor: (_searchsorted, _always),
     aten.kthvalue.default: (_kthvalue, _always), aten.median.dim: (_median, _always),
+    aten.fmax.default: (_number(torch.maximum), _always), aten.fmin.default: (_number(torch.minimum), _always),
     aten.hypot.default: (_hypot, _always), aten.masked_scatter.default: (_masked_scatter, _always),
     aten.copysign.Tensor: (_copysign, _always), aten.copysign.Scalar: (_copysign, _always),
     aten.cummax.default: (_extreme_so_far(torch.ge), _always),

@@ -249,6 +249,7 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "so far": [f(t, d) for f in (torch.cummax, torch.cummin, torch.cumprod)
                    for t, d in ((x.round(), 0), (i % 5, 1), (image, -2), (x[:1], 0), (image.mean(), 0))],
         "lengths": (torch.hypot(x, x[:1] * 1e25), torch.hypot(x * 0, x[:, :1] * 1e-30), F.pdist(x), F.pdist(x, 1.0)),
+        "numbers": (torch.fmax(torch.log(x), x[:1]), torch.fmin(x, torch.log(x.sin())), torch.fmax(i, i.T[:1, :6])),
         "signs": (torch.copysign(x, x.round() * -1), torch.copysign(x, -0.0), torch.copysign(x, 2.0)),
         "put": (x.masked_scatter(mask, x.sin().T), image.masked_scatter(image[:, :1] > 0, image + 1)),
         "bounds": [torch.searchsorted(torch.sort(s, -1)[0], x, right=r, out_int32=r) for s in (x[0], x + 0.1)
