@@ -125,7 +125,7 @@ class Plan:
 
 MODELS = {
     "resnet20": Plan(resnet20, ("layer2.0", "layer3.0"), 32, 2, (4, 4), True, 1.5e-3),
-    "dscnn": Plan(dscnn, ("blocks.0", "blocks.1"), 0, (1, 5), (3, 0), False, 2e-3, epochs=500, hidden=32,
+    "dscnn": Plan(dscnn, ("blocks.0", "blocks.1"), 0, (1, 5), (3, 0), False, 2e-3, epochs=500, hidden=16,
                   temperature=2.0, parts=4, folds=KEYWORD_FOLDS),
 }
 
