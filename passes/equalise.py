@@ -40,6 +40,7 @@ FLOOR, JOINED_FLOOR = 2.0**-8, 0.25
 HEADROOM = {1: 1.2, 2: 2.0}
 WORTH = {1: 0.6, 2: 0.2}  # the noise power that must be left at most, as a share
 MULTIPLIED = 0.7  # times that, for factors which need a multiplication of their own
+ROUNDS = 20  # over the weights alone, at most: they settle in two or three
 # An average or maximum of this many places is so much smaller that multiplying it costs nothing.
 SUMMARY = 8
 # A scale of 16 bits is a power of two, and a range rarely is: one factor for all channels makes it fill the
@@ -221,16 +222,16 @@ def _best(
         largest = max(float((magnitude * factors).max()), shared.beside)
         return np.asarray([_noise(r, place, power, factors, largest, levels) for r, place in shared.readers.items()])
 
-    # Relative to each reader's own noise: layers differ in the size of their results.
-    plain = np.maximum(noises(ones), 1e-300)
-    best, chosen = float(len(plain)), ones
+    # Relative to each reader's own noise: layers differ in the size of their results. Weights of zero have none.
+    plain = noises(ones)
+    best, chosen, noisy = 1.0, ones, plain > 0
     for strength in strengths:
         factors = b ** (1 - strength) / a**strength
         factors *= top / float((magnitude * factors).max())
-        share = float((noises(factors) / plain).sum())
+        share = float((noises(factors)[noisy] / plain[noisy]).mean())
         if share < best:
             best, chosen = share, factors
-    return chosen, best / len(plain)
+    return chosen, best
 
 
 def _filling(largest: float) -> float:
@@ -360,6 +361,15 @@ def _scaled(node: Node, rows: np.ndarray | None, columns: np.ndarray | None) -> 
 @pass_("equalise", exact=True)
 def equalise(graph: Graph, options: object) -> Graph:
     """Weights of neighbouring layers with balanced channels, found from the weights alone."""
+    # What balances one layer's inputs changes the weights that another's outputs are judged by.
+    for _ in range(ROUNDS):
+        before, graph = graph, _balanced_by_weights(graph)
+        if graph is before:
+            break
+    return graph
+
+
+def _balanced_by_weights(graph: Graph) -> Graph:
     storage = Storage(graph)
     channels = {}
     for value in storage.sources:
@@ -370,4 +380,3 @@ def equalise(graph: Graph, options: object) -> Graph:
         magnitude = w.max(1, initial=0)
         channels[value] = Channels(magnitude, np.square(magnitude) / 9)
     return equalised(graph, storage, channels, norms=(), multiply=False, worth=0.98).graph
-

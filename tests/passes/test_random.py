@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from skive.ir import Graph
@@ -36,6 +36,8 @@ def test_transposes_never_move_more_bytes(random_graph: Callable[..., Graph], se
 @pytest.mark.parametrize("name", sorted(p for p in PASSES if PASSES[p].exact))
 @settings(max_examples=25, deadline=None)
 @given(seed=SEEDS)
+@example(seed=138814)  # three linear layers in a row: equalising takes two rounds
+@example(seed=106899)  # a layer whose weights are all zero
 def test_one_pass_keeps_the_meaning_and_is_idempotent(random_graph: Callable[..., Graph], name: str, seed: int) -> None:
     once, _ = PassManager().run(random_graph(seed), [name], check="always")
     twice, _ = PassManager().run(once, [name], check="never")
