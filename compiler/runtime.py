@@ -140,8 +140,7 @@ class Module:
         return self._careful(args, named, self._answer)
 
     def _bind(self) -> None:
-        """Makes calls leave by the thresholds as they are now."""
-        self._limits = exit_calls.given(self.exits, self._thresholds)
+        """Makes calls leave by `_limits`."""
         # What a call runs, ready to be called: a network may take less time than a few lines of Python.
         self._answer = functools.partial(self._call_exits.taken, self._limits) if self.exits else self._call
 
@@ -179,6 +178,7 @@ class Module:
     @thresholds.setter
     def thresholds(self, new: Mapping[str, float]) -> None:
         self._thresholds = exit_calls.changed(self.exits, self._thresholds, new)
+        self._limits = exit_calls.given(self.exits, self._thresholds)
         self._bind()
 
     def call_into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:

@@ -40,8 +40,9 @@ FLOOR, JOINED_FLOOR = 2.0**-8, 0.25
 HEADROOM = {1: 1.2, 2: 2.0}
 WORTH = {1: 0.6, 2: 0.2}  # the noise power that must be left at most, as a share
 MULTIPLIED = 0.7  # times that, for factors which need a multiplication of their own
-ROUNDS = 20  # over the weights alone, at most: they settle in two or three
-# An average or maximum of this many places is so much smaller that multiplying it costs nothing.
+ROUNDS = 20  # over the weights alone, at most
+# An average or maximum of this many places is so much smaller that multiplying it costs nothing. One that is stored
+# stays as it is: its multiple would be another value to store, never observed.
 SUMMARY = 8
 # A scale of 16 bits is a power of two, and a range rarely is: one factor for all channels makes it fill the
 # integers, where it costs nothing and brings more than this (0.5 dB).
@@ -73,8 +74,8 @@ class Shared:
 
     `start`: where the channels of each value begin among those of all. `readers`: for each contraction that reads
     them [IC] which of these channels each of its own is, -1 for one that stays as it is; `resized`: the same of other
-    sizes of them; `summaries`: of averages and maxima that elementwise work reads. `joined`: the concatenations.
-    `beside`: the largest magnitude known of what they join and stays.
+    sizes of them; `summaries`: of averages and maxima that are not rounded. `joined`: the concatenations. `beside`: the
+    largest magnitude known of what they join and stays.
     """
 
     start: dict[Node, int] = field(default_factory=dict)
@@ -92,7 +93,7 @@ class Shared:
 @dataclass
 class _Read:
     """What reads the channels of a value: contractions, and on the way there other sizes of it, averages and maxima
-    that elementwise work reads, all with the first of their channels that is one of the value's, and concatenations."""
+    that are not rounded, all with the first of their channels that is one of the value's, and concatenations."""
 
     products: list[tuple[Node, int]] = field(default_factory=list)
     resized: list[tuple[Node, int]] = field(default_factory=list)
@@ -102,7 +103,7 @@ class _Read:
 
 def _read(storage: Storage, value: Node) -> _Read | None:
     """What reads `value`: contractions, directly or through window maxima, resizing and concatenations of channels,
-    and elementwise work its averages and maxima over many places; None if anything else does."""
+    and whatever takes its averages and maxima over many places unrounded; None if anything else does."""
     found = _Read()
     graph, todo = storage.graph, [(value, 0)]
     while todo:
@@ -115,7 +116,7 @@ def _read(storage: Storage, value: Node) -> _Read | None:
                 found.joined.append(user)
                 widths = np.cumsum([0, *(i.shape[-1] for i in user.inputs)])
                 todo += [(user, first + int(widths[k])) for k, i in enumerate(user.inputs) if i is node]
-            elif _is_summary(graph, user):
+            elif user not in storage.stored and _is_summary(user):
                 found.summaries.append((user, first))
             elif user.op in ("max_pool2d", "resize2d") and user in storage.stored:
                 found.resized += [(user, first)] if user.op == "resize2d" else []
@@ -129,15 +130,13 @@ def _read(storage: Storage, value: Node) -> _Read | None:
     return found if found.products else None
 
 
-def _is_summary(graph: Graph, node: Node) -> bool:
-    """True for averages and maxima over many places of the channels of an image, if only elementwise work on a few
-    values or on what joins them reads them: there factors are taken back for next to nothing."""
+def _is_summary(node: Node) -> bool:
+    """True for averages and maxima over many places of the channels of an image."""
     if node.op not in ("max_pool2d", "avg_pool2d", "reduce_mean") or node.inputs[0].type.rank != 4:
         return False
-    if node.op == "reduce_mean" and any(a % 4 in (0, 3) for a in node.attrs["axes"]) or graph.is_output(node):
+    if node.op == "reduce_mean" and any(a % 4 in (0, 3) for a in node.attrs["axes"]):
         return False
-    many = node.inputs[0].type.size >= SUMMARY * node.type.size
-    return many and all(is_elementwise(u) or u.op == "concat" for u in graph.users[node])
+    return node.inputs[0].type.size >= SUMMARY * node.type.size
 
 
 def _shared(storage: Storage, read: Mapping[Node, _Read], channels: Mapping[Node, Channels]) -> list[Shared]:

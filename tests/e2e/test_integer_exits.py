@@ -258,3 +258,24 @@ def test_what_needs_floats_is_refused() -> None:
     for e in (skive.Exit("a", "quality", 1), skive.Exit("a", lambda at: at.logits, 1)):
         with pytest.raises(ExitError, match=r"exit a: .*integer_only excludes float32; choose one of max-prob, margin"):
             skive.compile(network(), exits=[e], quantize=quantize)
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize("integer_only", [False, True])
+def test_heads_of_images_behind_uneven_channels(hidden: int, integer_only: bool) -> None:
+    """Averages and maxima beside a convolution read what is balanced; with a hidden layer they are normalised first."""
+    torch = pytest.importorskip("torch")
+    from skive.torch import add_exits
+
+    torch.manual_seed(0)
+    conv, *rest = (torch.nn.Conv2d(i, 8, 3, padding=1) for i in (3, 8))
+    with torch.no_grad():
+        conv.weight *= torch.logspace(-1.5, 0.5, 8)[:, None, None, None]
+    backbone = torch.nn.Sequential(conv, torch.nn.ReLU(), *rest, torch.nn.ReLU(), torch.nn.Flatten(),
+                                   torch.nn.Linear(8 * 256, CLASSES))  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((24, 3, 16, 16)).astype(np.float32)
+    model = add_exits(backbone.eval(), (torch.from_numpy(x[:1]),), at=("1",), hidden=hidden).eval()
+    quantize = skive.Quantize("int8", calibration=x, integer_only=integer_only)
+    module = skive.compile(model, example_inputs=(torch.from_numpy(x[:1]),), quantize=quantize,
+                           exits=[skive.Exit("exit0", "max-prob", 0.9)])  # fmt: skip
+    assert module.report["quantization"]["sqnr_db"] > 35

@@ -248,6 +248,7 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "order": (torch.median(x, 1), torch.kthvalue(x, 2, 0, keepdim=True), torch.median(x[:, :1], 0)),
         "so far": [f(t, d) for f in (torch.cummax, torch.cummin, torch.cumprod)
                    for t, d in ((x.round(), 0), (i % 5, 1), (image, -2), (x[:1], 0), (image.mean(), 0))],
+        "nans": (torch.cummax(torch.log(x), 1)[1], torch.cummin(torch.log(x), 0)[1]),
         "lengths": (torch.hypot(x, x[:1] * 1e25), torch.hypot(x * 0, x[:, :1] * 1e-30), F.pdist(x), F.pdist(x, 1.0)),
         "numbers": (torch.fmax(torch.log(x), x[:1]), torch.fmin(x, torch.log(x.sin())), torch.fmax(i, i.T[:1, :6])),
         "signs": (torch.copysign(x, x.round() * -1), torch.copysign(x, -0.0), torch.copysign(x, 2.0)),

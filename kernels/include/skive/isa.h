@@ -60,7 +60,7 @@ struct Part {
 };
 
 // Bounds [begin, end) of this part's share of `n` work items. The whole is not divided: a 64-bit
-// division takes 10 to 90 cycles, and a small network runs a hundred kernels in as many thousand.
+// division takes tens of cycles, which a kernel of a small network would feel.
 SKIVE_INLINE ptrdiff_t part_begin(ptrdiff_t n, Part p) {
   return p.index == 0 ? 0 : n * p.index / p.count;
 }
