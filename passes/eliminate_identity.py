@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from skive import ops
+from skive.errors import ShapeError
 from skive.ir import Graph, Node, constant
 from skive.pipeline import pass_
 from skive.rewrite import Const, Match, Var, op, rewrite, rule, scalar
+from skive.types import DType
 
 ELEMENTWISE = "|".join(n for n, o in ops.OPS.items() if o.kind == "elementwise")
 UNARY = "|".join(n for n, o in ops.OPS.items() if o.kind == "elementwise" and o.operands == (1, 1))
@@ -143,6 +146,57 @@ def reshapes_around_unary(m: Match) -> Node | None:
     return f if f.shape == m.root.shape else _make(m, "reshape", f, shape=m.root.shape)
 
 
+# -------------------------------------------------------------------------------------- casts
+
+# Operations whose results are values of these operands; of a resize, where it copies its neighbours.
+CHOOSING: dict[str, slice] = {
+    **dict.fromkeys(("clip", "concat", "max", "min", "relu"), slice(None)), "where": slice(1, 3),
+    **dict.fromkeys(("expand", "max_pool2d", "pad", "reduce_max", "reduce_min", "reshape", "resize2d", "slice",
+                     "transpose"), slice(1))}
+
+
+def _narrow_attrs(node: Node, to: DType) -> dict[str, Any] | None:
+    """The attributes of a choosing `node` for integers of type `to`; None if it can give other values."""
+    attrs, limits = dict(node.attrs), np.iinfo(to.numpy)
+    for name in {"clip": ("lo", "hi"), "pad": ("value",)}.get(node.op, ()):
+        v = attrs[name]
+        if (name, v) in (("lo", -math.inf), ("hi", math.inf)):
+            v = limits.min if name == "lo" else limits.max
+        if not limits.min <= v <= limits.max or v != int(v):
+            return None
+        attrs[name] = int(v)
+    return attrs
+
+
+@rule(op("cast", where=lambda n: n.dtype.is_int))
+def choice_of_integers(m: Match) -> Node | None:
+    """Integers that go through a wider type only to be chosen among and moved are so as they are."""
+    to = m.root.dtype
+
+    def narrow(node: Node) -> Node | None:
+        if not np.can_cast(to.numpy, node.dtype.numpy):
+            return None
+        if node.op == "cast" and node.inputs[0].dtype is to:
+            return node.inputs[0]
+        if node.is_const:
+            value = ops.evaluate(ops.make("cast", node, to=to), [node.value])
+            return constant(value, name=node.name, origin=node.origin) if (value == node.value).all() else None
+        attrs = _narrow_attrs(node, to) if node.op in CHOOSING and m.only_use(node) else None
+        if attrs is None or attrs.get("epilogue") or node.op == "resize2d" and not ops.copies_neighbours(node):
+            return None
+        inputs, chosen = list(node.inputs), node.inputs[CHOOSING[node.op]]
+        found = [n for n in map(narrow, chosen) if n is not None]
+        if len(found) < len(chosen):
+            return None
+        inputs[CHOOSING[node.op]] = found
+        try:
+            return ops.make(node.op, *inputs, origin=node.origin, label=node.name, **attrs)
+        except ShapeError:  # no such operation of integers
+            return None
+
+    return None if m.root.inputs[0].is_const else narrow(m.root.inputs[0])
+
+
 # ------------------------------------------------------------------------------------ arithmetic
 
 NEUTRAL = [rule(op("add|sub", Var("x"), scalar(0)), _same_shape),
@@ -245,8 +299,8 @@ def global_average(m: Match) -> Node | None:
 
 RULES = [SAME_TYPE, reshape_of_reshape, transpose_of_transpose, transpose_that_moves_nothing, whole_slice,
          slice_of_slice, slice_of_concat, gather_in_steps, empty_pad, concat_operands, operand_of_expand,
-         reshapes_around_unary, *NEUTRAL, division_by_power_of_two, relu_of_nonnegative, involution, clip_of_clip,
-         clip_is_relu, bound_is_clip, decided_where, reduction_of_one, global_average]
+         reshapes_around_unary, choice_of_integers, *NEUTRAL, division_by_power_of_two, relu_of_nonnegative, involution,
+         clip_of_clip, clip_is_relu, bound_is_clip, decided_where, reduction_of_one, global_average]
 
 
 @pass_("eliminate-identity", exact=True)

@@ -120,7 +120,8 @@ class Fusion:
         while heap and len(order) - best <= self.options.lookahead:
             node = self.graph.nodes[heapq.heappop(heap)]
             others = [i for i in node.inputs if i not in members]
-            if not self._joins(node, host) or not all(fits_epilogue(i.shape, host.shape) for i in others):
+            if not self._joins(node, host) or not all(
+                    fits_epilogue(i.shape, host.shape) or fits_epilogue(_narrow(i).shape, host.shape) for i in others):
                 continue
             reads = [i for i in others if self._read_as_float(node, i, host)]
             others = [i for i in others if i not in reads] + [i for r in reads for i in r.inputs]

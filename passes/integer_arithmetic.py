@@ -118,11 +118,9 @@ def move_integers(m: Match) -> Node | None:
 def nearest_integers(m: Match) -> Node | None:
     """Nearest neighbours are copied as integers."""
     q, scale, zero = m["x"].inputs
-    tables = m.root.inputs[1:]
-    plain = all(t.is_const for t in tables) and all((w.value == 1).all() and w.shape[1] == 1 for w in tables[1::2])
-    if not plain or q.dtype not in ops.QUANTIZED or m.root.attrs.get("epilogue"):
+    if not ops.copies_neighbours(m.root) or q.dtype not in ops.QUANTIZED or m.root.attrs.get("epilogue"):
         return None
-    return _like(m, "dequantize", _like(m, "resize2d", q, *tables), _scalar(scale), _scalar(zero))
+    return _like(m, "dequantize", _like(m, "resize2d", q, *m.root.inputs[1:]), _scalar(scale), _scalar(zero))
 
 
 @rule(op("concat"))

@@ -36,7 +36,7 @@ def has_fast_kernel(node: Node) -> bool:
         if node.op in PRODUCTS:
             return x in INTEGER_PACKING and all(i.is_const for i in node.inputs[1:3])
         if node.op == "resize2d":
-            return all(i.is_const for i in node.inputs[1:5]) and all((i.value == 1).all() for i in node.inputs[2:5:2])
+            return ops.copies_neighbours(node)
         if node.op in ("sum_pool2d", "quantized_attention"):
             return True
         return node.op == "max_pool2d" and x in (DType.u8, DType.i8, DType.i16)

@@ -56,12 +56,13 @@ from skive.ops.table import (
     make,
     op_of,
 )
-from skive.ops.windows import window_out
+from skive.ops.windows import copies_neighbours, window_out
 from skive.ops.work import macs
 
 __all__ = ["ACTIVATIONS", "ANY", "BOOL", "F32", "FLOATS", "I64", "INTS", "NUMBERS", "OPS", "QUANTIZED", "REQUIRED",
-           "Array", "Op", "broadcast_shapes", "complete_attrs", "compressed_weights", "erf", "evaluate", "evaluate_expr",
-           "expr_dtype", "heads_first", "infer", "macs", "make", "op_of", "piecewise_table", "rounded_rows", "window_out"]
+           "Array", "Op", "broadcast_shapes", "complete_attrs", "compressed_weights", "copies_neighbours", "erf",
+           "evaluate", "evaluate_expr", "expr_dtype", "heads_first", "infer", "macs", "make", "op_of", "piecewise_table",
+           "rounded_rows", "window_out"]
 
 for _family in (elementwise, control, quantization, movement, indexing, reductions, contractions, windows, normalization,
                 attention, recurrence, sources):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from skive.errors import ShapeError
-from skive.ir import FrozenDict
+from skive.ir import FrozenDict, Node
 from skive.ops.contractions import exact, product_dtype
 from skive.ops.table import F32, QUANTIZED, REQUIRED, Array, Op, Rule
 from skive.types import DType, TensorType
@@ -225,3 +225,9 @@ ROWS.append(Op("resize2d", (5, 5), _infer_resize, _ref_resize, {}, "window", 1e-
         doc="image [N, H, W, C] resampled: row i of the result is the sum over t of row_weights[i, t] times row rows[i, t], "
             "columns likewise; operands x, rows, row_weights [OH, T], columns, column_weights [OW, S]; of 8- and 16-bit "
             "integers one neighbour of weight 1"))
+
+
+def copies_neighbours(resize: Node) -> bool:
+    """Whether every value of a `resize2d` is one of its image, by tables that are constant."""
+    tables = resize.inputs[1:5]
+    return all(t.is_const for t in tables) and all(w.shape[1] == 1 and bool((w.value == 1).all()) for w in tables[1::2])

@@ -7,7 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from skive.export.onnx.writer import ELEM_TYPES, F32, I32, IMAGE, Inexpressible, Writer, integers, row, scalar
+from skive import ops
+from skive.export.onnx.writer import (
+    ELEM_TYPES,
+    F32,
+    I32,
+    IMAGE,
+    Inexpressible,
+    Writer,
+    integers,
+    is_quantized_constant,
+    row,
+    scalar,
+)
 from skive.ir import Node
 from skive.types import DType
 
@@ -45,8 +57,9 @@ def conv_transpose2d(w: Writer, n: Node) -> None:
     # [G OC/G, KH, KW, IC/G] as [G IC/G, OC/G, KH, KW]
     if g == 1:
         kernel = w.get(weights, (3, 0, 1, 2))
-    elif weights.is_const:
-        value = weights.value.reshape(g, oc // g, kh, kw, ic).transpose(0, 4, 1, 2, 3)
+    elif weights.is_const or is_quantized_constant(weights):  # written as floats: no axis holds a scale per channel
+        real = weights.value if weights.is_const else ops.evaluate(weights, [i.value for i in weights.inputs])
+        value = real.reshape(g, oc // g, kh, kw, ic).transpose(0, 4, 1, 2, 3)
         kernel = w.initializer(np.ascontiguousarray(value).reshape(g * ic, oc // g, kh, kw))
     else:
         raise Inexpressible("a grouped transposed convolution whose weights are not plain constants")
