@@ -124,6 +124,22 @@ def test_a_hidden_layer_tells_apart_what_no_line_divides(scale: float, offset: f
     assert right[0] < 4 and right[16] == 4
 
 
+def test_heads_that_learn_with_noise_do_not_rest_on_small_differences() -> None:
+    """Two features say the same, one of them a thousandth of the other."""
+    x = torch.randn(256, 1)
+    x, y = torch.cat([x, x / 1000], 1), (x[:, 0] > 0).long()
+    moved = {}
+    for noise in (0.0, 0.5):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Identity(), nn.Linear(2, 2)).eval()
+        model = add_exits(network, (x[:1],), ["0"], hidden=16)
+        train_exits(model, lambda: [(x, y)] * 20, epochs=20, lr=0.02, distill=0.0, noise=noise)
+        answers = [model(v)["exit0"] for v in (x, x + torch.tensor([0.0, 1e-3]))]
+        assert (answers[0].argmax(-1) == y).float().mean() > 0.95
+        moved[noise] = float(((answers[1] - answers[0]).norm() / answers[0].norm()).detach())
+    assert moved[0.5] < 0.1 * moved[0.0]
+
+
 def test_a_grid_of_rows_and_columns() -> None:
     """One row and five columns: what happens in a column counts, where in it does not."""
     torch.manual_seed(0)
