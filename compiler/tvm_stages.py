@@ -196,6 +196,16 @@ def _layer_norm(op: Any, x: Sequence[Any], node: Node) -> Any:
     return op.nn.layer_norm(x[0], x[1], bias, axes=axes, epsilon=node.attrs["eps"])
 
 
+@_emits("group_norm")
+def _group_norm(op: Any, x: Sequence[Any], node: Node) -> Any:
+    rank = node.type.rank
+    from tvm import relax
+
+    bias = x[2] if len(x) > 2 else relax.const(np.zeros(node.inputs[1].shape, np.float32))
+    return op.nn.group_norm(x[0], x[1], bias, num_groups=node.attrs["groups"], channel_axis=rank - 1,
+                            axes=list(range(1, rank - 1)), epsilon=node.attrs["eps"])
+
+
 @_emits("matmul")
 def _matmul(op: Any, x: Sequence[Any], node: Node) -> Any:
     def turned(v: Any, operand: Node, turn: bool) -> Any:

@@ -30,7 +30,7 @@ from skive.passes.quantize import PRODUCTS, Storage
 from skive.pipeline import pass_
 
 HOMOGENEOUS = frozenset({"relu", "leaky_relu", "prelu"})  # act(f x) = f act(x) for f > 0
-NORMS = frozenset({"layer_norm", "rms_norm"})
+NORMS = frozenset({"group_norm", "layer_norm", "rms_norm"})
 STRENGTHS = (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)  # how much of the unevenness leaves the activations
 # Channels smaller than this against the largest are treated as if they had this size; joined ones are channels of
 # several layers, of which the small ones are the seldom ones: on other data they are larger.

@@ -152,9 +152,30 @@ def separate_attention(m: Match) -> Node | None:
     return make("transpose", result, perm=(0, 2, 1, 3)) if tokens else result
 
 
+@rule(op("group_norm"))
+def separate_group_norm(m: Match) -> Node:
+    """(x - mean) / sqrt(variance + eps) scale + bias in single steps."""
+    x, *parameters = m.root.inputs
+    groups, rank = m.root.attrs["groups"], x.type.rank
+
+    def make(name: str, *inputs: Node, **attrs: Any) -> Node:
+        return ops.make(name, *inputs, origin=m.root.origin, **attrs)
+
+    axes = tuple(range(1, rank - 1))
+    if groups != x.shape[-1]:
+        x, axes = make("reshape", x, shape=(*x.shape[:-1], groups, x.shape[-1] // groups)), (*axes, rank)
+    d = make("sub", x, make("reduce_mean", x, axes=axes, keep=True))
+    variance = make("reduce_mean", make("mul", d, d), axes=axes, keep=True)
+    y = make("mul", d, make("rsqrt", make("add", variance, constant(np.asarray(m.root.attrs["eps"], np.float32)))))
+    y = make("reshape", y, shape=m.root.shape) if y.shape != m.root.shape else y
+    for name, v in zip(("mul", "add"), parameters, strict=False):
+        y = make(name, y, v)
+    return y
+
+
 def prepared(graph: Graph) -> Graph:
-    """The float graph in terms of what has an integer form: attention in single steps."""
-    return rewrite(graph, [separate_attention])
+    """The float graph in terms of what has an integer form: attention and normalisation of groups in single steps."""
+    return rewrite(graph, [separate_attention, separate_group_norm])
 
 
 # -------------------------------------------------------------------------------------- moves

@@ -173,9 +173,40 @@ def _rms_norm(m: Match) -> Node | None:
     return _make(m, "rms_norm", x, _ones(x.shape[axis:], x), axis=axis, eps=float(m["eps"].value.flat[0]))
 
 
+def _instance_norm(m: Match) -> Node | None:
+    """Of channels-last x: over every axis but the first and the last."""
+    x = m["x"]
+    places = list(range(1, x.type.rank - 1))
+    means = (m["mean"], m["var"])
+    if not places or x.dtype is not DType.f32 or not x.type.size or not all(
+            n.attrs["keep"] and sorted(a % x.type.rank for a in n.attrs["axes"]) == places for n in means):
+        return None
+    channels = x.shape[-1]
+    return _make(m, "group_norm", x, _ones((channels,), x), groups=channels, eps=float(m["eps"].value.flat[0]))
+
+
+@rule(op("reshape", op("transpose", op("group_norm", op("transpose", op("reshape", X, name="split")), Const("scale"),
+                                       Const("bias"), name="norm"))))
+def group_norm_by_instance(m: Match) -> Node | None:
+    """Group normalisation as PyTorch exports it: instance normalisation of x [N, C, ...] as [N, groups, rest]."""
+    x, split, norm = m["x"], m["split"], m["norm"]
+    apart = norm.attrs["groups"] == norm.shape[-1] == split.shape[1] and split.type.rank == 3
+    swapped = all(n.attrs["perm"] == (0, 2, 1) for n in (norm.inputs[0], m.root.inputs[0]))
+    if not (apart and swapped and m.root.type == x.type and x.type.rank > 2 and split.shape[0] == x.shape[0]
+            and x.shape[1] % split.shape[1] == 0):
+        return None
+    groups, rank = split.shape[1], x.type.rank
+    last = (0, *range(2, rank), 1)
+    operands = [constant(np.repeat(m[n].value, x.shape[1] // groups)) for n in ("scale", "bias")]
+    y = ops.make("transpose", x, perm=last, origin=m.root.origin)
+    y = ops.make("group_norm", y, *operands, groups=groups, eps=norm.attrs["eps"], origin=m.root.origin)
+    return _make(m, "transpose", y, perm=(0, rank - 1, *range(1, rank - 1)))
+
+
 _CENTRED = op("sub", X, op("reduce_mean", X, name="mean"), name="d")
 # Layer norm first: it is an rms norm of x - mean.
-NORMS = [*(rule(p, _layer_norm) for p in _over_root(_CENTRED)), *(rule(p, _rms_norm) for p in _over_root(X))]
+NORMS = [*(rule(p, fn) for p in _over_root(_CENTRED) for fn in (_layer_norm, _instance_norm)),
+         *(rule(p, _rms_norm) for p in _over_root(X))]
 
 
 def _norm_vector(c: Node, norm: Node) -> np.ndarray | None:
@@ -190,7 +221,7 @@ def _norm_vector(c: Node, norm: Node) -> np.ndarray | None:
         return None
 
 
-@rule(op("mul", op("layer_norm|rms_norm", name="norm", exclusive=True,
+@rule(op("mul", op("group_norm|layer_norm|rms_norm", name="norm", exclusive=True,
                    where=lambda n: all(i.is_const for i in n.inputs[1:])), Const("c")))
 def norm_scale(m: Match) -> Node | Declined | None:
     norm, c = m["norm"], _norm_vector(m["c"], m["norm"])
@@ -199,14 +230,14 @@ def norm_scale(m: Match) -> Node | Declined | None:
     return _make(m, norm.op, norm.inputs[0], *(constant(i.value * c) for i in norm.inputs[1:]), **norm.attrs)
 
 
-@rule(op("add", op("layer_norm", name="norm", exclusive=True, where=lambda n: all(i.is_const for i in n.inputs[1:])),
-         Const("c")))
+@rule(op("add", op("group_norm|layer_norm", name="norm", exclusive=True,
+                   where=lambda n: all(i.is_const for i in n.inputs[1:])), Const("c")))
 def norm_shift(m: Match) -> Node | Declined | None:
     norm, c = m["norm"], _norm_vector(m["c"], m["norm"])
     if c is None or m.root.shape != norm.shape:
         return Declined("the summand does not have the shape of the bias")
     bias = c + norm.inputs[2].value if len(norm.inputs) > 2 else c
-    return _make(m, "layer_norm", norm.inputs[0], norm.inputs[1], constant(np.array(bias)), **norm.attrs)
+    return _make(m, norm.op, norm.inputs[0], norm.inputs[1], constant(np.array(bias)), **norm.attrs)
 
 
 # ------------------------------------------------------------------------------------ contractions
@@ -351,8 +382,8 @@ def _orders(n: int) -> list[tuple[int, ...]]:
     return [(0,)] if n == 1 else [(0, 1), (1, 0)] if n == 2 else []
 
 
-RULES: list[Rule] = [slice_of_slice, *SOFTMAX, *ACTIVATIONS, log_softmax, square, positive_axis, matmul_by_constant,
-                     scaled_dot_product, space_to_depth]
+RULES: list[Rule] = [slice_of_slice, group_norm_by_instance, *SOFTMAX, *ACTIVATIONS, log_softmax, square, positive_axis,
+                     matmul_by_constant, scaled_dot_product, space_to_depth]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,19 @@ CALLS = [
     ("rms norm 128x768", f"rms_norm<128, 768>::run(x, x, y, Part{{}}, 1e-5f, {PLAIN})", 128 * 768, 128 * 768),
     (
         "instance norm 56x56x64",
-        "group_norm<1, 3136, 64, 64>::run(x, x, x, y, scratch, Part{}, 1e-5f)",
+        f"group_norm<1, 3136, 64, 64>::run(x, x, x, y, scratch, Part{{}}, 1e-5f, {PLAIN})",
+        3136 * 64,
+        3136 * 64,
+    ),
+    (
+        "group norm 28x28x128, 32 groups",
+        f"group_norm<1, 784, 128, 32>::run(x, x, x, y, scratch, Part{{}}, 1e-5f, {PLAIN})",
+        784 * 128,
+        784 * 128,
+    ),
+    (
+        "group norm 56x56x64, one group",
+        f"group_norm<1, 3136, 64, 1>::run(x, x, x, y, scratch, Part{{}}, 1e-5f, {PLAIN})",
         3136 * 64,
         3136 * 64,
     ),

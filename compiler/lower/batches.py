@@ -101,7 +101,7 @@ def _treats_alike(n: Node) -> bool:
         return all(a % x.type.rank for a in n.attrs["axes"])
     if n.op in _ALONG_AN_AXIS:
         return bool(n.attrs["axis"] % rank)
-    return n.op in ("linear", "lookup") or row.kind in ("elementwise", "window")
+    return n.op in ("linear", "lookup", "group_norm") or row.kind in ("elementwise", "window")
 
 
 def _cheapest(graph: Graph, order: list[Node], samples: int, target: Target, threads: int) -> list[Node]:

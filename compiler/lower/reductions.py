@@ -10,7 +10,7 @@ from skive.lower.abilities import REDUCTIONS
 from skive.lower.calls import Lowering, lowers
 from skive.lower.functors import literal
 from skive.lower.strides import boolean, collapse, image, tag
-from skive.plan import Access, Fn
+from skive.plan import Access, Fn, aligned
 from skive.types import DType
 
 
@@ -136,4 +136,24 @@ def _norm(ctx: Lowering, node: Node) -> None:
         [*order, "y", "part", literal(node.attrs["eps"], DType.f32), "fn"],
         [*args, ctx.write("y", node), *extra],
         fn,
+    )
+
+
+@lowers("group_norm")
+def _group_norm(ctx: Lowering, node: Node) -> None:
+    x = node.inputs[0]
+    images, *places, channels = x.shape
+    bias = "bias" if len(node.inputs) > 2 else "nullptr"
+    args = [ctx.read("x", x), ctx.read("scale", node.inputs[1])]
+    args += [ctx.read("bias", b) for b in node.inputs[2:3]]
+    fn, extra = ctx.epilogue(node)
+    ctx.call(
+        node,
+        "group_norm",
+        "norm.h",
+        [images, math.prod(places), channels, node.attrs["groups"]],
+        ["x", "scale", bias, "y", "scratch", "part", literal(node.attrs["eps"], DType.f32), "fn"],
+        [*args, ctx.write("y", node), *extra],
+        fn,
+        scratch=2 * aligned(4 * channels) * ctx.threads,
     )

@@ -63,6 +63,23 @@ def _ref_rms_norm(x: Sequence[Array], a: FrozenDict) -> Array:
     return (v / np.sqrt((v * v).mean(axes, keepdims=True) + a["eps"]) * x[1]).astype(x[0].dtype)
 
 
+def _infer_group_norm(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
+    x = types[0]
+    if x.rank < 3 or x.dtype is not DType.f32 or any(t != TensorType(x.shape[-1:], x.dtype) for t in types[1:]):
+        raise ShapeError(f"group_norm of {', '.join(map(str, types))}")
+    if a["groups"] < 1 or x.shape[-1] % a["groups"]:
+        raise ShapeError(f"group_norm with {a['groups']} groups of {x}")
+    return x
+
+
+def _ref_group_norm(x: Sequence[Array], a: FrozenDict) -> Array:
+    shape = x[0].shape
+    v = x[0].astype(np.float64).reshape(shape[0], -1, a["groups"], shape[-1] // a["groups"])
+    d = v - v.mean((1, 3), keepdims=True)
+    y = (d / np.sqrt((d * d).mean((1, 3), keepdims=True) + a["eps"])).reshape(shape) * x[1]
+    return (y + (x[2] if len(x) > 2 else 0)).astype(x[0].dtype)
+
+
 def _infer_integer_softmax(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, table = types
     if x.dtype not in (DType.u8, DType.i8) or table != TensorType((256,), DType.u32) \
@@ -127,3 +144,7 @@ ROWS.append(Op("layer_norm", (2, 3), _infer_norm, _ref_layer_norm, {"axis": -1, 
         epilogue=3, doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
 ROWS.append(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
         epilogue=2, doc="x / sqrt(mean(x^2) + eps) scale (Zhang, Sennrich: Root Mean Square Layer Normalization, 2019)"))
+ROWS.append(Op("group_norm", (2, 3), _infer_group_norm, _ref_group_norm, {"groups": REQUIRED, "eps": 1e-5}, "normalize", 1e-5,
+        epilogue=3, doc="(x - mean) / sqrt(var + eps) scale + bias of x [N, ..., C], mean and variance over all places and the "
+                        "C / groups channels of a group (Wu, He: Group Normalization, 2018); a channel each is instance "
+                        "normalisation (Ulyanov, Vedaldi, Lempitsky: Instance Normalization, 2016)"))

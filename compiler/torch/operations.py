@@ -179,6 +179,12 @@ def _layer_norm(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
     return F.layer_norm(x[0], x[1].shape, x[1], x[2] if len(x) > 2 else None, a["eps"])
 
 
+@_function("group_norm")
+def _group_norm(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
+    y = F.group_norm(x[0].movedim(-1, 1), a["groups"], x[1], x[2] if len(x) > 2 else None, a["eps"])
+    return y.movedim(1, -1)
+
+
 @_function("rms_norm")
 def _rms_norm(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
     axes = tuple(range(x[0].dim() - x[1].dim(), x[0].dim()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from skive.ir import Node
 from skive.passes.channel_groups.labels import Analysis, Axes, Labels, broadcast, rule
 
@@ -40,6 +42,22 @@ def _norm(at: Analysis, node: Node) -> Axes:
     first = node.attrs["axis"] % len(x)
     for a in x[first:]:
         at.joins.keep(a, f"normalised over this axis ({node.label()})")
+    for other in node.inputs[1:]:
+        broadcast(at, [x, at(other)], node.shape)
+    return x
+
+
+@rule("group_norm")
+def _group_norm(at: Analysis, node: Node) -> Axes:
+    """Whole groups can go: what is left of one would have another mean."""
+    x = at(node.inputs[0])
+    groups = node.attrs["groups"]
+    for a in x[1:-1]:
+        at.joins.keep(a, f"normalised over this axis ({node.label()})")
+    if groups == 1:
+        at.joins.keep(x[-1], f"normalised over this axis ({node.label()})")
+    by_group = x[-1].reshape(groups, -1)
+    at.joins.join(x[-1], np.repeat(by_group[:, 0], by_group.shape[1]))
     for other in node.inputs[1:]:
         broadcast(at, [x, at(other)], node.shape)
     return x

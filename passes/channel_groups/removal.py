@@ -62,6 +62,8 @@ def _shrunk(node: Node, inputs: tuple[Node, ...], keep: Sequence[np.ndarray], ke
     elif node.op in ("conv2d", "conv_transpose2d"):
         if attrs["groups"] == node.inputs[0].shape[3] > 1:
             attrs["groups"] = inputs[0].shape[3]
+    elif node.op == "group_norm":
+        attrs["groups"] = shape[-1] * attrs["groups"] // node.shape[-1]
     elif node.op == "gather" and node.inputs[1].is_const and node.inputs[1].type.rank == 1:
         axis = attrs["axis"] % node.inputs[0].type.rank
         k = kept[0][axis]

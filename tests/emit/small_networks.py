@@ -113,6 +113,16 @@ def channel_slices(net: Net) -> None:
 
 
 @network
+def group_norms(net: Net) -> None:
+    """Of one image by all its workers, with an epilogue per channel and per sample; of more than one vector."""
+    x = net.input(2, 5, 5, 96)
+    y = ops.make("group_norm", x, net.weights(96), net.weights(96), groups=24)
+    y = ops.make("silu", ops.make("mul", y, net.input(2, 1, 1, 96)))
+    net.output(ops.make("group_norm", y, net.weights(96), groups=1))
+    net.output(ops.make("group_norm", net.input(1, 30, 7), net.weights(7), net.weights(7), groups=7))
+
+
+@network
 def transformer(net: Net) -> None:
     tokens = net.input(1, 6, dtype=DType.i64)
     mask = net.input(1, 1, 6, 6)

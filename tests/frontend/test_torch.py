@@ -107,6 +107,9 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         (noise(1, 2, 7, 7),),
     ),
     "group_norm": lambda: (nn.GroupNorm(2, 8), (noise(1, 8, 5, 5),)),
+    "one_group_of_a_row": lambda: (nn.Sequential(nn.GroupNorm(1, 6), nn.PReLU()), (noise(2, 6, 11),)),
+    "group_norm_of_volumes": lambda: (nn.GroupNorm(3, 6, affine=False), (noise(2, 6, 3, 4, 5),)),
+    "instance_norm_of_rows": lambda: (nn.InstanceNorm1d(5), (noise(2, 5, 11) + 3,)),
     "instance_norm": lambda: (nn.InstanceNorm2d(8, affine=True), (noise(1, 8, 5, 5),)),
     "activations": lambda: (
         Lambda(lambda x: (F.silu(x), F.hardswish(x), F.mish(x), F.elu(x), F.leaky_relu(x), F.softplus(x))),

@@ -332,6 +332,13 @@ def _norm(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> 
     return axis
 
 
+@rule("group_norm")
+def _group_norm(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
+    axis = axes[0]
+    need(same(a, b) and axis == 0 and axes[1:] == [None] * len(axes[1:]), f"{b.op} over the axis of the samples")
+    return axis
+
+
 @rule("linear")
 def _linear(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     axis = axes[0]

@@ -112,73 +112,112 @@ struct rms_norm {
   }
 };
 
-// x, y [Images, Pixels, C]; each of Groups groups of C / Groups neighbouring channels is normalised
-// over its channels and all pixels of its image; scale and bias [C].
+// x, y [Images, Pixels, C]; each of Groups groups of C / Groups neighbouring channels is normalised over its channels
+// and all pixels of its image: y = epilogue((x - mean) / sqrt(variance + eps) * scale + bias, pixel of all, channel);
+// scale and bias [C], bias may be null. One worker takes whole groups, as many as fill some vectors.
 template <ptrdiff_t Images, ptrdiff_t Pixels, ptrdiff_t C, ptrdiff_t Groups>
 struct group_norm {
   static_assert(C % Groups == 0, "groups divide the channels");
   static constexpr ptrdiff_t width = C / Groups;
-  static constexpr ptrdiff_t slice =
-      (2 * C + 15) / 16 * 16;  // floats: a factor and an offset per channel
+
   static constexpr size_t scratch_bytes(int parts = 1) {
-    return static_cast<size_t>(slice) * sizeof(float) * static_cast<size_t>(parts);
+    return static_cast<size_t>(2 * padded) * sizeof(float) * static_cast<size_t>(parts);
   }
 
-  static void run(const float* x, const float* scale, const float* bias, float* y, void* scratch,
-                  Part part, float eps) {
-    float* const a = static_cast<float*>(scratch) + part.index * slice;
-    float* const b = a + C;
-    for (ptrdiff_t n = part_begin(Images, part), end = part_end(Images, part); n < end; ++n) {
-      const float* image = x + n * Pixels * C;
-      channel_sums(image, a, [](auto v, ptrdiff_t) { return v; });
-      share(a, [](float sum) { return sum / (Pixels * width); });  // a: mean
-      channel_sums(image, b, [&](auto v, ptrdiff_t c) {
-        const auto d = v - load<decltype(v)::lanes>(a + c);
+  template <class Y, class E>
+  static void run(const float* x, const float* scale, const float* bias, Y* y, void* scratch, Part part, float eps,
+                  const E& epilogue) {
+    float* const mean = static_cast<float*>(scratch) + part.index * 2 * padded;
+    float* const factor = mean + padded;
+    for (ptrdiff_t u = part_begin(Images * slices, part), end = part_end(Images * slices, part); u < end; ++u) {
+      const ptrdiff_t first = u / slices * Pixels, c = u % slices * slice;
+      const float* image = x + first * C + c;
+      channel_sums(image, mean, [](auto v, ptrdiff_t) { return v; });
+      share(mean, [](float sum) { return sum / (Pixels * width); });
+      channel_sums(image, factor, [&](auto v, ptrdiff_t i) {
+        const auto d = v - load<decltype(v)::lanes>(mean + i);
         return d * d;
       });
-      share(b, [&](float square) { return 1.0f / sqrt_(square / (Pixels * width) + eps); });
-      each_vector<C>([&](ptrdiff_t c, auto lanes) {
-        constexpr int l = decltype(lanes)::count;
-        const Vec<l> factor = load<l>(b + c) * load<l>(scale + c);
-        store(b + c, load<l>(bias + c) - load<l>(a + c) * factor);
-        store(a + c, factor);
+      share(factor, [&](float square) { return 1.0f / sqrt_(square / (Pixels * width) + eps); });
+      each_vector<slice>([&](ptrdiff_t i, auto lanes) {
+        constexpr int n = decltype(lanes)::count;
+        store(factor + i, load<n>(factor + i) * load<n>(scale + c + i));
       });
-      for (ptrdiff_t p = 0; p < Pixels; ++p) {
-        const float* from = image + p * C;
-        float* to = y + (n * Pixels + p) * C;
-        each_vector<C>([&](ptrdiff_t c, auto lanes) {
-          constexpr int l = decltype(lanes)::count;
-          store(to + c, fma(load<l>(from + c), load<l>(a + c), load<l>(b + c)));
-        });
-      }
+      if (bias) write<true>(image, mean, factor, bias + c, y + first * C + c, first, c, epilogue);
+      else write<false>(image, mean, factor, nullptr, y + first * C + c, first, c, epilogue);
     }
   }
 
  private:
-  // sums[c] = sum over pixels of f(x[p, c], c): blocks of 64 pixels, then the sum of those.
+  // Channels of a slice: the fewest whole groups that fill four vectors, or as many as there are; all channels
+  // where groups and vectors do not meet.
+  static constexpr ptrdiff_t slice_of() {
+    for (ptrdiff_t n = width; n < C; n += width)
+      if (C % n == 0 && n % kLanes == 0 && n >= 4 * kLanes) return n;
+    return C;
+  }
+  static constexpr ptrdiff_t slice = slice_of(), slices = C / slice, padded = (slice + 15) / 16 * 16;
+
+  // sums[i] = sum over pixels of f(x[p, i], i): blocks of 64 pixels, then the sum of those.
   template <class F>
   static SKIVE_INLINE void channel_sums(const float* x, float* sums, const F& f) {
-    each_vector<C>([&](ptrdiff_t c, auto lanes) {
-      constexpr int l = decltype(lanes)::count;
-      Vec<l> total = zero<l>();
-      for (ptrdiff_t p = 0; p < Pixels;) {
-        Vec<l> block = zero<l>();
-        const ptrdiff_t end = p + 64 < Pixels ? p + 64 : Pixels;
-        for (; p < end; ++p) block = block + f(load<l>(x + p * C + c), c);
-        total = total + block;
-      }
-      store(sums + c, total);
+    constexpr ptrdiff_t block = 4 * kLanes, whole = slice / block * block;
+    for (ptrdiff_t i = 0; i < whole; i += block) {
+      const auto four = [&](const float* p) __attribute__((always_inline)) {
+        const auto at = [&](int k) __attribute__((always_inline)) {
+          return f(load<kLanes>(p + k * kLanes), i + k * kLanes);
+        };
+        return Four{at(0), at(1), at(2), at(3)};
+      };
+      const Four total = sum_pixels(x + i, Four{}, four);
+      store(sums + i, total.a);
+      store(sums + i + kLanes, total.b);
+      store(sums + i + 2 * kLanes, total.c);
+      store(sums + i + 3 * kLanes, total.d);
+    }
+    each_vector<slice - whole>([&](ptrdiff_t i, auto lanes) {
+      constexpr int n = decltype(lanes)::count;
+      store(sums + whole + i, sum_pixels(x + whole + i, zero<n>(), [&](const float* p) { return f(load<n>(p), whole + i); }));
     });
+  }
+  struct Four {
+    Vec<kLanes> a = zero<kLanes>(), b = a, c = a, d = a;
+    friend SKIVE_INLINE Four operator+(const Four& p, const Four& q) {
+      return {p.a + q.a, p.b + q.b, p.c + q.c, p.d + q.d};
+    }
+  };
+  template <class V, class Value>
+  static SKIVE_INLINE V sum_pixels(const float* x, V total, const Value& value) {
+    for (ptrdiff_t p = 0; p < Pixels;) {
+      V block = value(x + p++ * C);
+      const ptrdiff_t end = p + 63 < Pixels ? p + 63 : Pixels;
+      for (; p < end; ++p) block = block + value(x + p * C);
+      total = total + block;
+    }
+    return total;
   }
   // Replaces each group's channels by f(their sum).
   template <class F>
   static SKIVE_INLINE void share(float* v, const F& f) {
-    for (ptrdiff_t g = 0; g < Groups; ++g) {
+    for (ptrdiff_t g = 0; g < slice; g += width) {
       float sum = 0;
-      for (ptrdiff_t k = 0; k < width; ++k) sum += v[g * width + k];
+      for (ptrdiff_t k = 0; k < width; ++k) sum += v[g + k];
       const float r = f(sum);
-      for (ptrdiff_t k = 0; k < width; ++k) v[g * width + k] = r;
+      for (ptrdiff_t k = 0; k < width; ++k) v[g + k] = r;
     }
+  }
+  template <bool Bias, class Y, class E>
+  static SKIVE_INLINE void write(const float* x, const float* mean, const float* factor, const float* bias, Y* y,
+                                 ptrdiff_t first, ptrdiff_t channel, const E& epilogue) {
+    for (ptrdiff_t p = 0; p < Pixels; ++p)
+      write_row<slice>(y + p * C, [&](ptrdiff_t i, auto lanes) __attribute__((always_inline)) {
+        constexpr int n = decltype(lanes)::count;
+        const Vec<n> d = load<n>(x + p * C + i) - load<n>(mean + i);
+        Vec<n> v;
+        if constexpr (Bias) v = fma(d, load<n>(factor + i), load<n>(bias + i));
+        else v = d * load<n>(factor + i);
+        return epilogue(v, first + p, static_cast<int>(channel + i));
+      });
   }
 };
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from skive.export.onnx.rows.movement import any_order
 from skive.export.onnx.writer import I64, IMAGE, SINCE, Order, Writer, integers, row, scalar
 from skive.ir import Node
@@ -82,3 +84,25 @@ def rms_norm(w: Writer, n: Node) -> None:
     squares = w.emit("ReduceMean", w.emit("Mul", x, x), integers(*range(axis, n.type.rank)), keepdims=1)
     root = w.emit("Sqrt", w.emit("Add", squares, scalar(n.attrs["eps"], n.dtype)))
     w.put(n, w.emit("Mul", w.emit("Div", x, root), scale))
+
+
+@row("group_norm")
+def group_norm(w: Writer, n: Node) -> None:
+    """As PyTorch writes it, which runtimes know: instance normalisation of each group as one channel."""
+    rank, groups = n.type.rank, n.attrs["groups"]
+    order = (0, rank - 1, *range(1, rank - 1))
+    x, scale, *bias = n.inputs
+    places = (1,) * (rank - 2)
+    y, eps = w.get(x, order), float(n.attrs["eps"])
+    if groups == n.shape[-1]:
+        zero = np.zeros(groups, np.float32)
+        w.put(n, w.emit("InstanceNormalization", y, w.get(scale), w.get(bias[0]) if bias else zero, epsilon=eps), order)
+        return
+    one, zero = (np.full(groups, v, np.float32) for v in (1, 0))
+    y = w.emit("Reshape", y, integers(n.shape[0], groups, -1))
+    y = w.emit("InstanceNormalization", y, one, zero, epsilon=eps)
+    y = w.emit("Reshape", y, integers(*(n.shape[a] for a in order)))
+    y = w.emit("Mul", y, w.emit("Reshape", w.get(scale), integers(-1, *places)))
+    for b in bias:
+        y = w.emit("Add", y, w.emit("Reshape", w.get(b), integers(-1, *places)))
+    w.put(n, y, order)

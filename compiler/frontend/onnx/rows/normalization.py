@@ -7,6 +7,7 @@ import math
 from skive.errors import InvalidModelError
 from skive.frontend.onnx.table import Call, Decline, checked_axis, onnx_op
 from skive.ir import Node
+from skive.types import DType
 
 
 def per_channel(c: Call, v: Node, rank: int) -> Node:
@@ -43,9 +44,23 @@ def normalized(c: Call, x: Node, axes: tuple[int, ...], eps: float) -> Node:
     return c.make("mul", d, c.make("rsqrt", c.make("add", var, eps)))
 
 
+def is_image(x: Node) -> bool:
+    """True for float32 [N, C, ...] with at least one place."""
+    return x.type.rank > 2 and x.dtype is DType.f32 and x.type.size > 0
+
+
+def normalized_groups(c: Call, x: Node, groups: int, scale: Node, bias: Node) -> Node:
+    """group_norm of x [N, C, ...] with a scale and a bias of each channel [C]."""
+    perm = (0, *range(2, x.type.rank), 1)
+    y = c.make("group_norm", c.transpose(x, perm), scale, bias, groups=groups, eps=float(c.attr("epsilon", 1e-5)))
+    return c.back(y, perm)
+
+
 @onnx_op("InstanceNormalization")
 def instance_normalization(c: Call) -> Node:
     x, scale, bias = c[0], c[1], c[2]
+    if is_image(x) and scale.shape == bias.shape == x.shape[1:2]:
+        return normalized_groups(c, x, x.shape[1], scale, bias)
     y = normalized(c, x, tuple(range(2, x.type.rank)), float(c.attr("epsilon", 1e-5)))
     return c.make("add", c.make("mul", y, per_channel(c, scale, x.type.rank)), per_channel(c, bias, x.type.rank))
 
@@ -90,15 +105,24 @@ def rms_normalization(c: Call) -> Node:
     return c.make("rms_norm", x, c.reshape(scale, tail), axis=axis, eps=float(c.attr("epsilon", 1e-5)))
 
 
+def repeated(c: Call, v: Node, size: int) -> Node:
+    """[G] as [size]: each element size / G times in a row."""
+    each = size // v.type.size
+    return v if each == 1 else c.reshape(c.expand(c.reshape(v, (v.type.size, 1)), (v.type.size, each)), (size,))
+
+
 @onnx_op("GroupNormalization")
 def group_normalization(c: Call) -> Node:
     x, scale, bias = c[0], c[1], c[2]
     groups = int(c.required("num_groups"))
     if x.type.rank < 3 or groups < 1 or x.shape[1] % groups:
         raise InvalidModelError(f"{groups} groups of {x.type}")
+    size = groups if c.opset < 21 else x.shape[1]  # scale and bias are per group, or per channel
+    if is_image(x) and scale.shape == bias.shape == (size,):
+        return normalized_groups(c, x, groups, *(repeated(c, v, x.shape[1]) for v in (scale, bias)))
     y = c.reshape(x, (x.shape[0], groups, math.prod(x.shape[1:]) // groups))
     y = normalized(c, y, (2,), float(c.attr("epsilon", 1e-5)))
-    if c.opset < 21:  # scale and bias are per group
+    if c.opset < 21:
         y = c.make("add", c.make("mul", y, c.reshape(scale, (groups, 1))), c.reshape(bias, (groups, 1)))
         return c.reshape(y, x.shape)
     y = c.reshape(y, x.shape)
