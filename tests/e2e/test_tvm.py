@@ -29,6 +29,7 @@ def stages(batch: int | None = None) -> Graph:
 
     x = ops.make("input", shape=(1, 9, 8, 3), dtype=DType.f32, label="x")
     h = ops.make("relu", ops.make("conv2d", x, w(8, 3, 3, 3), w(8), pad=(1, 1, 1, 1)))
+    h = ops.make("group_norm", h, constant(np.ones(8, np.float32)), w(8), groups=4)
     h = ops.make("conv2d", h, w(8, 3, 3, 1), groups=8, stride=(2, 1), pad=(1, 0, 1, 1))
     h = ops.make("clip", ops.make("conv2d", h, w(12, 2, 2, 4), w(12), groups=2), lo=0.0, hi=6.0)
     pooled = ops.make("concat", ops.make("max_pool2d", h, kernel=(2, 2), stride=(2, 2), pad=(0, 0, 0, 1)),

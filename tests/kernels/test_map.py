@@ -101,7 +101,6 @@ def test_copies(isa: str, tmp_path: Path) -> None:
             [x],
             [np.ascontiguousarray(x[::-1, :, ::-1])],
         ),
-        Case("copy_linear<int16_t, 120>::run(x0, y0, part)", [x], [x]),
         Case(
             "fill<int16_t, Shape<4, 5, 6>, Strides<30, 6, 1>>::run(y0, int16_t{9}, part)",
             [],

@@ -30,16 +30,6 @@ struct copy_strided {
   }
 };
 
-// y[0..Size) = x[0..Size).
-template <class T, ptrdiff_t Size>
-struct copy_linear {
-  static void run(const T* x, T* y, Part part) {
-    const ptrdiff_t begin = part_begin(Size, part), end = part_end(Size, part);
-    if (begin < end)
-      __builtin_memcpy(y + begin, x + begin, static_cast<size_t>(end - begin) * sizeof(T));
-  }
-};
-
 // out[i] = value over a shape.
 template <class T, class S, class Out>
 struct fill {

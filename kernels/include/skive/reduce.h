@@ -38,13 +38,8 @@ constexpr T highest() {
     return static_cast<T>(~static_cast<uint64_t>(lowest<T>()));
 }
 
-// A reduction: before(x) of each element, folded by combine from identity, then finish(r, n).
-// across(Vec) folds the lanes.
+// A reduction: elements folded by combine from identity, then finish(r, n). across(Vec) folds the lanes.
 struct Plain {
-  template <class V>
-  static SKIVE_INLINE V before(V x) {
-    return x;
-  }
   template <class T>
   static SKIVE_INLINE T finish(T r, ptrdiff_t) {
     return r;
@@ -117,31 +112,6 @@ struct Prod : Plain {
     return r;
   }
 };
-struct SumSquare : Sum {
-  template <class V>
-  static SKIVE_INLINE V before(V x) {
-    return mul(x, x);
-  }
-};
-struct L1 : Sum {
-  template <class V>
-  static SKIVE_INLINE V before(V x) {
-    return abs_(x);
-  }
-};
-struct L2 : SumSquare {
-  template <class T>
-  static SKIVE_INLINE T finish(T r, ptrdiff_t) {
-    return sqrt_(r);
-  }
-};
-struct LogSum : Sum {
-  template <class T>
-  static SKIVE_INLINE T finish(T r, ptrdiff_t) {
-    return log_(r);
-  }
-};
-
 template <class>
 struct with_unit;
 template <ptrdiff_t... D>
@@ -214,7 +184,7 @@ struct reduce {
       for (ptrdiff_t i = 0; i < inner;) {
         T block = Op::template identity<T>();
         const ptrdiff_t end = i + kFoldBlock < inner ? i + kFoldBlock : inner;
-        for (; i < end; ++i) block = Op::combine(block, Op::before(x[i * step]));
+        for (; i < end; ++i) block = Op::combine(block, x[i * step]);
         total = Op::combine(total, block);
       }
       return total;
@@ -223,7 +193,7 @@ struct reduce {
   template <ptrdiff_t N>
   static SKIVE_INLINE float short_row(const float* x) {
     return fold_row<N>(
-        [&](ptrdiff_t i, auto lanes) { return Op::before(load<decltype(lanes)::count>(x + i)); },
+        [&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(x + i); },
         [](auto a, auto b) { return Op::combine(a, b); }, [](auto a) { return Op::across(a); });
   }
   template <ptrdiff_t N>
@@ -297,8 +267,7 @@ struct reduce {
         Four{s, s, s, s},
         [&](ptrdiff_t at) {
           const float* p = x + at;
-          return Four{Op::before(load(p)), Op::before(load(p + kLanes)),
-                      Op::before(load(p + 2 * kLanes)), Op::before(load(p + 3 * kLanes))};
+          return Four{load(p), load(p + kLanes), load(p + 2 * kLanes), load(p + 3 * kLanes)};
         },
         [](const Four& p, const Four& q) { return combine(p, q); });
     finish(y, r.a);
@@ -312,7 +281,7 @@ struct reduce {
       constexpr int n = decltype(lanes)::count;
       finish(y + i, fold_columns(
                         splat<n>(Op::template identity<float>()),
-                        [&](ptrdiff_t at) { return Op::before(load<n>(x + at + i)); },
+                        [&](ptrdiff_t at) { return load<n>(x + at + i); },
                         [](Vec<n> p, Vec<n> q) { return Op::combine(p, q); }));
     });
   }
@@ -325,42 +294,79 @@ struct reduce {
   }
 };
 
-// y[outer, inner] = log(sum over n of exp(x[outer, n, inner])), shifted by the maximum.
-template <class T, ptrdiff_t Outer, ptrdiff_t N, ptrdiff_t Inner>
-struct log_sum_exp {
-  static void run(const T* x, T* y, Part part) {
-    for (ptrdiff_t r = part_begin(Outer * Inner, part), end = part_end(Outer * Inner, part);
-         r < end; ++r) {
-      const T* p = x + r / Inner * N * Inner + r % Inner;
-      T top = lowest<T>(), sum = 0;
-      for (ptrdiff_t i = 0; i < N; ++i) top = max_(top, p[i * Inner]);
-      const T shift = is_inf(top, true, true) ? T{0} : top;
-      for (ptrdiff_t i = 0; i < N; ++i) sum += exp_(p[i * Inner] - shift);
-      y[r] = log_(sum) + shift;
-    }
-  }
-};
-
 // y[outer, inner] = index along n of the largest (Largest) or smallest x[outer, n, inner]: the
 // first, or the last (Last), of equals. A NaN counts as the extremum, as in NumPy.
+// Of floats the extremum is found first, in vectors, and then its place: no branch depends on the data but one a row.
 template <class T, ptrdiff_t Outer, ptrdiff_t N, ptrdiff_t Inner, bool Largest, bool Last>
 struct arg_extremum {
   static void run(const T* x, int64_t* y, Part part) {
-    for (ptrdiff_t r = part_begin(Outer * Inner, part), end = part_end(Outer * Inner, part);
-         r < end; ++r) {
-      const T* p = x + r / Inner * N * Inner + r % Inner;
-      ptrdiff_t best = 0;
-      for (ptrdiff_t i = 1; i < N; ++i)
-        if (beats(p[i * Inner], p[best * Inner])) best = i;
-      y[r] = best;
+    if constexpr (same_type<T, float> && Inner > 1) {
+      constexpr ptrdiff_t blocks = (Inner + kLanes - 1) / kLanes;
+      for (ptrdiff_t r = part_begin(Outer * blocks, part), end = part_end(Outer * blocks, part); r < end; ++r) {
+        const ptrdiff_t outer = r / blocks, at = r % blocks * kLanes;
+        const float* p = x + outer * N * Inner + at;
+        int64_t* to = y + outer * Inner + at;
+        if (Inner % kLanes == 0 || r % blocks != blocks - 1)
+          columns<kLanes>(p, to);
+        else
+          columns<tail>(p, to);
+      }
+    } else {
+      for (ptrdiff_t r = part_begin(Outer * Inner, part), end = part_end(Outer * Inner, part); r < end; ++r) {
+        const T* p = x + r / Inner * N * Inner + r % Inner;
+        if constexpr (same_type<T, float> && N >= 8)
+          y[r] = row(p);
+        else
+          y[r] = step_by_step(p);
+      }
     }
   }
 
  private:
+  static constexpr int tail = Inner % kLanes != 0 ? static_cast<int>(Inner % kLanes) : 1;
+
+  static SKIVE_INLINE ptrdiff_t step_by_step(const T* p) {
+    ptrdiff_t best = 0;
+    for (ptrdiff_t i = 1; i < N; ++i)
+      if (beats(p[i * Inner], p[best * Inner])) best = i;
+    return best;
+  }
   static SKIVE_INLINE bool beats(T a, T b) {
     if (is_nan(b)) return Last && is_nan(a);
     if (is_nan(a) || (Last && a == b)) return true;
     return Largest ? a > b : a < b;
+  }
+
+  template <class V>
+  static SKIVE_INLINE V further(V a, V b) {
+    if constexpr (Largest) return Max::combine(a, b);
+    else return Min::combine(a, b);
+  }
+  template <int L>
+  static SKIVE_INLINE float across(Vec<L> a) {
+    return Largest ? Max::across(a) : Min::across(a);
+  }
+  static SKIVE_INLINE ptrdiff_t row(const float* p) {
+    const float top = fold_row<N>([&](ptrdiff_t i, auto lanes) { return load<decltype(lanes)::count>(p + i); },
+                                  [](auto a, auto b) { return further(a, b); }, [](auto a) { return across(a); });
+    // Where there is a NaN, `top` is one.
+    ptrdiff_t i = Last ? N - 1 : 0;
+    while (!(p[i] == top || is_nan(p[i]))) i += Last ? -1 : 1;
+    return i;
+  }
+  template <int L>
+  static SKIVE_INLINE void columns(const float* p, int64_t* y) {
+    Vec<L> top = load<L>(p);
+    for (ptrdiff_t i = 1; i < N; ++i) top = further(top, load<L>(p + i * Inner));
+    IVec<L> place = splat<L>(int32_t{0});
+    for (ptrdiff_t k = 0; k < N; ++k) {  // what is found last stays
+      const ptrdiff_t i = Last ? k : N - 1 - k;
+      const Vec<L> v = load<L>(p + i * Inner);
+      place = select(equal(v, top) | is_nan(v), splat<L>(static_cast<int32_t>(i)), place);
+    }
+    int32_t lanes[L];
+    store(lanes, place);
+    for (int i = 0; i < L; ++i) y[i] = lanes[i];
   }
 };
 
