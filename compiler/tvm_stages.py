@@ -196,6 +196,15 @@ def _layer_norm(op: Any, x: Sequence[Any], node: Node) -> Any:
     return op.nn.layer_norm(x[0], x[1], bias, axes=axes, epsilon=node.attrs["eps"])
 
 
+@_emits("l2_norm")
+def _l2_norm(op: Any, x: Sequence[Any], node: Node) -> Any:
+    from tvm import relax
+
+    axes = list(range(node.attrs["axis"] % node.type.rank, node.type.rank))
+    length = op.sqrt(op.sum(op.multiply(x[0], x[0]), axis=axes, keepdims=True))
+    return op.divide(x[0], op.maximum(length, relax.const(node.attrs["least"], "float32")))
+
+
 @_emits("group_norm")
 def _group_norm(op: Any, x: Sequence[Any], node: Node) -> Any:
     rank = node.type.rank

@@ -8,7 +8,7 @@ arithmetic between `dequantize` and `quantize` into integers:
     sums, additions, products, bounds     32-bit integers in units of a fraction of the result's step; factors
                                           are multipliers and shifts (requantize_fixed)
     other functions of one stored value   tables of 256 bytes (`tabulate`)
-    softmax, layer normalisation          integer_softmax, integer_layer_norm
+    softmax, normalisation of rows        integer_softmax, integer_layer_norm
     products of two activations           matmul on bytes
     linear resampling                     weights of 11 bits
 
@@ -37,6 +37,7 @@ from skive.pipeline import PassManager, pass_
 from skive.rewrite import Match, Var, op, rewrite, rule
 from skive.types import DType
 
+ROW_NORMS = ("layer_norm", "rms_norm", "l2_norm")
 TABLE_BITS = 11  # of the weights of a linear resampling, per axis
 
 
@@ -70,7 +71,7 @@ class Storage(AnyStorage):
             if node not in self.stored or node.op == "input" or self.graph.is_output(node) or looked_up:
                 continue
             users = self.graph.users[node]
-            normalised = [u.op == "layer_norm" and u.inputs[0] is node for u in users]
+            normalised = [u.op in ROW_NORMS and u.inputs[0] is node for u in users]
             moved = [u in wide and self.is_moved(u) for u in users]
             added = [self._mode.get(u) == "fixed" and not (u.op == "mul" and len(_computed(u)) > 1) for u in users]
             sums = [u.op in SUMS for u in users]
@@ -300,25 +301,32 @@ def softmax_of_integers(m: Match) -> Node | None:
                     axis=m["f"].attrs["axis"], levels=levels, zero=int(m["z"].value.item()), to=m.root.dtype)
 
 
-@rule(op("quantize", op("layer_norm", name="f", where=lambda n: n.inputs[0].op == "dequantize"), Var("s"), Var("z"),
-         where=per_tensor))
+@rule(op("quantize", op("|".join(ROW_NORMS), name="f", where=lambda n: n.inputs[0].op == "dequantize"), Var("s"),
+         Var("z"), where=per_tensor))
 def norm_of_integers(m: Match) -> Node | None:
-    """Mean and variance are those of the integers: scale and zero point drop out."""
-    x, *parameters = m["f"].inputs
+    """Mean and variance are those of the integers: the scale drops out, and the zero point with the mean."""
+    f = m["f"]
+    x, *parameters = f.inputs
     if not is_stored(x) or not all(p.is_const for p in parameters):
         return None
-    q, scale, _ = x.inputs
-    step = np.float64(m["s"].value.item())
-    gamma = parameters[0].value.astype(np.float64) / step
+    q, scale, zero = x.inputs
+    step, axis = np.float64(m["s"].value.item()), f.attrs["axis"] % f.type.rank
+    n = math.prod(f.shape[axis:])
+    if f.op == "l2_norm":  # of n values the length is sqrt(n) times the root of the mean square
+        gamma, eps = np.full(f.shape[axis:], n**-0.5 / step), f.attrs["least"] ** 2 / max(n, 1)
+    else:
+        gamma, eps = parameters[0].value.astype(np.float64) / step, f.attrs["eps"]
     beta = parameters[1].value.astype(np.float64) / step if len(parameters) > 1 else np.zeros_like(gamma)
     if gamma.size >= 2**15 or np.abs(beta).max(initial=0) >= 2**15 or np.abs(gamma).max(initial=0) >= 2**14:
         return None
     largest = max(np.abs(gamma).max(initial=0), 2.0**-16)
     shift = min(46, 15 + math.floor(math.log2(2.0**30 / largest)))
-    eps = int(np.clip(np.rint(m["f"].attrs["eps"] * (gamma.size / np.float64(scale.value.item())) ** 2), 1, 2.0**59))
+    eps = int(np.clip(np.rint(eps * (gamma.size / np.float64(scale.value.item())) ** 2), 1, 2.0**59))
+    centred = f.op == "layer_norm"
     return ops.make("integer_layer_norm", q, constant(np.rint(gamma * 2.0 ** (shift - 15)).astype(np.int32)),
                     constant(np.rint(beta * 2.0**15).astype(np.int32)), origin=m.root.origin, label=m.root.name,
-                    axis=m["f"].attrs["axis"], eps=eps, shift=shift, zero=int(m["z"].value.item()), to=m.root.dtype)
+                    axis=f.attrs["axis"], centred=centred, x_zero=0 if centred else int(zero.value.item()), eps=eps,
+                    shift=shift, zero=int(m["z"].value.item()), to=m.root.dtype)
 
 
 # ------------------------------------------------------------------------------------- the pass

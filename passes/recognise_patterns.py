@@ -173,6 +173,31 @@ def _rms_norm(m: Match) -> Node | None:
     return _make(m, "rms_norm", x, _ones(x.shape[axis:], x), axis=axis, eps=float(m["eps"].value.flat[0]))
 
 
+def _over_length(x: Pattern) -> list[OpPattern]:
+    """x / sqrt(sum(x^2)), the length or its square bounded below or not."""
+    total = op("reduce_sum", op("mul", x, x), name="total")
+
+    def bounded(v: OpPattern, name: str) -> OpPattern:
+        return op("clip", v, name=name, where=lambda n: n.attrs["hi"] == math.inf and n.attrs["lo"] > 1e-38)
+
+    squares = [total, bounded(total, "square")]
+    lengths = [*(op("sqrt", s) for s in squares), bounded(op("sqrt", total), "length")]
+    return [*(op("div", x, length) for length in lengths), *(op("mul", x, op("reciprocal", n)) for n in lengths),
+            *(op("mul", x, op("rsqrt", s)) for s in squares)]
+
+
+def _l2_norm(m: Match) -> Node | None:
+    axis = _trailing(m["total"])
+    if axis is None or m["x"].dtype is not DType.f32:
+        return None
+    least = 0.0
+    if "length" in m.captures:
+        least = float(m["length"].attrs["lo"])
+    elif "square" in m.captures:
+        least = math.sqrt(m["square"].attrs["lo"])
+    return _make(m, "l2_norm", m["x"], axis=axis, least=float(np.float32(least)))
+
+
 def _instance_norm(m: Match) -> Node | None:
     """Of channels-last x: over every axis but the first and the last."""
     x = m["x"]
@@ -206,7 +231,7 @@ def group_norm_by_instance(m: Match) -> Node | None:
 _CENTRED = op("sub", X, op("reduce_mean", X, name="mean"), name="d")
 # Layer norm first: it is an rms norm of x - mean.
 NORMS = [*(rule(p, fn) for p in _over_root(_CENTRED) for fn in (_layer_norm, _instance_norm)),
-         *(rule(p, _rms_norm) for p in _over_root(X))]
+         *(rule(p, _rms_norm) for p in _over_root(X)), *(rule(p, _l2_norm) for p in _over_length(X))]
 
 
 def _norm_vector(c: Node, norm: Node) -> np.ndarray | None:

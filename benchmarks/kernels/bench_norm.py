@@ -31,6 +31,7 @@ CALLS = [
      f"layer_norm<128, 768>::run(x, x, x, reinterpret_cast<uint8_t*>(y), Part{{}}, 1e-5f, {BYTES})",
      128 * 768, 128 * 768 // 4),
     ("rms norm 128x768", f"rms_norm<128, 768>::run(x, x, y, Part{{}}, 1e-5f, {PLAIN})", 128 * 768, 128 * 768),
+    ("l2 norm 512x128", f"l2_norm<512, 128>::run(x, y, Part{{}}, 1e-12f, {PLAIN})", 512 * 128, 512 * 128),
     (
         "instance norm 56x56x64",
         f"group_norm<1, 3136, 64, 64>::run(x, x, x, y, scratch, Part{{}}, 1e-5f, {PLAIN})",

@@ -25,7 +25,7 @@ CACHED_BYTES = 2 << 20
 CALL_BYTES, POOLED_CALL_BYTES = 4 << 10, 40 << 10
 
 _ALONG_AN_AXIS = frozenset(
-    ("softmax", "log_softmax", "integer_softmax", "integer_layer_norm", "layer_norm", "rms_norm", "concat")
+    ("softmax", "log_softmax", "integer_softmax", "integer_layer_norm", "l2_norm", "layer_norm", "rms_norm", "concat")
 )
 _REDUCTIONS = frozenset(("reduce_sum", "reduce_mean", "reduce_prod", "reduce_max", "reduce_min"))
 

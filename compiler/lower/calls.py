@@ -255,7 +255,7 @@ class Lowering(Storage):
         steps = without_divisions(e, steps_of(e, types), [None, *extras])
         if is_integer_conv(node) or is_integer_depthwise(node):
             steps = rounded_by_store(node, e, steps, operands, types)
-        elif node.op in ("group_norm", "layer_norm", "rms_norm"):
+        elif node.op in ("group_norm", "l2_norm", "layer_norm", "rms_norm"):
             steps = rounded_by_store(None, e, steps, operands, types)
         return Fn(steps, tuple(operands), True, True), args
 

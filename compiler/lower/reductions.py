@@ -106,24 +106,28 @@ def _integer_softmax(ctx: Lowering, node: Node) -> None:
 def _integer_layer_norm(ctx: Lowering, node: Node) -> None:
     x, scale, bias = node.inputs
     axis = node.attrs["axis"] % x.type.rank
-    parameters = [literal(node.attrs["eps"], DType.i64), str(node.attrs["shift"])]
+    parameters = [literal(node.attrs["eps"], DType.i64), str(node.attrs["shift"]),
+                  *(literal(node.attrs[z], DType.i32) for z in ("x_zero", "zero"))]
     ctx.call(
         node,
         "integer_layer_norm",
         "norm.h",
-        [x.dtype.ctype, node.dtype.ctype, math.prod(x.shape[:axis]), math.prod(x.shape[axis:])],
-        ["x", "scale", "bias", "y", "part", *parameters, literal(node.attrs["zero"], DType.i32)],
+        [x.dtype.ctype, node.dtype.ctype, math.prod(x.shape[:axis]), math.prod(x.shape[axis:]),
+         boolean(node.attrs["centred"])],
+        ["x", "scale", "bias", "y", "part", *parameters],
         [ctx.read("x", x), ctx.read("scale", scale), ctx.read("bias", bias), ctx.write("y", node)],
     )
 
 
-@lowers("layer_norm", "rms_norm")
+@lowers("layer_norm", "rms_norm", "l2_norm")
 def _norm(ctx: Lowering, node: Node) -> None:
     x = node.inputs[0]
     axis = node.attrs["axis"] % x.type.rank
     template = [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])]
-    args = [ctx.read("x", x), ctx.read("scale", node.inputs[1])]
-    order = ["x", "scale"]
+    limit = node.attrs["least" if node.op == "l2_norm" else "eps"]
+    args, order = [ctx.read("x", x)], ["x"]
+    if node.op != "l2_norm":
+        args, order = [*args, ctx.read("scale", node.inputs[1])], [*order, "scale"]
     if node.op == "layer_norm":
         order.append("bias" if len(node.inputs) > 2 else "nullptr")
         args += [ctx.read("bias", b) for b in node.inputs[2:3]]
@@ -133,7 +137,7 @@ def _norm(ctx: Lowering, node: Node) -> None:
         node.op,
         "norm.h",
         template,
-        [*order, "y", "part", literal(node.attrs["eps"], DType.f32), "fn"],
+        [*order, "y", "part", literal(limit, DType.f32), "fn"],
         [*args, ctx.write("y", node), *extra],
         fn,
     )

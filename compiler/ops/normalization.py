@@ -63,6 +63,12 @@ def _ref_rms_norm(x: Sequence[Array], a: FrozenDict) -> Array:
     return (v / np.sqrt((v * v).mean(axes, keepdims=True) + a["eps"]) * x[1]).astype(x[0].dtype)
 
 
+def _ref_l2_norm(x: Sequence[Array], a: FrozenDict) -> Array:
+    v = x[0].astype(np.float64)
+    axes = tuple(range(a["axis"] % v.ndim, v.ndim))
+    return (v / np.maximum(np.sqrt((v * v).sum(axes, keepdims=True)), a["least"])).astype(x[0].dtype)
+
+
 def _infer_group_norm(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x = types[0]
     if x.rank < 3 or x.dtype is not DType.f32 or any(t != TensorType(x.shape[-1:], x.dtype) for t in types[1:]):
@@ -114,14 +120,16 @@ def _infer_integer_layer_norm(types: Sequence[TensorType], a: FrozenDict) -> Ten
         raise ShapeError(f"integer_layer_norm to {a['to'].value} of {', '.join(map(str, types))}")
     if not (16 <= a["shift"] <= 46 and 1 <= a["eps"] < 2**60):
         raise ShapeError(f"integer_layer_norm with eps {a['eps']} and shift {a['shift']}")
+    if a["x_zero"] and (a["centred"] or not np.iinfo(x.dtype.numpy).min <= a["x_zero"] <= np.iinfo(x.dtype.numpy).max):
+        raise ShapeError(f"integer_layer_norm about {a['x_zero']}")
     return x.with_dtype(a["to"])
 
 
 def _ref_integer_layer_norm(x: Sequence[Array], a: FrozenDict) -> Array:
     n = x[1].size
-    v = x[0].astype(np.int64).reshape(-1, n)
+    v = x[0].astype(np.int64).reshape(-1, n) - a["x_zero"]
     scale, bias = (p.astype(np.int64).reshape(-1) for p in x[1:])
-    total = v.sum(1, keepdims=True)
+    total = v.sum(1, keepdims=True) * a["centred"]
     variance = n * (v * v).sum(1, keepdims=True) - total * total + a["eps"]
     bits = np.zeros_like(variance)
     for _ in range(30):
@@ -135,15 +143,19 @@ def _ref_integer_layer_norm(x: Sequence[Array], a: FrozenDict) -> Array:
 
 
 ROWS.append(Op("integer_layer_norm", (3, 3), _infer_integer_layer_norm, _ref_integer_layer_norm,
-        {"axis": -1, "eps": REQUIRED, "shift": REQUIRED, "zero": 0, "to": REQUIRED}, "normalize", 0.0,
+        {"axis": -1, "centred": True, "x_zero": 0, "eps": REQUIRED, "shift": REQUIRED, "zero": 0, "to": REQUIRED},
+        "normalize", 0.0,
         doc="layer normalisation of integers without a float instruction, over the axes from `axis`: with s and q the sums "
-            "of x and x^2 of N values, z = (N x - s) / sqrt(N q - s^2 + eps) with 15 fraction bits, "
+            "of x - x_zero and its square of N values, s = 0 unless centred (that is rms_norm and l2_norm), "
+            "z = (N (x - x_zero) - s) / sqrt(N q - s^2 + eps) with 15 fraction bits, "
             "saturate(((z scale + bias 2^(shift-15) + 2^(shift-1)) >> shift) + zero); each rounding as in norm.h; scale and "
             "bias i32 (after Kim et al.: I-BERT, 2021)"))
 ROWS.append(Op("layer_norm", (2, 3), _infer_norm, _ref_layer_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
         epilogue=3, doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
 ROWS.append(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
         epilogue=2, doc="x / sqrt(mean(x^2) + eps) scale (Zhang, Sennrich: Root Mean Square Layer Normalization, 2019)"))
+ROWS.append(Op("l2_norm", (1, 1), _infer_norm, _ref_l2_norm, {"axis": -1, "least": 0.0}, "normalize", 1e-5,
+        epilogue=1, doc="x / max(sqrt(sum(x^2)), least) over the axes from `axis`"))
 ROWS.append(Op("group_norm", (2, 3), _infer_group_norm, _ref_group_norm, {"groups": REQUIRED, "eps": 1e-5}, "normalize", 1e-5,
         epilogue=3, doc="(x - mean) / sqrt(var + eps) scale + bias of x [N, ..., C], mean and variance over all places and the "
                         "C / groups channels of a group (Wu, He: Group Normalization, 2018); a channel each is instance "

@@ -191,6 +191,12 @@ def _rms_norm(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
     return x[0] * torch.rsqrt(x[0].square().mean(axes, keepdim=True) + a["eps"]) * x[1]
 
 
+@_function("l2_norm")
+def _l2_norm(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
+    axes = tuple(range(a["axis"] % x[0].dim(), x[0].dim()))
+    return x[0] / torch.linalg.vector_norm(x[0], dim=axes, keepdim=True).clamp_min(a["least"])
+
+
 @_function("where")
 def _where(x: Sequence[Tensor], a: FrozenDict) -> Tensor:
     return torch.where(x[0], x[1], x[2])

@@ -36,7 +36,7 @@ def _softmax(at: Analysis, node: Node) -> Axes:
     return x
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm", "rms_norm", "l2_norm")
 def _norm(at: Analysis, node: Node) -> Axes:
     x = at(node.inputs[0])
     first = node.attrs["axis"] % len(x)

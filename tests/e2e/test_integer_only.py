@@ -108,6 +108,16 @@ def sequence() -> Graph:
     return graph(x, make("linear", pooled, weights(5, 16), weights(5), origin="classes"))
 
 
+def embedding() -> Graph:
+    """Normalised by lengths without means, of values on both sides of zero and of positive ones, to a unit vector."""
+    x = value(3, 4, 16)
+    scale = constant(rng.uniform(0.5, 2, 24).astype(np.float32))
+    h = make("rms_norm", make("linear", x, weights(24, 16), weights(24)), scale)
+    h = make("l2_norm", make("relu", make("linear", h, weights(32, 24), weights(32))), least=1e-6)
+    h = make("linear", h, weights(20, 32))
+    return graph(x, make("l2_norm", h, axis=1), make("rms_norm", h, constant(np.ones((4, 20), np.float32)), axis=1))
+
+
 def samples(network: Graph, count: int) -> list[np.ndarray]:
     return [rng.standard_normal(network.inputs[0].shape).astype(np.float32) for _ in range(count)]
 
@@ -140,7 +150,8 @@ def require_no_float(folder: Path) -> None:
         assert not re.search(r"__\w*(sf|df)\w*", calls), calls  # nor are they computed by a library
 
 
-@pytest.mark.parametrize(("network", "least"), [(image_network, 35), (transformer, 28), (sequence, 28)])
+@pytest.mark.parametrize(
+    ("network", "least"), [(image_network, 35), (transformer, 28), (sequence, 28), (embedding, 28)])
 def test_same_bytes_everywhere_and_near_the_float_network(
     network: Callable[[], Graph], least: float, tmp_path: Path
 ) -> None:
@@ -192,7 +203,8 @@ def test_what_has_no_integer_form_is_named(tmp_path: Path) -> None:
     x = value(1, 6, 8)
     a = make("linear", x, weights(8, 8), origin="first")
     b = make("div", a, make("exp", a, origin="exp"), origin="ratio")
-    y = make("rms_norm", make("log_softmax", b, axis=-1, origin="log"), weights(8), origin="rms")
+    scale = make("reduce_mean", x, axes=(0, 1), keep=False)
+    y = make("rms_norm", make("log_softmax", b, axis=-1, origin="log"), scale, origin="rms")
     with pytest.raises(UnsupportedOpError) as e:
         compiled(graph(x, y), samples(graph(x, y), 2), tmp_path / "a", "generic")
     assert {p[0] for p in e.value.problems} == {"ratio", "log", "rms"}

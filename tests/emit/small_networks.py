@@ -134,7 +134,7 @@ def transformer(net: Net) -> None:
     x = ops.make("add", x, ops.make("reshape", a, shape=(1, 6, 24)))
     first = [ops.make("transpose", t, perm=(0, 2, 1, 3)) for t in (q, k, v)]
     causal = ops.make("attention", *first, scale=8**-0.5, causal=True)
-    h = ops.make("rms_norm", x, net.weights(24))
+    h = ops.make("l2_norm", ops.make("rms_norm", x, net.weights(24)), least=0.5)
     wide = ops.make("gelu", ops.make("linear", h, net.weights(40, 24)))
     x = ops.make("linear", wide, net.weights(24, 40), net.weights(24), x, epilogue="t0=add(x0,x1)")
     scores = ops.make("matmul", *first[:2], trans_b=True)
@@ -308,6 +308,7 @@ def tokens(net: Net) -> None:
 
     scale = constant(net.rng.uniform(0.5, 1.5, 24).astype(np.float32))
     h = ops.make("layer_norm", dense(x, 24), scale, net.weights(24))
+    h = ops.make("l2_norm", dense(ops.make("rms_norm", dense(h, 24), scale), 24))
     heads = [ops.make("reshape", dense(h, 24), shape=(1, 7, 3, 8)) for _ in range(3)]
     a = ops.make("attention", *heads, *([] if net.name.endswith("only") else [mask]), scale=8**-0.5, token_major=True)
     h = ops.make("add", x, dense(ops.make("reshape", a, shape=(1, 7, 24)), 24))

@@ -130,6 +130,8 @@ def weights(*shape: int) -> Node:
      {"scale": 0.02, "factor": 0.9, "causal": True, "to": DType.u8, "y_zero": 3}),
     ("layer_norm", (X, weights(4), weights(4)), {}),
     ("rms_norm", (X, weights(8, 4)), {"axis": -2}),
+    ("l2_norm", (X,), {"axis": -2, "least": 1.5}),
+    ("l2_norm", (X,), {}),
     ("group_norm", (X, weights(4), weights(4)), {"groups": 2}),
     ("group_norm", (X, weights(4)), {"groups": 1}),
     ("group_norm", (X, weights(4)), {"groups": 4, "eps": 1e-3}),

@@ -106,6 +106,11 @@ MODULES: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
         Lambda(lambda x: (F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 2, ceil_mode=True))),
         (noise(1, 2, 7, 7),),
     ),
+    "unit_vectors": lambda: (
+        Lambda(lambda x: (F.normalize(x), F.normalize(x, dim=-2, eps=2.0), F.normalize(1e-11 * x, dim=-1),
+                          x / x.norm(dim=(2, 3), keepdim=True))),
+        (noise(2, 6, 3, 4),),
+    ),
     "group_norm": lambda: (nn.GroupNorm(2, 8), (noise(1, 8, 5, 5),)),
     "one_group_of_a_row": lambda: (nn.Sequential(nn.GroupNorm(1, 6), nn.PReLU()), (noise(2, 6, 11),)),
     "group_norm_of_volumes": lambda: (nn.GroupNorm(3, 6, affine=False), (noise(2, 6, 3, 4, 5),)),

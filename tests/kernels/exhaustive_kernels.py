@@ -579,8 +579,10 @@ def layer_norm(rng: Random) -> Subject:
     limits = np.iinfo(to)
     step, zero, shift = (0.04, (limits.min + limits.max + 1) // 2, 36) if limits.bits == 8 else (1e-3, 0, 32)
     eps = choice(rng, 1, 7, 1000)
-    call = (angle("integer_layer_norm", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], rows, n)
-            + f"::run(x0, x1, x2, y0, part, {eps}, {shift}, {zero})")  # fmt: skip
+    centred = bool(rng.integers(2))
+    x_zero = 0 if centred else choice(rng, 0, np.iinfo(dtype).min, np.iinfo(dtype).max // 2)
+    call = (angle("integer_layer_norm", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], rows, n, str(centred).lower())
+            + f"::run(x0, x1, x2, y0, part, {eps}, {shift}, {x_zero}, {zero})")  # fmt: skip
 
     def draw(rng: Random, calls: int, worst: bool) -> Sample:
         x = any_of(dtype, rng, (calls, rows, n))
@@ -589,8 +591,8 @@ def layer_norm(rng: Random) -> Subject:
             x[..., -1] -= 1
         scale = np.rint(rng.uniform(-2, 2, n) / step * 2.0 ** (shift - 15)).astype(np.int32)
         bias = np.rint(rng.uniform(-1, 1, n) / step * 2.0**15).astype(np.int32)
-        q = x.astype(np.int64)
-        s = q.sum(2, keepdims=True)
+        q = x.astype(np.int64) - x_zero
+        s = q.sum(2, keepdims=True) * centred
         v = (n * (q * q).sum(2, keepdims=True) - s * s + eps).astype(np.uint64)
         t = np.zeros(v.shape, np.int64)
         for _ in range(31):

@@ -60,13 +60,14 @@ def test_softmax(isa: str, tmp_path: Path) -> None:
 
 
 def layer_norm(
-    x: NDArray[np.generic], scale: NDArray[np.int32], bias: NDArray[np.int32], eps: int, shift: int, zero: int, to: type
+    x: NDArray[np.generic], scale: NDArray[np.int32], bias: NDArray[np.int32], centred: bool, x_zero: int, eps: int,
+    shift: int, zero: int, to: type
 ) -> NDArray[np.generic]:
     """The definition in norm.h, row by row, in Python's integers."""
     rows = []
     n = x.shape[1]
-    for row in x.astype(object):
-        s, q = sum(row), sum(row * row)
+    for row in x.astype(object) - x_zero:
+        s, q = sum(row) if centred else 0, sum(row * row)
         v = n * q - s * s + eps
         t = 0
         while v << 2 * t < 1 << 60:
@@ -82,11 +83,14 @@ def layer_norm(
 def test_layer_norm(isa: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     cases = []
-    shapes: list[tuple[int, int, type, type]] = [
-        (3, 64, np.uint8, np.uint8), (2, 192, np.int8, np.int8), (2, 33, np.int16, np.int16),
-        (1, 1, np.uint8, np.uint8), (2, 9, np.uint16, np.int16),
+    shapes: list[tuple[int, int, type, type, int | None]] = [
+        (3, 64, np.uint8, np.uint8, None), (2, 192, np.int8, np.int8, None), (2, 33, np.int16, np.int16, None),
+        (1, 1, np.uint8, np.uint8, None), (2, 9, np.uint16, np.int16, None),
+        (3, 64, np.uint8, np.uint8, 131), (2, 19, np.int16, np.int16, 0), (1, 1, np.int8, np.uint8, -7),
+        (2, 32767, np.uint16, np.int8, 0), (3, 40, np.uint16, np.uint8, 65535),
     ]  # fmt: skip
-    for rows, n, dtype, to in shapes:
+    for rows, n, dtype, to, about in shapes:
+        centred, x_zero = about is None, about or 0
         info, limits = np.iinfo(dtype), np.iinfo(to)
         x = rng.integers(info.min, info.max, (rows, n), endpoint=True).astype(dtype)
         if rows > 1:
@@ -96,12 +100,12 @@ def test_layer_norm(isa: str, tmp_path: Path) -> None:
         step, zero, shift = (0.04, (limits.min + limits.max + 1) // 2, 36) if limits.bits == 8 else (1e-3, 0, 32)
         scale = np.rint(gamma / step * 2.0 ** (shift - 15)).astype(np.int32)
         bias = np.rint(beta / step * 2.0**15).astype(np.int32)
-        want = layer_norm(x, scale, bias, 1, shift, zero, to)
-        wide = x.astype(float)
-        spread = np.sqrt(((wide - wide.mean(1, keepdims=True)) ** 2).mean(1, keepdims=True) + 1.0 / n**2)
-        exact = ((wide - wide.mean(1, keepdims=True)) / spread * gamma + beta) / step + zero
+        want = layer_norm(x, scale, bias, centred, x_zero, 1, shift, zero, to)
+        wide = x.astype(float) - (x.mean(1, keepdims=True) if centred else x_zero)
+        spread = np.sqrt((wide**2).mean(1, keepdims=True) + 1.0 / n**2)
+        exact = (wide / spread * gamma + beta) / step + zero
         assert np.abs(want - np.clip(exact, limits.min, limits.max)).max() <= 0.5 + 2.0**-13 / step
-        kernel = angle("integer_layer_norm", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], rows, n)
-        call = f"{kernel}::run(x0, x1, x2, y0, part, 1, {shift}, {zero})"
+        kernel = angle("integer_layer_norm", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], rows, n, str(centred).lower())
+        call = f"{kernel}::run(x0, x1, x2, y0, part, 1, {shift}, {x_zero}, {zero})"
         cases.append(Case(call, [x, scale, bias], [want]))
     check(cases, ["norm.h"], isa, tmp_path)

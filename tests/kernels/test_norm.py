@@ -1,4 +1,4 @@
-"""layer_norm, rms_norm and group_norm."""
+"""layer_norm, rms_norm, l2_norm and group_norm."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def test_rows(isa: str, tmp_path: Path) -> None:
                 f"{angle('rms_norm', rows, n)}::run(x0, x1, y0, {tail}", [x, scale], [r.astype(np.float32)], atol=2e-6
             ),
         ]
+        short = x / np.float32(1000)
+        short[0] = 0
+        length = np.maximum(np.sqrt((short.astype(np.float64) ** 2).sum(1, keepdims=True)), 0.0625)
+        tail = "part, 0.0625f, [](auto v, ptrdiff_t, int) { return v; })"
+        want = (short / length).astype(np.float32)
+        cases.append(Case(f"{angle('l2_norm', rows, n)}::run(x0, y0, {tail}", [short], [want], atol=1e-6))
     check(cases, ["norm.h"], isa, tmp_path)
 
 

@@ -324,7 +324,7 @@ def _topk(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> 
     return axis
 
 
-@rule("layer_norm", "rms_norm")
+@rule("layer_norm", "rms_norm", "l2_norm")
 def _norm(a: Node, b: Node, shapes: list[tuple[int, ...]], axes: list[Axis]) -> Axis:
     axis = axes[0]
     separate = axis is not None and axis < b.attrs["axis"] % b.type.rank and axes[1:] == [None] * len(axes[1:])

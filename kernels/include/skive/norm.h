@@ -1,4 +1,4 @@
-// Normalisations: of rows (layer_norm, rms_norm) and of groups of channels of an NHWC image
+// Normalisations: of rows (layer_norm, rms_norm, l2_norm) and of groups of channels of an NHWC image
 // (group_norm; one channel per group is instance normalisation). float32, several partial sums.
 #ifndef SKIVE_NORM_H
 #define SKIVE_NORM_H
@@ -84,6 +84,14 @@ struct layer_norm {
   }
 };
 
+template <ptrdiff_t N>
+SKIVE_INLINE float sum_of_squares(const float* x) {
+  return sum_row<N>([&](ptrdiff_t i, auto lanes) {
+    const auto v = load<decltype(lanes)::count>(x + i);
+    return v * v;
+  });
+}
+
 // y = epilogue(x / sqrt(mean(x^2) + eps) * scale, row, column).
 template <ptrdiff_t Rows, ptrdiff_t N>
 struct rms_norm {
@@ -91,7 +99,8 @@ struct rms_norm {
   static void run(const float* x, const float* scale, Y* y, Part part, float eps, const E& epilogue) {
     if constexpr (N > 0) {
       by_rows(
-          part_begin(Rows, part), part_end(Rows, part), [&](ptrdiff_t r) { return factor(x + r * N, eps); },
+          part_begin(Rows, part), part_end(Rows, part),
+          [&](ptrdiff_t r) { return 1.0f / sqrt_(sum_of_squares<N>(x + r * N) / N + eps); },
           [&](ptrdiff_t r, float factor) __attribute__((always_inline)) {
             write_row<N>(y + r * N, [&](ptrdiff_t i, auto lanes) __attribute__((always_inline)) {
               constexpr int n = decltype(lanes)::count;
@@ -101,14 +110,27 @@ struct rms_norm {
           });
     }
   }
+};
 
- private:
-  static SKIVE_INLINE float factor(const float* x, float eps) {
-    const float square = sum_row<N>([&](ptrdiff_t i, auto lanes) {
-      const auto v = load<decltype(lanes)::count>(x + i);
-      return v * v;
-    });
-    return 1.0f / sqrt_(square / N + eps);
+// y = epilogue(x / max(sqrt(sum(x^2)), least), row, column).
+template <ptrdiff_t Rows, ptrdiff_t N>
+struct l2_norm {
+  template <class Y, class E>
+  static void run(const float* x, Y* y, Part part, float least, const E& epilogue) {
+    if constexpr (N > 0) {
+      by_rows(
+          part_begin(Rows, part), part_end(Rows, part),
+          [&](ptrdiff_t r) {
+            const float length = sqrt_(sum_of_squares<N>(x + r * N));
+            return 1.0f / (length < least ? least : length);
+          },
+          [&](ptrdiff_t r, float factor) __attribute__((always_inline)) {
+            write_row<N>(y + r * N, [&](ptrdiff_t i, auto lanes) __attribute__((always_inline)) {
+              constexpr int n = decltype(lanes)::count;
+              return epilogue(load<n>(x + r * N + i) * splat<n>(factor), r, static_cast<int>(i));
+            });
+          });
+    }
   }
 };
 
@@ -232,34 +254,34 @@ SKIVE_INLINE uint32_t integer_sqrt(uint64_t v) {
   return static_cast<uint32_t>(root);
 }
 
-// Layer normalisation of quantized values, 8 or 16 bits, without a float instruction. With s and q
-// the sums of x and of x^2 in a row:
-//   d = N x - s and v = N q - s^2 + eps        N (x - mean) and N^2 variance, exact in 64 bits
+// Layer normalisation of quantized values, 8 or 16 bits, without a float instruction. With u = x - x_zero,
+// s and q the sums of u and of u^2 in a row, and s = 0 unless Centred (x / sqrt(mean(x^2)), as of rms_norm and l2_norm):
+//   d = N u - s and v = N q - s^2 + eps        N (x - mean) and N^2 variance, exact in 64 bits
 //   root = floor(sqrt(v 4^t)), t the largest with v 4^t < 2^62; r = floor(2^61 / root)
 //   z = (d r + 2^(45 - t)) >> (46 - t)         (x - mean) / sqrt(variance) with 15 fraction bits
 //   y = saturate(((z scale + (bias << (shift - 15)) + 2^(shift - 1)) >> shift) + zero)
 // eps counts in units of N^2 times the square of x's scale and is at least 1; scale [N] is
-// 2^(shift - 15) gamma / scale of y, bias [N] is 2^15 beta / scale of y; 16 <= shift <= 46. The zero
-// point of x does not matter. N < 2^15, so that nothing overflows.
-template <class T, class Y, ptrdiff_t Rows, ptrdiff_t N>
+// 2^(shift - 15) gamma / scale of y, bias [N] is 2^15 beta / scale of y; 16 <= shift <= 46. Centred, x_zero
+// does not matter and is 0. N < 2^15, so that nothing overflows.
+template <class T, class Y, ptrdiff_t Rows, ptrdiff_t N, bool Centred>
 struct integer_layer_norm {
-  static_assert(N < (1 << 15), "sums of squares times N stay below 2^61");
+  static_assert(N < (1 << 15), "sums of squares times N stay below 2^62");
 
   static void run(const T* x, const int32_t* scale, const int32_t* bias, Y* y, Part part,
-                  int64_t eps, int shift, int32_t zero) {
+                  int64_t eps, int shift, int32_t x_zero, int32_t zero) {
     if constexpr (N > 0) {
       for (ptrdiff_t r = part_begin(Rows, part), end = part_end(Rows, part); r < end; ++r)
-        row(x + r * N, scale, bias, y + r * N, eps, shift, zero);
+        row(x + r * N, scale, bias, y + r * N, eps, shift, x_zero, zero);
     }
   }
 
  private:
   static SKIVE_INLINE void row(const T* x, const int32_t* scale, const int32_t* bias, Y* y,
-                               int64_t eps, int shift, int32_t zero) {
+                               int64_t eps, int shift, int32_t x_zero, int32_t zero) {
     int64_t sum = 0, squares = 0;
     for (ptrdiff_t i = 0; i < N; ++i) {
-      const int64_t v = x[i];
-      sum += v;
+      const int64_t v = x[i] - x_zero;
+      if constexpr (Centred) sum += v;
       squares += v * v;
     }
     uint64_t variance = static_cast<uint64_t>(N * squares - sum * sum + eps);
@@ -268,7 +290,7 @@ struct integer_layer_norm {
     const int64_t inverse = (int64_t{1} << 61) / integer_sqrt(variance);
     const int64_t half = int64_t{1} << (45 - t);
     for (ptrdiff_t i = 0; i < N; ++i) {
-      const int64_t z = ((N * x[i] - sum) * inverse + half) >> (46 - t);
+      const int64_t z = ((N * (x[i] - x_zero) - sum) * inverse + half) >> (46 - t);
       const int64_t wide = z * scale[i] + bias[i] * (int64_t{1} << (shift - 15));
       const int64_t v = ((wide + (int64_t{1} << (shift - 1))) >> shift) + zero;
       constexpr int32_t low = limits<Y>::lowest, high = limits<Y>::highest;

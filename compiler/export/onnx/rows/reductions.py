@@ -86,6 +86,15 @@ def rms_norm(w: Writer, n: Node) -> None:
     w.put(n, w.emit("Mul", w.emit("Div", x, root), scale))
 
 
+@row("l2_norm")
+def l2_norm(w: Writer, n: Node) -> None:
+    x, rank = w.get(n.inputs[0]), n.type.rank
+    length = w.emit("ReduceL2", x, integers(*range(n.attrs["axis"] % rank, rank)), keepdims=1)
+    if n.attrs["least"]:
+        length = w.emit("Max", length, scalar(n.attrs["least"], n.dtype))
+    w.put(n, w.emit("Div", x, length))
+
+
 @row("group_norm")
 def group_norm(w: Writer, n: Node) -> None:
     """As PyTorch writes it, which runtimes know: instance normalisation of each group as one channel."""

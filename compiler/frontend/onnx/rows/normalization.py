@@ -150,6 +150,10 @@ def local_response_normalization(c: Call) -> Node:
 def lp_normalization(c: Call) -> Node:
     x = c[0]
     axis = checked_axis(int(c.attr("axis", -1)), x.type.rank)
+    if int(c.attr("p", 2)) == 2 and x.dtype is DType.f32 and x.type.size:
+        perm = (*(a for a in range(x.type.rank) if a != axis), axis)
+        # Of zeros it is zero: no other float32 row is shorter than 1e-22.
+        return c.back(c.make("l2_norm", c.transpose(x, perm), least=1e-30), perm)
     if int(c.attr("p", 2)) == 1:
         norm = c.make("reduce_sum", c.make("abs", x), axes=(axis,), keep=True)
     else:
