@@ -266,6 +266,43 @@ def _median(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]
     return _kthvalue(x, (x.shape[dim] + 1) // 2, dim, keepdim)
 
 
+def _median_of_all(x: Tensor) -> Tensor:
+    return _median(x.reshape(-1), 0)[0]
+
+
+def _aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    axes = list(range(x.dim())) if dim is None else [dim]
+    return torch.amin(x, axes, keepdim), torch.amax(x, axes, keepdim)
+
+
+def _log_sigmoid(x: Tensor) -> Tensor:
+    """The logarithm of a sigmoid that has become zero says nothing."""
+    return -torch.nn.functional.softplus(-x)
+
+
+def _logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """log(exp(x) + exp(y)) without exponentials that overflow."""
+    apart = torch.where(x == y, torch.zeros_like(x - y), (x - y).abs())  # infinities, too
+    return torch.maximum(x, y) + torch.nn.functional.softplus(-apart)
+
+
+def _logaddexp2(x: Tensor, y: Tensor) -> Tensor:
+    return _logaddexp(x * math.log(2), y * math.log(2)) / math.log(2)
+
+
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    return _scanned((x,), dim, lambda before, behind: (_logaddexp(before[0], behind[0]),))[0]
+
+
+def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None,
+                          reduction: int = 1) -> Tensor:
+    """Of logits: -(target log(sigmoid(x)) + (1 - target) log(1 - sigmoid(x)))."""
+    positive = 1 if pos_weight is None else 1 + (pos_weight - 1) * target
+    loss = (1 - target) * x - positive * _log_sigmoid(x)
+    loss = loss if weight is None else loss * weight
+    return (loss, loss.mean(), loss.sum())[reduction]
+
+
 def _hypot(x: Tensor, y: Tensor) -> Tensor:
     """Squares of the quotient neither overflow nor vanish."""
     x, y = torch.broadcast_tensors(x.abs(), y.abs())
@@ -432,6 +469,10 @@ REPAIRS: dict[Any, tuple[Callable[..., Any], Callable[[Any], bool]]] = {
     aten.atan2.default: (_atan2, _always), aten.angle.default: (_angle, _always),
     aten.cdist.default: (_cdist, _always), aten.searchsorted.Tensor: (_searchsorted, _always),
     aten.kthvalue.default: (_kthvalue, _always), aten.median.dim: (_median, _always),
+    aten.median.default: (_median_of_all, _always), aten.aminmax.default: (_aminmax, _always),
+    aten.log_sigmoid.default: (_log_sigmoid, _always), aten.logaddexp.default: (_logaddexp, _always),
+    aten.logaddexp2.default: (_logaddexp2, _always), aten.logcumsumexp.default: (_logcumsumexp, _always),
+    aten.binary_cross_entropy_with_logits.default: (_binary_cross_entropy, _always),
     aten.fmax.default: (_number(torch.maximum), _always), aten.fmin.default: (_number(torch.minimum), _always),
     aten.hypot.default: (_hypot, _always), aten.masked_scatter.default: (_masked_scatter, _always),
     aten.copysign.Tensor: (_copysign, _always), aten.copysign.Scalar: (_copysign, _always),

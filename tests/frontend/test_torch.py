@@ -253,7 +253,12 @@ def repaired(x: Any, i: Any, image: Any, bits: Any, mask: Any) -> dict[str, Any]
         "blind": F.scaled_dot_product_attention(image, image, image, mask.all(1)[:, None] | (image[0] > 0)[:, :, :7]),
         "seeing": [F.scaled_dot_product_attention(image, image, image, m) for m in (None, image[0, :, :, :7])],
         "distances": (torch.cdist(x, x[:3] + 1), torch.cdist(image[0], image[0, :, :2], p=1.0)),
-        "order": (torch.median(x, 1), torch.kthvalue(x, 2, 0, keepdim=True), torch.median(x[:, :1], 0)),
+        "order": (torch.median(x, 1), torch.kthvalue(x, 2, 0, keepdim=True), torch.median(x[:, :1], 0),
+                  torch.median(image), torch.aminmax(x), torch.aminmax(i, dim=1, keepdim=True)),
+        "logarithms": (F.logsigmoid(90 * x), torch.logaddexp(90 * x, x), torch.logaddexp2(400 * x, x.abs().log()),
+                       torch.logaddexp(x[0] / 0, x / 0) == torch.inf, torch.logcumsumexp(90 * x, 1),
+                       *(F.binary_cross_entropy_with_logits(99 * x, x.sigmoid(), x[0].abs(), reduction=r, pos_weight=w)
+                         for r in ("none", "mean", "sum") for w in (None, x[1].abs()))),
         "so far": [f(t, d) for f in (torch.cummax, torch.cummin, torch.cumprod)
                    for t, d in ((x.round(), 0), (i % 5, 1), (image, -2), (x[:1], 0), (image.mean(), 0))],
         "nans": (torch.cummax(torch.log(x), 1)[1], torch.cummin(torch.log(x), 0)[1]),
