@@ -71,7 +71,7 @@ class Storage(AnyStorage):
             if node not in self.stored or node.op == "input" or self.graph.is_output(node) or looked_up:
                 continue
             users = self.graph.users[node]
-            normalised = [u.op in ROW_NORMS and u.inputs[0] is node for u in users]
+            normalised = [u.op in ROW_NORMS and u.inputs[0] is node and fits_norm(u, DType.i16) for u in users]
             moved = [u in wide and self.is_moved(u) for u in users]
             added = [self._mode.get(u) == "fixed" and not (u.op == "mul" and len(_computed(u)) > 1) for u in users]
             sums = [u.op in SUMS for u in users]
@@ -154,29 +154,49 @@ def separate_attention(m: Match) -> Node | None:
 
 
 @rule(op("group_norm"))
-def separate_group_norm(m: Match) -> Node:
-    """(x - mean) / sqrt(variance + eps) scale + bias in single steps."""
+def rows_of_groups(m: Match) -> Node:
+    """The normalisation of groups is that of rows, once each group is a row; scale and bias follow."""
     x, *parameters = m.root.inputs
-    groups, rank = m.root.attrs["groups"], x.type.rank
+    groups, eps = m.root.attrs["groups"], m.root.attrs["eps"]
+    places, width = math.prod(x.shape[1:-1]), x.shape[-1] // groups
 
     def make(name: str, *inputs: Node, **attrs: Any) -> Node:
         return ops.make(name, *inputs, origin=m.root.origin, **attrs)
 
-    axes = tuple(range(1, rank - 1))
-    if groups != x.shape[-1]:
-        x, axes = make("reshape", x, shape=(*x.shape[:-1], groups, x.shape[-1] // groups)), (*axes, rank)
-    d = make("sub", x, make("reduce_mean", x, axes=axes, keep=True))
-    variance = make("reduce_mean", make("mul", d, d), axes=axes, keep=True)
-    y = make("mul", d, make("rsqrt", make("add", variance, constant(np.asarray(m.root.attrs["eps"], np.float32)))))
-    y = make("reshape", y, shape=m.root.shape) if y.shape != m.root.shape else y
+    rows = make("transpose", make("reshape", x, shape=(x.shape[0], places, groups, width)), perm=(0, 2, 1, 3))
+    y = make("layer_norm", rows, constant(np.ones((places, width), np.float32)), axis=2, eps=eps)
+    y = make("reshape", make("transpose", y, perm=(0, 2, 1, 3)), shape=m.root.shape)
     for name, v in zip(("mul", "add"), parameters, strict=False):
         y = make(name, y, v)
     return y
 
 
+@rule(op("reduce_sum", where=lambda n: n.dtype is DType.f32))
+def multiple_of_mean(m: Match) -> Node:
+    (x,) = m.root.inputs
+    mean = ops.make("reduce_mean", x, origin=m.root.origin, **m.root.attrs)
+    count = constant(np.asarray(x.type.size / max(mean.type.size, 1), np.float32))
+    return ops.make("mul", mean, count, origin=m.root.origin, label=m.root.name)
+
+
+@rule(op("reduce_mean", where=lambda n: n.dtype is DType.f32))
+def mean_of_neighbours(m: Match) -> Node | None:
+    """Axes that lie apart come to lie side by side."""
+    (x,) = m.root.inputs
+    axes = sorted(a % x.type.rank for a in m.root.attrs["axes"])
+    if not axes or axes[-1] - axes[0] == len(axes) - 1:
+        return None
+    perm = (*(a for a in range(x.type.rank) if a not in axes), *axes)
+    last = tuple(range(len(perm) - len(axes), len(perm)))
+    y = ops.make("transpose", x, perm=perm, origin=m.root.origin)
+    y = ops.make("reduce_mean", y, axes=last, keep=False, origin=m.root.origin)
+    return ops.make("reshape", y, shape=m.root.shape, origin=m.root.origin, label=m.root.name)
+
+
 def prepared(graph: Graph) -> Graph:
-    """The float graph in terms of what has an integer form: attention and normalisation of groups in single steps."""
-    return rewrite(graph, [separate_attention, separate_group_norm])
+    """The float graph in terms of what has an integer form: attention in single steps, the normalisation of groups as
+    that of rows, sums as means."""
+    return rewrite(graph, [separate_attention, rows_of_groups, multiple_of_mean, mean_of_neighbours])
 
 
 # -------------------------------------------------------------------------------------- moves
@@ -209,6 +229,14 @@ def order_of_integers(m: Match) -> Node | None:
     if not float(m["x"].inputs[1].value.item()) > 0:
         return None
     return ops.make(m.root.op, m["x"].inputs[0], origin=m.root.origin, label=m.root.name, **m.root.attrs)
+
+
+@rule(op("reduce_max|reduce_min", op("dequantize", name="x", where=is_stored)))
+def extremum_of_integers(m: Match) -> Node | None:
+    q, scale, _ = m["x"].inputs
+    if not float(scale.value.item()) > 0:
+        return None
+    return _dequantized(m, ops.make(m.root.op, q, origin=m.root.origin, label=m.root.name, **m.root.attrs), m["x"])
 
 
 @rule(op("matmul", Var("a"), Var("b")))
@@ -279,10 +307,15 @@ def _weights(real: np.ndarray) -> np.ndarray | None:
     return w
 
 
-MOVING = [gather_integers, quantized_table, order_of_integers, product_of_integers]
+MOVING = [gather_integers, quantized_table, order_of_integers, extremum_of_integers, product_of_integers]
 
 
 # ---------------------------------------------------------------------- softmax and normalisation
+
+
+def fits_norm(node: Node, dtype: DType) -> bool:
+    """True if integer_layer_norm takes the rows of `node` as integers of type `dtype`."""
+    return math.prod(node.shape[node.attrs["axis"] % node.type.rank:]) < ops.integer_norm_limit(dtype)
 
 
 def exponentials(scale: float) -> np.ndarray:
@@ -317,14 +350,16 @@ def norm_of_integers(m: Match) -> Node | None:
     else:
         gamma, eps = parameters[0].value.astype(np.float64) / step, f.attrs["eps"]
     beta = parameters[1].value.astype(np.float64) / step if len(parameters) > 1 else np.zeros_like(gamma)
-    if gamma.size >= 2**15 or np.abs(beta).max(initial=0) >= 2**15 or np.abs(gamma).max(initial=0) >= 2**14:
+    if not fits_norm(f, q.dtype) or np.abs(beta).max(initial=0) >= 2**15 or np.abs(gamma).max(initial=0) >= 2**14:
         return None
     largest = max(np.abs(gamma).max(initial=0), 2.0**-16)
     shift = min(46, 15 + math.floor(math.log2(2.0**30 / largest)))
-    eps = int(np.clip(np.rint(eps * (gamma.size / np.float64(scale.value.item())) ** 2), 1, 2.0**59))
+    eps = int(np.clip(np.rint(eps * (n / np.float64(scale.value.item())) ** 2), 1, 2.0**59))
     centred = f.op == "layer_norm"
-    return ops.make("integer_layer_norm", q, constant(np.rint(gamma * 2.0 ** (shift - 15)).astype(np.int32)),
-                    constant(np.rint(beta * 2.0**15).astype(np.int32)), origin=m.root.origin, label=m.root.name,
+    if all((p == p.flat[0]).all() for p in (gamma, beta)):
+        gamma, beta = (p.reshape(-1)[:1].reshape(()) for p in (gamma, beta))
+    return ops.make("integer_layer_norm", q, constant(np.asarray(np.rint(gamma * 2.0 ** (shift - 15)), np.int32)),
+                    constant(np.asarray(np.rint(beta * 2.0**15), np.int32)), origin=m.root.origin, label=m.root.name,
                     axis=f.attrs["axis"], centred=centred, x_zero=0 if centred else int(zero.value.item()), eps=eps,
                     shift=shift, zero=int(m["z"].value.item()), to=m.root.dtype)
 

@@ -113,7 +113,7 @@ def _integer_layer_norm(ctx: Lowering, node: Node) -> None:
         "integer_layer_norm",
         "norm.h",
         [x.dtype.ctype, node.dtype.ctype, math.prod(x.shape[:axis]), math.prod(x.shape[axis:]),
-         boolean(node.attrs["centred"])],
+         boolean(node.attrs["centred"]), boolean(scale.shape == ())],
         ["x", "scale", "bias", "y", "part", *parameters],
         [ctx.read("x", x), ctx.read("scale", scale), ctx.read("bias", bias), ctx.write("y", node)],
     )

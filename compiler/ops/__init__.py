@@ -32,6 +32,7 @@ from skive.ops import (
 from skive.ops.attention import heads_first
 from skive.ops.contractions import compressed_weights, rounded_rows
 from skive.ops.elementwise import erf, piecewise_table
+from skive.ops.normalization import integer_norm_limit
 from skive.ops.recurrence import ACTIVATIONS
 from skive.ops.table import (
     ANY,
@@ -61,8 +62,8 @@ from skive.ops.work import macs
 
 __all__ = ["ACTIVATIONS", "ANY", "BOOL", "F32", "FLOATS", "I64", "INTS", "NUMBERS", "OPS", "QUANTIZED", "REQUIRED",
            "Array", "Op", "broadcast_shapes", "complete_attrs", "compressed_weights", "copies_neighbours", "erf",
-           "evaluate", "evaluate_expr", "expr_dtype", "heads_first", "infer", "macs", "make", "op_of", "piecewise_table",
-           "rounded_rows", "window_out"]
+           "evaluate", "evaluate_expr", "expr_dtype", "heads_first", "infer", "integer_norm_limit", "macs", "make", "op_of",
+           "piecewise_table", "rounded_rows", "window_out"]
 
 for _family in (elementwise, control, quantization, movement, indexing, reductions, contractions, windows, normalization,
                 attention, recurrence, sources):

@@ -113,10 +113,16 @@ ROWS.append(Op("integer_softmax", (2, 2), _infer_integer_softmax, _ref_integer_s
             "of the result (after Kim et al.: I-BERT, 2021)"))
 
 
+def integer_norm_limit(dtype: DType) -> int:
+    """Rows of integers of type `dtype` that integer_layer_norm takes are shorter."""
+    return int(2 ** (31 - 8 * dtype.bytes))
+
+
 def _infer_integer_layer_norm(types: Sequence[TensorType], a: FrozenDict) -> TensorType:
     x, scale, bias = types
     tail = TensorType(x.shape[axis_within(a["axis"], x.rank, "integer_layer_norm"):], DType.i32)
-    if x.dtype not in QUANTIZED or a["to"] not in QUANTIZED or scale != tail or bias != tail or tail.size >= 2**15:
+    if x.dtype not in QUANTIZED or a["to"] not in QUANTIZED or scale not in (tail, TensorType((), DType.i32)) \
+            or bias != scale or tail.size >= integer_norm_limit(x.dtype):
         raise ShapeError(f"integer_layer_norm to {a['to'].value} of {', '.join(map(str, types))}")
     if not (16 <= a["shift"] <= 46 and 1 <= a["eps"] < 2**60):
         raise ShapeError(f"integer_layer_norm with eps {a['eps']} and shift {a['shift']}")
@@ -126,7 +132,7 @@ def _infer_integer_layer_norm(types: Sequence[TensorType], a: FrozenDict) -> Ten
 
 
 def _ref_integer_layer_norm(x: Sequence[Array], a: FrozenDict) -> Array:
-    n = x[1].size
+    n = math.prod(x[0].shape[a["axis"] % x[0].ndim:])
     v = x[0].astype(np.int64).reshape(-1, n) - a["x_zero"]
     scale, bias = (p.astype(np.int64).reshape(-1) for p in x[1:])
     total = v.sum(1, keepdims=True) * a["centred"]
@@ -149,7 +155,7 @@ ROWS.append(Op("integer_layer_norm", (3, 3), _infer_integer_layer_norm, _ref_int
             "of x - x_zero and its square of N values, s = 0 unless centred (that is rms_norm and l2_norm), "
             "z = (N (x - x_zero) - s) / sqrt(N q - s^2 + eps) with 15 fraction bits, "
             "saturate(((z scale + bias 2^(shift-15) + 2^(shift-1)) >> shift) + zero); each rounding as in norm.h; scale and "
-            "bias i32 (after Kim et al.: I-BERT, 2021)"))
+            "bias i32, of each value or one of all (after Kim et al.: I-BERT, 2021)"))
 ROWS.append(Op("layer_norm", (2, 3), _infer_norm, _ref_layer_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,
         epilogue=3, doc="(x - mean) / sqrt(var + eps) scale + bias over the axes from `axis` (Ba, Kiros, Hinton: Layer Normalization, 2016)"))
 ROWS.append(Op("rms_norm", (2, 2), _infer_norm, _ref_rms_norm, {"axis": -1, "eps": 1e-5}, "normalize", 1e-5,

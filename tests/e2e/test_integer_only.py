@@ -118,6 +118,25 @@ def embedding() -> Graph:
     return graph(x, make("l2_norm", h, axis=1), make("rms_norm", h, constant(np.ones((4, 20), np.float32)), axis=1))
 
 
+def groups() -> Graph:
+    """Normalisation of groups whose spreads differ by a factor of a hundred, of single channels and of 36,000 places;
+    extrema and sums beside means, over axes that lie apart too."""
+    x = value(2, 6, 5, 8)
+    spread = np.exp(rng.uniform(-2.3, 2.3, (16, 1, 1, 1))).astype(np.float32)
+    h = make("conv2d", x, constant(weights(16, 3, 3, 8).value * spread), weights(16), pad=(1, 1, 1, 1))
+    scale = constant(rng.uniform(0.5, 1.5, 16).astype(np.float32))
+    h = make("relu", make("group_norm", h, scale, weights(16), groups=16))
+    ones = constant(np.ones(12, np.float32))
+    h = make("group_norm", make("conv2d", h, weights(12, 1, 1, 16)), ones, groups=4)
+    extremes = make("concat", *(make(f"reduce_{k}", h, axes=(3,), keep=True) for k in ("max", "min")), axis=3)
+    h = make("add", h, make("conv2d", extremes, weights(12, 1, 1, 2)))
+    apart = make("linear", make("reduce_mean", h, axes=(1, 3), keep=False), weights(7, 5))
+    total = make("linear", make("reduce_sum", h, axes=(1, 2), keep=False), weights(7, 12))
+    row = make("slice", h, start=(0, 0, 0, 0), size=(2, 1, 5, 12), step=(1, 1, 1, 1))
+    large = make("group_norm", make("expand", row, shape=(2, 600, 5, 12)), ones, groups=1)
+    return graph(x, make("add", apart, total), make("reduce_max", large, axes=(1,), keep=False))
+
+
 def samples(network: Graph, count: int) -> list[np.ndarray]:
     return [rng.standard_normal(network.inputs[0].shape).astype(np.float32) for _ in range(count)]
 
@@ -151,7 +170,7 @@ def require_no_float(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "least"), [(image_network, 35), (transformer, 28), (sequence, 28), (embedding, 28)])
+    ("network", "least"), [(image_network, 35), (transformer, 28), (sequence, 28), (embedding, 28), (groups, 28)])
 def test_same_bytes_everywhere_and_near_the_float_network(
     network: Callable[[], Graph], least: float, tmp_path: Path
 ) -> None:

@@ -579,9 +579,10 @@ def layer_norm(rng: Random) -> Subject:
     limits = np.iinfo(to)
     step, zero, shift = (0.04, (limits.min + limits.max + 1) // 2, 36) if limits.bits == 8 else (1e-3, 0, 32)
     eps = choice(rng, 1, 7, 1000)
-    centred = bool(rng.integers(2))
+    centred, uniform = (bool(b) for b in rng.integers(0, 2, 2))
     x_zero = 0 if centred else choice(rng, 0, np.iinfo(dtype).min, np.iinfo(dtype).max // 2)
-    call = (angle("integer_layer_norm", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], rows, n, str(centred).lower())
+    call = (angle("integer_layer_norm", CTYPE[np.dtype(dtype)], CTYPE[np.dtype(to)], rows, n,
+                  str(centred).lower(), str(uniform).lower())
             + f"::run(x0, x1, x2, y0, part, {eps}, {shift}, {x_zero}, {zero})")  # fmt: skip
 
     def draw(rng: Random, calls: int, worst: bool) -> Sample:
@@ -589,8 +590,9 @@ def layer_norm(rng: Random) -> Subject:
         if worst:
             x[...] = np.iinfo(dtype).max  # no variance
             x[..., -1] -= 1
-        scale = np.rint(rng.uniform(-2, 2, n) / step * 2.0 ** (shift - 15)).astype(np.int32)
-        bias = np.rint(rng.uniform(-1, 1, n) / step * 2.0**15).astype(np.int32)
+        each = 1 if uniform else n
+        scale = np.rint(rng.uniform(-2, 2, each) / step * 2.0 ** (shift - 15)).astype(np.int32)
+        bias = np.rint(rng.uniform(-1, 1, each) / step * 2.0**15).astype(np.int32)
         q = x.astype(np.int64) - x_zero
         s = q.sum(2, keepdims=True) * centred
         v = (n * (q * q).sum(2, keepdims=True) - s * s + eps).astype(np.uint64)

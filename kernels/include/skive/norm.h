@@ -261,11 +261,11 @@ SKIVE_INLINE uint32_t integer_sqrt(uint64_t v) {
 //   z = (d r + 2^(45 - t)) >> (46 - t)         (x - mean) / sqrt(variance) with 15 fraction bits
 //   y = saturate(((z scale + (bias << (shift - 15)) + 2^(shift - 1)) >> shift) + zero)
 // eps counts in units of N^2 times the square of x's scale and is at least 1; scale [N] is
-// 2^(shift - 15) gamma / scale of y, bias [N] is 2^15 beta / scale of y; 16 <= shift <= 46. Centred, x_zero
-// does not matter and is 0. N < 2^15, so that nothing overflows.
-template <class T, class Y, ptrdiff_t Rows, ptrdiff_t N, bool Centred>
+// 2^(shift - 15) gamma / scale of y, bias [N] is 2^15 beta / scale of y, or both are one value if Uniform;
+// 16 <= shift <= 46. Centred, x_zero does not matter and is 0. N < 2^15, of bytes 2^23, so that nothing overflows.
+template <class T, class Y, ptrdiff_t Rows, ptrdiff_t N, bool Centred, bool Uniform>
 struct integer_layer_norm {
-  static_assert(N < (1 << 15), "sums of squares times N stay below 2^62");
+  static_assert(N < (1 << (31 - 8 * sizeof(T))), "sums of squares times N stay below 2^62");
 
   static void run(const T* x, const int32_t* scale, const int32_t* bias, Y* y, Part part,
                   int64_t eps, int shift, int32_t x_zero, int32_t zero) {
@@ -290,8 +290,8 @@ struct integer_layer_norm {
     const int64_t inverse = (int64_t{1} << 61) / integer_sqrt(variance);
     const int64_t half = int64_t{1} << (45 - t);
     for (ptrdiff_t i = 0; i < N; ++i) {
-      const int64_t z = ((N * (x[i] - x_zero) - sum) * inverse + half) >> (46 - t);
-      const int64_t wide = z * scale[i] + bias[i] * (int64_t{1} << (shift - 15));
+      const int64_t z = ((int64_t{N} * (x[i] - x_zero) - sum) * inverse + half) >> (46 - t);
+      const int64_t wide = z * scale[Uniform ? 0 : i] + bias[Uniform ? 0 : i] * (int64_t{1} << (shift - 15));
       const int64_t v = ((wide + (int64_t{1} << (shift - 1))) >> shift) + zero;
       constexpr int32_t low = limits<Y>::lowest, high = limits<Y>::highest;
       y[i] = static_cast<Y>(v < low ? low : v > high ? high : v);
