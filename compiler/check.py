@@ -42,6 +42,13 @@ class Verdict:
     passed: bool
     worst_node: str | None = None
 
+    @property
+    def distance(self) -> str:
+        """How far from each other the two are, as an adverbial for messages."""
+        if self.relative_error < 0:
+            return "in shape, type, integers or in which values are finite"
+        return f"by {self.relative_error:.2g} of the output's range"
+
 
 def sqnr_db(got: np.ndarray, want: np.ndarray) -> float:
     """Signal-to-noise ratio of `got` in decibels; 300 where there is no noise to speak of."""
@@ -58,7 +65,7 @@ def compare(
     for got, want in pairs:
         d = difference(got, want)
         worst = max(worst, d)
-        if want.dtype.kind == "f" and want.size:
+        if want.dtype.kind == "f" and want.size and got.shape == want.shape:
             finite = np.isfinite(want) & np.isfinite(got)
             err = np.abs(got[finite].astype(np.float64) - want[finite])
             absolute = max(absolute, float(err.max(initial=0.0)))

@@ -490,8 +490,7 @@ def _verified(folder: Path, meant: Graph, optimised: Graph, target: Target,
         verdict = check.compare(pairs, "numpy", 1, tolerance)
         if not verdict.passed:
             node = check.first_divergence(optimised, inputs, lambda g: run_graph(g, target), tolerance)
-            raise VerificationError(f"{meant.name}: what TVM built differs from the reference by "
-                                    f"{verdict.relative_error:.2g} of the output's range"
+            raise VerificationError(f"{meant.name}: what TVM built differs from the reference {verdict.distance}"
                                     + (f", first at {node.label()} ({node.op})" if node else "")
                                     + "; leave --backend tvm out")
     early.check_paths(module, inputs)

@@ -62,7 +62,7 @@ def verify_floats(
         )
         if not simplified.passed:
             raise VerificationError(
-                f"{imported.name}: a pass changed the result by {simplified.relative_error:.2g} of its range; "
+                f"{imported.name}: a pass changed the result {simplified.distance}; "
                 "compile with strict=True (--strict) to learn which"
             )
         node = check.first_divergence(optimised, inputs, lambda g: run_graph(g, target, threads), tolerance)
@@ -70,8 +70,7 @@ def verify_floats(
             f"first at {node.label()} ({node.op})" if node else "in the whole network but in no part of it"
         )
         raise VerificationError(
-            f"{imported.name}: the artefact differs from the reference by {verdict.relative_error:.2g} "
-            f"of the output's range, {where}; {WAY_OUT}"
+            f"{imported.name}: the artefact differs from the reference {verdict.distance}, {where}; {WAY_OUT}"
         )
     early.check_paths(module, inputs)
     others, one_way = check.branch_inputs(imported, inputs)
@@ -98,8 +97,8 @@ def verify_floats(
             )
         if not second.passed:
             raise VerificationError(
-                f"{imported.name}: the artefact agrees with the reference but differs from {source.engine} by "
-                f"{second.relative_error:.2g} of the output's range; please report the model"
+                f"{imported.name}: the artefact agrees with the reference but differs from {source.engine} "
+                f"{second.distance}; please report the model"
             )
         return second
     return verdict

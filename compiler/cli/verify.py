@@ -64,7 +64,7 @@ def command(artefact: str, against: str, data: str | None, labels: str | None, s
     same = found.get("top1_agreement")
     problems = []
     if not verdict.passed:
-        problems.append(f"differs from {against} by {verdict.relative_error:.2g} of the output's range")
+        problems.append(f"differs from {against} {verdict.distance}")
     if min_sqnr is not None and (verdict.sqnr_db is None or verdict.sqnr_db < min_sqnr):
         reached = "no float output" if verdict.sqnr_db is None else f"an SQNR of {verdict.sqnr_db:.1f} dB"
         problems.append(f"has {reached}, --min-sqnr is {min_sqnr:g}")

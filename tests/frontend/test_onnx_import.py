@@ -305,6 +305,16 @@ def test_corners_of_models_that_pytorch_wrote() -> None:
     np.testing.assert_allclose(evaluate_graph(import_onnx(model), [x])[0].reshape(-1), [0, 2, 4], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("start", "end", "step", "taken"), [
+    (-9, -99, -1, [0]), (-9, -99, -3, [0]), (-5, -99, -2, [0]), (-9, 2, -1, []), (9, -99, -2, [4, 2, 0]),
+    (-9, 99, 2, [0, 2, 4]), (9, 99, 1, [])])
+def test_slices_from_beyond_the_ends(start: int, end: int, step: int, taken: list[int]) -> None:
+    """ONNX moves a start of a backward slice to the first element; expected: its rules and onnxruntime."""
+    model = model_of([helper.make_node("Slice", ["x", "start", "end", "axis", "step"], ["y"])], {"x": ((5,), "float32")},
+                     ["y"], {"start": np.array([start]), "end": np.array([end]), "axis": np.array([0]), "step": np.array([step])})
+    assert evaluate_graph(import_onnx(model), [np.arange(5, dtype=np.float32)])[0].tolist() == taken
+
+
 @pytest.mark.parametrize("attrs", [{"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}, {"output_shape": [6]}],
                          ids=str)
 def test_strides_beyond_the_window_leave_empty_rows_behind(attrs: dict[str, Any]) -> None:

@@ -24,6 +24,14 @@ def mapped(x: Node, text: str) -> Node:
     return ops.make("map", x, SCALE, ZERO, fn=text)
 
 
+@pytest.mark.parametrize(("got", "message"), [
+    (np.ones((2, 0), np.float32), "in shape"), (np.ones((1, 2), np.float32), "in shape"), (np.ones(2), "in shape"),
+    (np.array([1, np.nan], np.float32), "finite"), (np.array([1, 1.5], np.float32), "by 0.5 of the output's range")])
+def test_what_differs_is_said(got: np.ndarray, message: str) -> None:
+    verdict = check.compare([(got, np.ones(2, np.float32))], "numpy", 1)
+    assert not verdict.passed and message in verdict.distance
+
+
 @pytest.mark.parametrize(("build", "expected"), [
     (lambda x: quantize(x), Exactness(True, False)),
     (lambda x: quantize(ops.make("add", x, x)), Exactness(True, False)),

@@ -144,6 +144,8 @@ def slice_(c: Call) -> Node:
         if k == 0:
             raise InvalidModelError("a step of 0")
         a = checked_axis(a, x.type.rank)
+        if k < 0:  # backward, a start in front of the first element is the first; a slice of Python is empty there
+            s = max(s, -x.shape[a])
         picked = range(*slice(s, e, k).indices(x.shape[a]))
         begin[a], count[a], stride[a] = (picked.start if len(picked) else 0), len(picked), k if len(picked) else 1
     if count == list(x.shape) and stride == [1] * x.type.rank:
