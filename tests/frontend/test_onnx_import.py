@@ -310,8 +310,9 @@ def test_corners_of_models_that_pytorch_wrote() -> None:
     (-9, 99, 2, [0, 2, 4]), (9, 99, 1, [])])
 def test_slices_from_beyond_the_ends(start: int, end: int, step: int, taken: list[int]) -> None:
     """ONNX moves a start of a backward slice to the first element; expected: its rules and onnxruntime."""
-    model = model_of([helper.make_node("Slice", ["x", "start", "end", "axis", "step"], ["y"])], {"x": ((5,), "float32")},
-                     ["y"], {"start": np.array([start]), "end": np.array([end]), "axis": np.array([0]), "step": np.array([step])})
+    where = {"start": start, "end": end, "axis": 0, "step": step}
+    model = model_of([helper.make_node("Slice", ["x", *where], ["y"])], {"x": ((5,), "float32")}, ["y"],
+                     {k: np.array([v]) for k, v in where.items()})
     assert evaluate_graph(import_onnx(model), [np.arange(5, dtype=np.float32)])[0].tolist() == taken
 
 
