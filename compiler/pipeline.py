@@ -111,8 +111,8 @@ def parse_pipeline(text: str) -> tuple[Step, ...]:
             raise InvalidModelError(f"pipeline {text!r}: cannot read {text[at:at + 24]!r}")
         if m[1] not in PASSES:
             close = difflib.get_close_matches(m[1], PASSES, 1)
-            raise InvalidModelError(f"pipeline {text!r}: no pass {m[1]!r}"
-                                    + (f"; did you mean {close[0]!r}?" if close else ""))
+            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(PASSES))}"
+            raise InvalidModelError(f"pipeline {text!r}: no pass {m[1]!r}; {hint}")
         steps.append(Step(PASSES[m[1]], _parse_options(PASSES[m[1]], m[2] or "")))
         at = m.end()
         if m[3] == "," and not text[at:].strip():

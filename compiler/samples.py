@@ -224,6 +224,11 @@ def _opened(path: str | Path) -> _Files:
     return _Files([lambda: _read(place, key)])
 
 
+def unreadable(error: Exception) -> str:
+    """Why numpy.load did not read a file; other kinds of files pass for pickled objects there."""
+    return "it holds no arrays of numbers" if "pickle" in str(error) else str(error)
+
+
 def _read(path: Path, key: str | None) -> Any:
     try:
         if path.suffix == ".npy":
@@ -237,4 +242,4 @@ def _read(path: Path, key: str | None) -> Any:
     except QuantizationError:
         raise
     except Exception as e:  # noqa: BLE001 - numpy's readers raise whatever the damage leads to
-        raise QuantizationError(f"{path} cannot be read as calibration data: {e}") from None
+        raise QuantizationError(f"{path} cannot be read as calibration data: {unreadable(e)}") from None

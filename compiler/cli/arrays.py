@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from skive.errors import InvalidModelError, ShapeError
+from skive.samples import unreadable
 
 if TYPE_CHECKING:
     from skive.runtime import TensorInfo
@@ -34,7 +35,7 @@ def read_arrays(spec: str) -> dict[str, np.ndarray]:
     except OSError as e:
         raise InvalidModelError(f"cannot read {path}: {e.strerror or e}") from None
     except Exception as e:  # noqa: BLE001 - zipfile, zlib and numpy raise many kinds on damaged files
-        raise InvalidModelError(f"{path} is not a readable .npz file: {e}") from None
+        raise InvalidModelError(f"{path} is not a readable .npz file: {unreadable(e)}") from None
 
 
 def fit_arrays(arrays: Mapping[str, np.ndarray], ports: Sequence[TensorInfo]) -> list[np.ndarray]:

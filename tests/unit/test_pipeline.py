@@ -71,6 +71,7 @@ def test_spec_strings() -> None:
 
 @pytest.mark.parametrize(("spec", "message"), [
     ("fold-constant", "did you mean 'fold-constants'"),
+    ("colour", "there are .*eliminate-dead"),
     ("fold-constants{max_bytes=many}", "needs a int, not 'many'"),
     ("fold-constants{colour=1}", "unknown option 'colour=1'"),
     ("fold-constants{max_bytes}", "unknown option"),
