@@ -157,8 +157,8 @@ _elementwise("selu", 1, _float(lambda x, alpha, gamma: gamma * np.where(x > 0, x
 _elementwise("celu", 1, _float(lambda x, alpha: np.maximum(x, 0) + np.minimum(0, alpha * np.expm1(np.minimum(x, 0) / alpha))),
              attrs={"alpha": 1.0}, tolerance=_SMOOTH, doc="max(x, 0) + min(0, alpha (exp(x / alpha) - 1))")
 
-_elementwise("softsign", 1, lambda x: x / (1 + np.abs(x)), tolerance=1e-6, doc="x / (1 + |x|)")
-_elementwise("reciprocal", 1, lambda x: 1 / x, tolerance=1e-6, doc="1 / x")
+_elementwise("softsign", 1, lambda x: x / (1 + np.abs(x)), doc="x / (1 + |x|)")
+_elementwise("reciprocal", 1, lambda x: 1 / x, doc="1 / x")
 _elementwise("floor", 1, np.floor, cxx="floor_", doc="largest integer not above x")
 _elementwise("ceil", 1, np.ceil, cxx="ceil_", doc="smallest integer not below x")
 _elementwise("trunc", 1, np.trunc, cxx="trunc_", doc="x without its fraction")
@@ -173,11 +173,11 @@ _elementwise("relu", 1, lambda x: np.maximum(x, _like(0, x)), NUMBERS, doc="max(
 _elementwise("clip", 1, lambda x, lo, hi: np.minimum(np.maximum(x, _like(lo, x)), _like(hi, x)), NUMBERS,
              attrs={"lo": REQUIRED, "hi": REQUIRED}, doc="min(max(x, lo), hi)")
 _elementwise("leaky_relu", 1, lambda x, alpha: np.where(x < 0, _like(alpha, x) * x, x), attrs={"alpha": 0.01},
-             tolerance=1e-6, doc="x if x >= 0 else alpha x")
+             doc="x if x >= 0 else alpha x")
 _elementwise("thresholded_relu", 1, lambda x, alpha: np.where(x > _like(alpha, x), x, _like(0, x)),
              attrs={"alpha": 1.0}, doc="x if x > alpha else 0")
 _elementwise("hard_sigmoid", 1, lambda x, alpha, beta: np.clip(_like(alpha, x) * x + _like(beta, x), 0, 1),
-             attrs={"alpha": 0.2, "beta": 0.5}, tolerance=1e-6, doc="clip(alpha x + beta, 0, 1)")
+             attrs={"alpha": 0.2, "beta": 0.5}, cxx="hard_sigmoid_", doc="clip(alpha x + beta, 0, 1)")
 
 
 def piecewise_table(a: FrozenDict | dict[str, Any]) -> Array:
@@ -204,7 +204,7 @@ def _piecewise(x: Array, lowest: int, degree: int, table: str) -> Array:
 _elementwise("piecewise", 1, _piecewise, frozenset({F32}), attrs={"lowest": REQUIRED, "degree": REQUIRED, "table": REQUIRED},
              doc="sum over k of c[k][n mod S] (x - n)^k with n = round_even(x) clipped to [lowest, lowest + S - 1]; table: the "
                  "float32 values c[degree + 1][S], S 16 or 32; every operation is rounded on its own")
-_elementwise("hard_swish", 1, lambda x: x * np.clip(x * _like(1 / 6, x) + _like(0.5, x), 0, 1), tolerance=1e-6,
+_elementwise("hard_swish", 1, lambda x: x * np.clip(x * _like(1 / 6, x) + _like(0.5, x), 0, 1), cxx="hard_swish_",
              doc="x clip(x / 6 + 1/2, 0, 1)")
 _elementwise("shrink", 1, lambda x, bias, lambd: np.where(x < -lambd, x + _like(bias, x),
                                                           np.where(x > lambd, x - _like(bias, x), x * 0)),
@@ -243,7 +243,7 @@ _BINARY: list[tuple[str, Callable[..., Array], frozenset[DType]]] = [
         ("bit_and", np.bitwise_and, INTS), ("bit_or", np.bitwise_or, INTS), ("bit_xor", np.bitwise_xor, INTS)]
 for _name, _fn, _domain in _BINARY:
     _elementwise(_name, 2, _fn, _domain, cxx=_name + "_" if _name in ("div", "min", "max") else _name,  # libc has them too
-                 tolerance=1e-6 if _name == "div" else 0.0, doc=f"{_name}(a, b)")
+                 doc=f"{_name}(a, b)")
 for _name, _fn in [("and", np.logical_and), ("or", np.logical_or), ("xor", np.logical_xor)]:
     _elementwise(_name, 2, _fn, frozenset({BOOL}), cxx=_name + "_", doc=f"logical {_name}")
 for _name, _fn in [("less", np.less), ("less_equal", np.less_equal), ("greater", np.greater),
@@ -258,7 +258,7 @@ _elementwise("fmod", 2, lambda a, b: _mod(a, b, np.fmod), NUMBERS, cxx="fmod_", 
              doc="remainder with the sign of a")
 _elementwise("shift_left", 2, lambda a, b: _shift(a, b, np.left_shift), INTS, doc="a << b, 0 if b is negative or too large")
 _elementwise("shift_right", 2, lambda a, b: _shift(a, b, np.right_shift), INTS, doc="a >> b; if b is negative or too large only the sign remains: 0 or -1")
-_elementwise("prelu", 2, lambda x, s: np.where(x < 0, s * x, x), NUMBERS, tolerance=1e-6, doc="x if x >= 0 else slope x")
+_elementwise("prelu", 2, lambda x, s: np.where(x < 0, s * x, x), NUMBERS, doc="x if x >= 0 else slope x")
 
 
 def _infer_where(types: Sequence[TensorType], a: FrozenDict) -> TensorType:

@@ -379,6 +379,20 @@ template <int N>
 SKIVE_INLINE Vec<N> softsign(Vec<N> x) {
   return x / (splat<N>(1.0f) + abs_(x));
 }
+// clip(alpha x + beta, 0, 1). Product and sum are rounded one by one, on scalars too: a quantizer behind gives the same
+// integers on every instruction set.
+template <class T, class A, if_float<T> = 0>
+SKIVE_INLINE T hard_sigmoid_(T x, A alpha, A beta) {
+  return clip(x * static_cast<T>(alpha) + static_cast<T>(beta), T{0}, T{1});
+}
+template <int N, class A>
+SKIVE_INLINE Vec<N> hard_sigmoid_(Vec<N> x, A alpha, A beta) {
+  return clip(x * splat<N>(static_cast<float>(alpha)) + splat<N>(static_cast<float>(beta)), 0.0f, 1.0f);
+}
+template <class T>
+SKIVE_INLINE T hard_swish_(T x) {
+  return x * hard_sigmoid_(x, 1.0 / 6, 0.5);
+}
 // tanh(softplus(x)) = w / (w + 2), w = e^x (e^x + 2); 1 in float from x = 20 on.
 template <int N>
 SKIVE_INLINE Vec<N> mish(Vec<N> x) {

@@ -631,7 +631,7 @@ template <int N>
 SKIVE_INLINE Vec<N> thresholded_relu(Vec<N> x, double alpha) {
   return select(less(splat<N>(static_cast<float>(alpha)), x), x, zero<N>());
 }
-// clip(alpha x + beta, 0, 1).
+// clip(alpha x + beta, 0, 1), with one rounding in vectors; artefacts call hard_sigmoid_ and hard_swish_ of functions.h.
 template <class T, class A, if_float<T> = 0>
 SKIVE_INLINE T hard_sigmoid(T x, A alpha, A beta) {
   return clip(static_cast<T>(alpha) * x + static_cast<T>(beta), T{0}, T{1});
