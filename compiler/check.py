@@ -146,17 +146,17 @@ def flips_alike(
     graph: Graph, inputs: Sequence[np.ndarray], pairs: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> bool:
     """True if every (got, want) is about as close as the reference stays to itself when the constants of float32
-    contractions and normalizations change by a rounding error.
+    contractions, normalizations and smooth functions change by a rounding error.
 
-    A network in which float32 layers stand before quantizers may amplify one integer that was rounded the
-    other way until its noise is that of quantization itself. Where there is no such layer, nothing may
-    differ: False.
+    A network in which such layers or functions stand before quantizers may amplify one integer that was rounded
+    the other way until its noise is that of quantization itself.
     """
     rng = np.random.default_rng(1)
 
     def shaken(node: Node, operands: tuple[Node, ...]) -> Node:
-        inexact = ops.op_of(node.op).kind != "elementwise" and ops.op_of(node.op).tolerance > 0
-        if not inexact or node.inputs[0].dtype is not DType.f32:
+        row = ops.op_of(node.op)
+        inexact = row.kind != "elementwise" and row.tolerance > 0 and node.inputs[0].dtype is DType.f32
+        if not inexact and all(ops.op_of(s.op).tolerance == 0 for s in getattr(_steps(node), "steps", ())):
             return rebuilt(node, operands)
         weights = [
             constant(np.asarray(i.value * (1 + FLOAT_ERROR * rng.uniform(-1, 1, i.shape)), np.float32))

@@ -164,6 +164,27 @@ def test_roundings_may_go_either_way_only_behind_float_contractions() -> None:
     assert not check.flips_alike(moved, inputs, [(got, want)])
 
 
+def sines(count: int) -> Graph:
+    """`count` times tanh(sin(20 x)) rounded to 16 bits: one integer rounded the other way becomes 20 of them."""
+    x = h = ops.make("input", shape=(64, 64), dtype=DType.f32, label="x", origin="x")
+    scale, zero = constant(np.float32(2**-14)), constant(np.int16(0))
+    for _ in range(count):
+        h = ops.make("dequantize", ops.make("quantize", h, scale, zero, to=DType.i16), scale, zero)
+        h = ops.make("tanh", ops.make("sin", ops.make("mul", h, constant(np.float32(20)))))
+    return Graph("sines", (x,), (ops.make("quantize", h, scale, zero, to=DType.i16),), ("y",))
+
+
+def test_smooth_functions_may_round_either_way_too(tmp_path: Path) -> None:
+    from skive import check
+    from skive.reference import evaluate_graph
+
+    assert skive.compile(sines(6), output=tmp_path / "out").report["verification"]["passed"]
+    inputs = [np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)]
+    (want,) = evaluate_graph(sines(2), inputs)
+    assert check.flips_alike(sines(2), inputs, [(want, want)])
+    assert not check.flips_alike(sines(2), inputs, [(want + np.int16(50), want)])
+
+
 def test_uniform_parts_make_no_noise_where_they_are_stored_exactly(tmp_path: Path) -> None:
     """Most of the image is a border of one colour, which offsets of the channels make exact."""
     rng = np.random.default_rng(0)
